@@ -1,0 +1,206 @@
+"""`bmkit infer`: text out of a model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import typer
+
+from bmkit.report import Reporter
+from bmkit_cli import session
+from bmkit_cli.options import (
+    CpuOpt,
+    DeviceOpt,
+    GpuOpt,
+    JsonOpt,
+    ModelOpt,
+    PlanOpt,
+    Progress,
+    ProgressOpt,
+    QuietOpt,
+    ReportOpt,
+    SeedOpt,
+    SetOpt,
+    ThreadsOpt,
+    VerboseOpt,
+)
+
+
+def infer(
+    model: ModelOpt,
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe file or a built-in name: greedy, sample.")
+    ] = "greedy",
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option("--input", "-i", help="JSON lines with `prompt` or `messages`; - is stdin."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write JSON lines to this file instead.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="A system prompt.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Send the prompt as it is, without chat template.")
+    ] = False,
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", help="A delta to put on the model.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")
+    ] = None,
+    assign: SetOpt = None,
+    device: DeviceOpt = None,
+    seed: SeedOpt = None,
+    threads: ThreadsOpt = None,
+    gpu_memory: GpuOpt = None,
+    cpu_memory: CpuOpt = None,
+    plan: PlanOpt = False,
+    as_json: JsonOpt = False,
+    report: ReportOpt = None,
+    how: ProgressOpt = Progress.auto,
+    verbose: VerboseOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Generate text."""
+    reporter = session.start(how, quiet=quiet, loud=verbose)
+    from bmkit.errors import UsageError
+    from bmkit.pipeline import stage as stages
+    from bmkit_cli.commands.stages import show_plan
+    from bmkit_cli.output import out as stdout
+
+    stdout()
+    if prompt and source:
+        raise UsageError("-p and -i exclude each other")
+    if not prompt and not source and not plan:
+        raise UsageError("there is nothing to answer", hint="give -p TEXT or -i FILE.jsonl")
+    if model == "-" and (source == "-" or recipe == "-"):
+        raise UsageError("-m - and -i - both want stdin", hint="name one of them")
+    request = stages.Request(
+        stage="infer",
+        recipe=recipe,
+        model="",
+        assign=tuple(assign or ()),
+        device=device,
+        seed=seed,
+        threads=threads,
+        gpu_memory=gpu_memory,
+        cpu_memory=cpu_memory,
+        adapters=tuple(adapter or ()),
+        flags={"system": system, "raw": raw or None, "max_new_tokens": max_new_tokens},
+    )
+    checked = stages.check(request)
+    request = replace(checked, model=session.model_path(model))
+    if plan:
+        prepared = stages.prepare(request, reporter, bring=False)
+        show_plan(stages.describe_plan(prepared, reporter), as_json=as_json)
+        return
+    options = {"prompt": prompt, "input": source, "as_json": as_json, "report": report, "out": out}
+    answer(request, options, reporter)
+
+
+def answer(request: Any, options: Mapping[str, Any], reporter: Reporter) -> None:
+    """Answer what the options name, writing to stdout or to a file."""
+    prompts = options.get("prompt")
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    source = options.get("input")
+    with _rows(prompts, source) as (rows, total):
+        _write(request, rows, total, options, source or "-p", reporter)
+
+
+@contextmanager
+def _rows(prompts: list[str] | None, source: str | None) -> Iterator[tuple[Iterable[Any], int]]:
+    """Give the rows to answer, and how many they are (0 if that can't be known)."""
+    from bmkit.data import rows
+    from bmkit.errors import InputError
+
+    if prompts:
+        given = [rows.Row(i, {"prompt": text}) for i, text in enumerate(prompts, 1)]
+        yield given, len(given)
+    elif source == "-":
+        yield rows.read(sys.stdin.buffer), 0
+    else:
+        path = Path(source or "")
+        try:
+            stream: IO[bytes] = path.open("rb")
+        except OSError as exc:
+            raise InputError(f"{path} cannot be read: {exc.strerror}") from None
+        with stream:
+            total = sum(bool(line.strip()) for line in stream)
+            stream.seek(0)
+            yield rows.read(stream), total
+
+
+def _write(
+    request: Any,
+    rows: Iterable[Any],
+    total: int,
+    options: Mapping[str, Any],
+    source: str,
+    reporter: Reporter,
+) -> None:
+    from bmkit import report
+    from bmkit.errors import InputError
+    from bmkit.pipeline import generate
+    from bmkit.pipeline import stage as stages
+    from bmkit_cli.output import out as stdout
+
+    stream, out, as_json = stdout(), options.get("out"), bool(options.get("as_json"))
+    live = stream.terminal and not as_json and out is None
+    write = (lambda piece: stream.text(piece, end="")) if live else None
+    answers = generate.open_answers(request, rows, reporter, write=write)
+    plan = stages.describe_plan(answers.prepared, reporter)
+    count = 0
+    with _file(out) as file, report.task(reporter, "infer", total, "prompts") as bar:
+        for found in answers:
+            count += 1
+            if file is not None:
+                file.write(_line(found))
+            elif as_json:
+                stream.json(found)
+            else:
+                stream.text("" if live else found["text"])
+            if total > 1 and not live:
+                bar.advance()
+    if out is not None:
+        stream.text(str(out))
+    if options.get("report"):
+        report.write_json(Path(options["report"]), answers.report(plan))
+    if answers.bad:
+        for row in answers.bad:
+            reporter.warn(f"{source}:{row.line}: {row.problem}")
+        first = answers.bad[0]
+        more = f" (and {len(answers.bad) - 1} more)" if len(answers.bad) > 1 else ""
+        raise InputError(f"{source}:{first.line}: {first.problem}{more}; {count} others were done")
+    if count == 0:
+        raise InputError(f"{source} holds no rows", hint="it takes one JSON object a line")
+
+
+def _line(found: Mapping[str, Any]) -> str:
+    import json
+
+    return json.dumps(found, ensure_ascii=False) + "\n"
+
+
+@contextmanager
+def _file(out: Path | None) -> Iterator[IO[str] | None]:
+    """Give a file that becomes `out` when the block ends well, or None."""
+    if out is None:
+        yield None
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = out.with_name(f".{out.name}.partial")
+    try:
+        with scratch.open("w", encoding="utf-8") as file:
+            yield file
+        scratch.replace(out)
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -1,0 +1,121 @@
+"""Parse, dispatch, report errors. Nothing here imports torch, nor do `--help` and `--version`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from bmkit_cli.commands import books, infer, stages
+
+app = typer.Typer(
+    name="bmkit",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from bmkit import __version__
+
+        typer.echo(f"bmkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Compress, tune and run language models on small hardware, one composable command at a time."""
+
+
+app.command()(stages.pull)
+app.command()(stages.compress)
+app.command()(stages.tune)
+app.command()(infer.infer)
+app.command()(books.run)
+app.command()(books.ls)
+app.command()(books.show)
+app.command()(books.cp)
+app.command()(books.validate)
+app.command()(books.schema)
+app.command()(books.log)
+app.command()(books.verify)
+app.command()(books.doctor)
+app.add_typer(books.cache, name="cache")
+
+
+def main() -> None:
+    """Run the command; whatever ends it becomes one message and an exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    sys.exit(_run())
+
+
+def _run() -> int:
+    from bmkit.errors import BmkitError
+    from bmkit_cli.output import ReaderGoneError
+
+    try:
+        return int(app(standalone_mode=False) or 0)
+    except KeyboardInterrupt:
+        return _say("interrupted; nothing half-written is left", None, 128 + signal.SIGINT)
+    except ReaderGoneError:
+        return 0
+    except BmkitError as exc:
+        _trace()
+        return _say(str(exc), exc.hint, exc.exit_code)
+    except MemoryError:
+        return _say("this machine ran out of memory", "take a smaller model or batch", 4)
+    except Exception as exc:
+        return _unexpected(exc)
+
+
+def _terminated(*_: Any) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def _unexpected(exc: Exception) -> int:
+    """Report what no command has foreseen: a wrong command line, a refusing system, or a bug."""
+    if hasattr(exc, "format_message") and hasattr(exc, "exit_code"):  # typer's usage errors
+        text = str(exc.format_message())
+        context = getattr(exc, "ctx", None)
+        hint = f"see `{context.command_path} --help`" if context is not None else None
+        return _say(text, hint, int(exc.exit_code))
+    _trace()
+    if isinstance(exc, OSError):
+        from bmkit.artifact import is_refusal
+
+        if is_refusal(exc):
+            where = f" {exc.filename}" if exc.filename else ""
+            return _say(f"cannot write{where}: {os.strerror(exc.errno or 0)}", None, 4)
+    if type(exc).__name__ == "OutOfMemoryError":
+        return _say("the GPU ran out of memory", "lower the batch size", 4)
+    hint = "this is a bug in bmkit; -v shows where"
+    return _say(f"{type(exc).__name__}: {exc}", hint, 1)
+
+
+def _say(text: str, hint: str | None, code: int) -> int:
+    sys.stderr.write(f"error: {text}\n")
+    if hint:
+        sys.stderr.write(f" help: {hint}\n")
+    sys.stderr.flush()
+    return code
+
+
+def _trace() -> None:
+    """Print the traceback of the error being handled, if -v was given."""
+    from bmkit_cli import session
+
+    if session.verbose:
+        import traceback
+
+        traceback.print_exc()

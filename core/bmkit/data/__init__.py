@@ -1,0 +1,1 @@
+"""Rows of text and chat, from JSON lines to batches."""

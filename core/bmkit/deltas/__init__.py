@@ -1,0 +1,1 @@
+"""Deltas: how each kind is configured, and which modules it addresses."""

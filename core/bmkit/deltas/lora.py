@@ -1,0 +1,32 @@
+"""LoRA as PEFT has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bmkit.deltas.recipe import Lora
+
+
+def config(spec: Lora, modules: Sequence[str], base: str) -> Any:
+    """Return PEFT's LoraConfig for `spec` on exactly `modules`; `base` names the model for `peft`.
+
+    The modules are named in full: what is trained can't depend on how another version of PEFT
+    reads a pattern.
+    """
+    from peft import LoraConfig, TaskType
+
+    return LoraConfig(
+        r=spec.r,
+        lora_alpha=int(spec.lora_alpha) if spec.lora_alpha == int(spec.lora_alpha) else spec.lora_alpha,
+        lora_dropout=spec.lora_dropout,
+        use_rslora=spec.use_rslora,
+        target_modules=short_names(modules),
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=base,
+    )
+
+
+def short_names(modules: Sequence[str]) -> list[str]:
+    """Return `modules` as a sorted list, as `adapter_config.json` stores it."""
+    return sorted(modules)

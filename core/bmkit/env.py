@@ -1,0 +1,97 @@
+"""What this machine is: where bmkit keeps things, how much memory and disk there is."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+from bmkit.errors import UsageError
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)},
+    **{f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)},
+}
+
+
+def home() -> Path:
+    """Return the directory for pulled models, artifacts and caches: `BMKIT_HOME`."""
+    if named := os.environ.get("BMKIT_HOME"):
+        return Path(named).expanduser().absolute()
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser().absolute() / "bmkit"
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size: `6GiB` (binary), `6GB` (decimal), `512 MiB`, or a bare number of bytes.
+
+    Raises UsageError for anything else, and for a size that is not positive.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None or float(match[1]) * unit < 1:
+        raise UsageError(
+            f"`{text}` is not a size", hint="write for example 6GiB, 6GB or 512MiB (more than 0)"
+        )
+    return int(float(match[1]) * unit)
+
+
+def format_bytes(count: float) -> str:
+    """Write a size for people: `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def available_ram_bytes() -> int:
+    """Return the memory that a new process can take, the container's limit considered."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return min(free, max(limit - used, 0))
+
+
+def has_nvidia_gpu() -> bool:
+    """Tell, without torch, whether an NVIDIA GPU's device file is there (also under WSL)."""
+    return Path("/dev/nvidia0").exists() or Path("/dev/dxg").exists()
+
+
+def free_disk_bytes(path: Path) -> int:
+    """Return the free space of the file system on which `path` lies or will lie."""
+    here = path.absolute()
+    while not here.exists():
+        here = here.parent
+    return shutil.disk_usage(here).free
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident memory that this process ever had.
+
+    `VmHWM` where there is /proc: unlike `ru_maxrss` it does not inherit the parent's peak.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
+    except (OSError, TypeError):
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rss_bytes() -> int:
+    """Return the resident memory that this process has now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,72 @@
+"""Every error that bmkit raises on purpose.
+
+* BmkitError                 exit code 1
+  + UsageError               exit code 2   the command line is wrong
+  + RecipeError              exit code 2   the recipe is wrong
+  + InputError               exit code 3   an input is missing, damaged or of the wrong kind
+    - OutputTaken            exit code 3   OUT holds something else, or another run is writing it
+  + ResourceError            exit code 4   this machine cannot: memory, disk, device
+  + GateError                exit code 5   built, but a bound of `gates:` is not met
+  + DivergedError            exit code 5   training left the numbers that make sense
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BmkitError(Exception):
+    """Base class. `hint` says what to do next, in one sentence."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(BmkitError):
+    """The command line is wrong."""
+
+    exit_code = 2
+
+
+class RecipeError(BmkitError):
+    """The recipe is wrong."""
+
+    exit_code = 2
+
+
+class InputError(BmkitError):
+    """An input is missing, damaged or of the wrong kind."""
+
+    exit_code = 3
+
+
+class OutputTaken(InputError):
+    """OUT holds something that this run must not replace, or another run is writing it."""
+
+
+class ResourceError(BmkitError):
+    """This machine cannot run the plan: memory, disk or device."""
+
+    exit_code = 4
+
+
+class GateError(BmkitError):
+    """The result was built, but a bound of `gates:` is not met."""
+
+    exit_code = 5
+
+
+class DivergedError(BmkitError):
+    """Training produced a loss that is not a number; the last good checkpoint is kept."""
+
+    exit_code = 5
+
+
+def did_you_mean(word: str, known: Iterable[str], *, otherwise: str | None = None) -> str | None:
+    """Return «did you mean `x`?» for the nearest of `known`, else `otherwise`."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.55)
+    return f"did you mean `{close[0]}`?" if close else otherwise

@@ -1,0 +1,1 @@
+"""Generate text with whatever a stage has made."""

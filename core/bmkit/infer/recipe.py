@@ -1,0 +1,53 @@
+"""What an infer recipe may say: GenerationConfig's names. No torch here."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from bmkit.recipe import Recipe
+
+
+class InferRecipe(Recipe):
+    """`bmkit infer`."""
+
+    METRICS: ClassVar = ()
+
+    kind: Literal["infer"]
+    max_new_tokens: int = Field(default=256, ge=1, description="Most tokens of an answer.")
+    do_sample: bool | None = Field(
+        default=None, description="Draw tokens at random; if not given, when temperature is above 0."
+    )
+    temperature: float | None = Field(
+        default=None, ge=0, description="Sharpness of the draw: 0 is greedy, 1 is the model's own."
+    )
+    top_k: int = Field(default=0, ge=0, description="Draw among the k likeliest; 0 is all.")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Draw among the likeliest that make up this share."
+    )
+    min_p: float = Field(
+        default=0.0, ge=0, lt=1, description="Leave out what is less likely than this share of the top."
+    )
+    repetition_penalty: float = Field(
+        default=1.0, gt=0, description="Above 1, tokens that were there before become less likely."
+    )
+    stop_strings: list[str] = Field(default=[], description="The answer ends before any of these.")
+    system: str | None = Field(default=None, description="A system prompt for every chat.")
+    raw: bool = Field(default=False, description="Send prompts as they are, without chat template.")
+    batch_size: int = Field(default=8, ge=1, description="Prompts that are answered together.")
+
+    @property
+    def sampled(self) -> bool:
+        """Tell whether tokens are drawn at random."""
+        if self.do_sample is not None:
+            return self.do_sample
+        return bool(self.temperature)
+
+    @model_validator(mode="after")
+    def _draws_agree(self) -> InferRecipe:
+        if self.do_sample and self.temperature == 0:
+            raise ValueError("do_sample is true, but temperature 0 is greedy")
+        if "" in self.stop_strings:
+            raise ValueError("an empty stop string would end every answer at once")
+        return self

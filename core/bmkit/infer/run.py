@@ -1,0 +1,175 @@
+"""The infer engine: rows in, answers out, in order."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bmkit import env
+from bmkit import model as models
+from bmkit.data import chat, rows
+from bmkit.data.rows import BadRow, Row
+from bmkit.errors import InputError
+from bmkit.infer.recipe import InferRecipe
+from bmkit.plan import Job
+from bmkit.runtime.generate import Answer, Generation, generate, plain_defaults
+
+WINDOW_BATCHES = 8
+"""Rows of this many batches are sorted by length together: less padding, answers still flow."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One row and its answer."""
+
+    id: Any
+    prompt: str
+    answer: Answer
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    number: int
+    id: Any
+    text: str
+    ids: list[int]
+
+
+class Session:
+    """A model, loaded with its adapters, that answers rows."""
+
+    def __init__(self, job: Job) -> None:
+        recipe = job.recipe
+        assert isinstance(recipe, InferRecipe)  # the registry pairs recipe and engine
+        self.recipe = recipe
+        if job.threads:
+            torch.set_num_threads(job.threads)
+        device = models.pick_device(recipe.device)
+        self.tokenizer = models.load_tokenizer(job.checkpoint)
+        self.rss_before_bytes = env.rss_bytes()
+        model = models.load_model(job.checkpoint, device=device, dtype=recipe.dtype)
+        plain_defaults(model)
+        self.context: int | None = getattr(model.config, "max_position_embeddings", None)
+        deltas = [*([job.model] if job.base else []), *job.adapters]
+        self.model = models.attach(model, [delta.path for delta in deltas])
+        self.tokens = 0
+        self.seconds = 0.0
+        self.raw = recipe.raw or self.tokenizer.chat_template is None
+
+    def answer(
+        self, given: Iterable[Row | BadRow], *, write: Callable[[str], None] | None = None
+    ) -> Iterator[Answered | BadRow]:
+        """Answer rows of `prompt` or `messages`, batched by length, in the order they came.
+
+        A row that can't be used comes back as a BadRow in its place. `write` gets the text of each
+        answer while it is made; rows are then answered one at a time.
+        """
+        size = 1 if write else self.recipe.batch_size
+        window = size if write else size * WINDOW_BATCHES
+        numbered = enumerate(given)
+        while taken := list(itertools.islice(numbered, window)):
+            done: dict[int, Answered | BadRow] = {}
+            prompts = []
+            for number, row in taken:
+                found = self._read(number, row)
+                if isinstance(found, BadRow):
+                    done[number] = found
+                else:
+                    prompts.append(found)
+            prompts.sort(key=lambda p: -len(p.ids))
+            order = iter([number for number, _ in taken])
+            waiting = next(order, None)
+            for start in range(0, len(prompts), size):
+                for prompt, answer in self._batch(prompts[start : start + size], write):
+                    done[prompt.number] = Answered(prompt.id, prompt.text, answer)
+            while waiting is not None:
+                yield done.pop(waiting)
+                waiting = next(order, None)
+
+    def peak_gpu_bytes(self) -> int:
+        """Return the most GPU memory that torch has held, 0 on the CPU."""
+        device = self.model.device
+        return int(torch.cuda.max_memory_reserved(device)) if device.type == "cuda" else 0
+
+    def _batch(
+        self, prompts: list[_Prompt], write: Callable[[str], None] | None
+    ) -> list[tuple[_Prompt, Answer]]:
+        r = self.recipe
+        longest = max(len(p.ids) for p in prompts)
+        room = r.max_new_tokens if self.context is None else self.context - longest
+        how = Generation(
+            max_new_tokens=min(r.max_new_tokens, room),
+            sampled=r.sampled,
+            temperature=1.0 if r.temperature is None else r.temperature,
+            top_k=r.top_k,
+            top_p=r.top_p,
+            min_p=r.min_p,
+            repetition_penalty=r.repetition_penalty,
+            stop_strings=tuple(r.stop_strings),
+            seed=r.seed,
+        )
+        start = time.perf_counter()
+        answers = generate(
+            self.model,
+            self.tokenizer,
+            [p.ids for p in prompts],
+            how,
+            numbers=[p.number for p in prompts],
+            write=write,
+        )
+        self.seconds += time.perf_counter() - start
+        self.tokens += sum(len(a.token_ids) for a in answers)
+        return list(zip(prompts, answers, strict=True))
+
+    def _read(self, number: int, row: Row | BadRow) -> _Prompt | BadRow:
+        if isinstance(row, BadRow):
+            return row
+        try:
+            text, ids = self._tokenise(row.values)
+        except ValueError as exc:
+            return BadRow(row.line, str(exc))
+        if not ids:
+            return BadRow(row.line, "the prompt is empty")
+        if self.context is not None and len(ids) >= self.context:
+            return BadRow(
+                row.line, f"the prompt has {len(ids)} tokens, the model reads {self.context}"
+            )
+        return _Prompt(number, row.values.get("id", number), text, ids)
+
+    def _tokenise(self, values: dict[str, Any]) -> tuple[str, list[int]]:
+        messages = values.get("messages")
+        if messages is not None:
+            if problem := rows.messages_problem(messages):
+                raise ValueError(problem)
+            if self.raw:
+                raise ValueError("it holds `messages`, which need a chat template (and no --raw)")
+            text = str(messages[-1]["content"])
+        elif isinstance(values.get("prompt"), str):
+            text = values["prompt"]
+            messages = [{"role": "user", "content": text}]
+        else:
+            raise ValueError(rows.unknown_shape(values, "`prompt` or `messages`"))
+        if self.raw:
+            return text, self._start(self.tokenizer(text)["input_ids"])
+        if self.recipe.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.recipe.system}, *messages]
+        whole = chat.render(self.tokenizer, messages, answer=True)
+        return text, self.tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+    def _start(self, ids: list[int]) -> list[int]:
+        """Drop an end token that some tokenizers put after every text."""
+        if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+            return ids[:-1]
+        return ids
+
+
+def run(job: Job) -> Session:
+    """Load what the job names. Raises InputError for what can't be loaded."""
+    if job.model.kind not in {"model", "delta"}:
+        raise InputError(f"{job.model.path} is a {job.model.kind}")
+    return Session(job)

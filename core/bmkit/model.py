@@ -1,0 +1,280 @@
+"""Load and save checkpoints: lazily, shard by shard, safetensors only."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bmkit.errors import InputError, RecipeError, ResourceError
+from bmkit.plan import Headers
+
+SHARD_BYTES = 2 * 2**30
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+
+def pick_device(name: str) -> torch.device:
+    """Turn `auto`, `cpu`, `cuda:1`, … into a device. Raises ResourceError if it isn't there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(
+            f"device: `{name}` is not a device", hint="write auto, cpu, cuda, cuda:1 or mps"
+        ) from None
+    there = {
+        "cpu": lambda: True,
+        "cuda": lambda: torch.cuda.device_count() > (device.index or 0),
+        "mps": torch.backends.mps.is_available,
+        "xpu": lambda: torch.xpu.device_count() > (device.index or 0),
+    }.get(device.type, lambda: False)
+    if not there():
+        raise ResourceError(f"this machine has no device `{name}`", hint="--device cpu works always")
+    return device
+
+
+def compute_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """Choose the dtype to compute in: `auto` keeps `stored` where the device is good at it.
+
+    Else float32: bf16 weights are widened exactly.
+    """
+    if name != "auto":
+        chosen: torch.dtype = getattr(torch, name)
+        return chosen
+    if device.type == "cuda" and (stored != torch.bfloat16 or torch.cuda.is_bf16_supported()):
+        return stored
+    return torch.float32
+
+
+def stored_dtype(config: Any) -> torch.dtype:
+    """Return the dtype that a checkpoint's config names; float32 if it names none."""
+    dtype = getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def load_config(path: Path) -> Any:
+    """Read a checkpoint's config. Raises InputError if transformers doesn't know the model."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError) as exc:
+        raise InputError(
+            f"{path}/config.json: transformers can't read it: {_first_line(exc)}",
+            hint="bmkit runs no code from a checkpoint (trust_remote_code stays off)",
+        ) from None
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Load a checkpoint's tokenizer. Raises InputError if it has none."""
+    from transformers import AutoTokenizer
+
+    if not any(path.glob("tokenizer*")) and not any(path.glob("vocab*")):
+        raise InputError(
+            f"{path} has no tokenizer", hint="copy tokenizer.json and tokenizer_config.json there"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError) as exc:
+        raise InputError(f"{path}: its tokenizer can't be loaded: {_first_line(exc)}") from None
+
+
+def load_model(path: Path, *, device: torch.device, dtype: str = "auto") -> Any:
+    """Load a causal language model, dense, in eval mode.
+
+    Quantised checkpoints are unpacked to the compute dtype. Peak memory: the dense model and one
+    shard. Raises InputError for a checkpoint that doesn't fit its config, ResourceError for memory.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(path)
+    chosen = compute_dtype(dtype, stored_dtype(config), device)
+    options: dict[str, Any] = {}
+    if quantization := getattr(config, "quantization_config", None):
+        options["quantization_config"] = _dense(quantization, path)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=chosen,
+            device_map={"": device} if device.type != "cpu" else None,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except torch.OutOfMemoryError as exc:
+        raise ResourceError(f"{path}: {_first_line(exc)}", hint="take a smaller model") from None
+    except (SafetensorError, ValueError, OSError, KeyError, RuntimeError) as exc:
+        raise InputError(f"{path} can't be loaded: {_first_line(exc)}") from None
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"{path}: {len(missing)} tensors are missing, as {missing[0]}",
+            hint="the weights belong to another config.json; fetch the checkpoint again",
+        )
+    return model.eval()
+
+
+def attach(model: Any, adapters: Sequence[Path]) -> Any:
+    """Put PEFT adapters on `model`, all active at once, each loaded from its directory.
+
+    Raises InputError for one that doesn't fit the model.
+    """
+    if not adapters:
+        return model
+    from peft import PeftModel
+
+    wrapped = None
+    names = [f"a{i}" for i in range(len(adapters))]
+    for name, path in zip(names, adapters, strict=True):
+        try:
+            if wrapped is None:
+                wrapped = PeftModel.from_pretrained(model, path, adapter_name=name)
+            else:
+                wrapped.load_adapter(path, adapter_name=name)
+        except (SafetensorError, ValueError, RuntimeError, KeyError, OSError, TypeError) as exc:
+            raise InputError(
+                f"{path} doesn't fit this model: {_first_line(exc)}",
+                hint="was it trained on another base?",
+            ) from None
+    assert wrapped is not None  # there is at least one adapter
+    if len(names) > 1:
+        wrapped.base_model.set_adapter(names)
+    return wrapped.eval()
+
+
+def _dense(quantization: Any, path: Path) -> Any:
+    """Ask transformers to unpack compressed-tensors weights while loading."""
+    from transformers import CompressedTensorsConfig
+
+    values = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    if values.get("quant_method") != "compressed-tensors":
+        raise InputError(
+            f"{path} is quantised as {values.get('quant_method')}",
+            hint="bmkit reads compressed-tensors and GGUF",
+        )
+    return CompressedTensorsConfig(dequantize=True)
+
+
+def empty_model(path: Path) -> nn.Module:
+    """Build the checkpoint's model on the meta device: shapes and module types, no memory."""
+    import transformers
+
+    config = load_config(path)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    names = config.architectures or []
+    kind = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+    if kind is None:
+        raise InputError(f"{path}/config.json names no architecture that transformers knows")
+    with torch.device("meta"):
+        model: nn.Module = kind(config)
+    return model
+
+
+def tensors(headers: Headers) -> Iterator[tuple[str, Tensor]]:
+    """Read a checkpoint's tensors one at a time, in the order of its files.
+
+    Peak memory: one tensor; the file is mapped, and its pages can be dropped at any time.
+    """
+    for file in dict.fromkeys(t.file for t in headers.tensors):
+        with safe_open(file, framework="pt") as stream:
+            for name in stream.keys():  # noqa: SIM118 - not a dict
+                yield name, stream.get_tensor(name)
+
+
+class ShardWriter:
+    """Write a checkpoint tensor by tensor, starting a new file every `shard_bytes`.
+
+    Peak memory: one shard. One shard gives `model.safetensors`, more give numbered files and their
+    index, as transformers writes them.
+    """
+
+    def __init__(self, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+        self.folder = folder
+        self.shard_bytes = shard_bytes
+        self.pending: dict[str, Tensor] = {}
+        self.pending_bytes = 0
+        self.shards: list[list[str]] = []
+        self.total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor; it is written when its shard is full."""
+        size = tensor.numel() * tensor.element_size()
+        if self.pending and self.pending_bytes + size > self.shard_bytes:
+            self._flush()
+        self.pending[name] = tensor.contiguous()
+        self.pending_bytes += size
+        self.total_bytes += size
+
+    def close(self) -> None:
+        """Write what is left, and the index if there are several shards."""
+        self._flush()
+        count = len(self.shards)
+        weight_map = {}
+        for i, names in enumerate(self.shards, 1):
+            final = "model.safetensors" if count == 1 else f"model-{i:05}-of-{count:05}.safetensors"
+            self._part(i).rename(self.folder / final)
+            weight_map.update(dict.fromkeys(names, final))
+        if count > 1:
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            text = json.dumps(index, indent=1, sort_keys=True)
+            (self.folder / "model.safetensors.index.json").write_text(text + "\n")
+
+    def _flush(self) -> None:
+        if not self.pending:
+            return
+        self.shards.append(list(self.pending))
+        try:
+            save_file(self.pending, self._part(len(self.shards)), metadata={"format": "pt"})
+        except SafetensorError as exc:
+            raise _disk_error(exc, self.folder) from None
+        self.pending.clear()
+        self.pending_bytes = 0
+
+    def _part(self, i: int) -> Path:
+        return self.folder / f"part-{i:05}.safetensors"
+
+
+def _disk_error(exc: SafetensorError, folder: Path) -> Exception:
+    """Tell a refusal of the file system, which safetensors reports as text, from a bug."""
+    text = str(exc)
+    if "os error" not in text.lower() and "I/O error" not in text:
+        return exc
+    return ResourceError(
+        f"cannot write in {folder}: {text.removeprefix('Error while serializing: ')}",
+        hint="free some space or name an --out on another disk; nothing was kept",
+    )
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy what belongs to a checkpoint beside its weights: config, tokenizer, chat template."""
+    for pattern in SIDE_FILES:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file() and file.suffix != ".bin":
+                shutil.copyfile(file, target / file.name)
+
+
+def _first_line(exc: BaseException) -> str:
+    return str(exc).strip().splitlines()[0][:300] if str(exc).strip() else type(exc).__name__

@@ -1,0 +1,1 @@
+"""Running stages, alone and in a row. Joins the engines, which never see each other."""

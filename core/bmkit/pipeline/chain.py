@@ -1,0 +1,209 @@
+"""A pipeline: a YAML list of stages, the same thing as the shell's pipe, with the same words."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bmkit import builtin, recipe, registry
+from bmkit.artifact import Artifact, Step
+from bmkit.errors import InputError, RecipeError
+from bmkit.pipeline import stage
+from bmkit.pipeline.stage import Request
+from bmkit.pull import run as pulls
+from bmkit.recipe import Document
+from bmkit.report import Reporter
+
+WORDS = {
+    "pull": ("out",),
+    "compress": ("model", "out", "set", "device", "seed"),
+    "tune": ("model", "out", "set", "device", "seed", "data"),
+    "infer": (
+        "model",
+        "set",
+        "device",
+        "seed",
+        "prompt",
+        "input",
+        "system",
+        "raw",
+        "max_new_tokens",
+        "adapters",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One stage of a pipeline."""
+
+    stage: str
+    recipe: str | Mapping[str, Any]
+    options: Mapping[str, Any]
+    where: str
+
+
+def read(name: str) -> list[Item]:
+    """Read a pipeline: a file, a built-in name, or `-`. Raises RecipeError naming all faults."""
+    text, source, short, folder = builtin.read("pipelines", name)
+    doc = recipe.parse(text, source, name=short, folder=folder)
+    if not isinstance(doc.data, list) or not doc.data:
+        raise RecipeError(
+            f"{source}: a pipeline is a list of stages", hint="as `- compress: int8` on each line"
+        )
+    problems = list(doc.problems)
+    items = [item for i, entry in enumerate(doc.data) if (item := _item(doc, i, entry, problems))]
+    for i, item in enumerate(items):
+        if item.stage == "infer" and i < len(items) - 1:
+            problems.append(_said(doc, i, "infer", "`infer` writes text, so it comes last"))
+        if item.stage == "pull" and i > 0:
+            problems.append(_said(doc, i, "pull", "`pull` comes first"))
+        if i == 0 and item.stage != "pull" and "model" not in item.options:
+            problems.append(_said(doc, i, item.stage, "the first stage needs `pull` or `model`"))
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise RecipeError("\n".join([f"{source}: {count}", *problems]))
+    return items
+
+
+def _item(doc: Document, i: int, entry: Any, problems: list[str]) -> Item | None:
+    if not isinstance(entry, dict):
+        problems.append(_said(doc, i, None, "a stage is a mapping, as `compress: int8`"))
+        return None
+    names = [key for key in entry if key in WORDS]
+    if len(names) != 1:
+        odd = [key for key in entry if difflib.get_close_matches(str(key), WORDS, n=1)]
+        close = [difflib.get_close_matches(str(key), WORDS, n=1)[0] for key in odd]
+        hint = f"; did you mean `{close[0]}`?" if close and not names else ""
+        text = f"one of {', '.join(WORDS)} says what the stage is{hint}"
+        problems.append(_said(doc, i, odd[0] if odd else None, text))
+        return None
+    name = names[0]
+    for key in entry:
+        if key != name and key not in WORDS[name]:
+            close = difflib.get_close_matches(str(key), WORDS[name], n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(WORDS[name])}"
+            problems.append(_said(doc, i, key, f"unknown key `{key}`; {hint}"))
+    value = entry[name]
+    if not isinstance(value, str) and (name == "pull" or not isinstance(value, dict)):
+        problems.append(_said(doc, i, name, f"`{name}` takes a name or a recipe's keys"))
+        return None
+    options = {k: v for k, v in entry.items() if k != name}
+    _from_file(doc.folder, name, options)
+    if isinstance(value, str) and (doc.folder / value).is_file():
+        value = str(doc.folder / value)
+    return Item(name, value, options, f"{doc.source}, stage {i + 1}")
+
+
+def _from_file(folder: Path, name: str, options: dict[str, Any]) -> None:
+    """Make the paths of a pipeline file relative to the file, where something lies there."""
+    for key in ("model", "data", "input"):
+        value = options.get(key)
+        if isinstance(value, str) and (folder / value).exists():
+            options[key] = str(folder / value)
+    if isinstance(options.get("out"), str):
+        options["out"] = str(folder / options["out"])
+
+
+def _said(doc: Document, i: int, key: Any, text: str) -> str:
+    return recipe.at(doc, (i,) if key is None else (i, key), text, on_key=key is not None)
+
+
+def run(
+    items: Sequence[Item],
+    reporter: Reporter,
+    answer: Callable[[Request, Mapping[str, Any]], None],
+    *,
+    force: bool = False,
+) -> tuple[Path, stage.Result | None, Artifact] | None:
+    """Run the stages in order, each on what the one before has left.
+
+    `answer` runs a last `infer` stage, which writes text instead of an artifact; the answer is
+    then None. Raises what the stages raise, GateError included: later stages don't run.
+    """
+    last: tuple[Path, stage.Result | None, Artifact] | None = None
+    for item in items:
+        options = dict(item.options)
+        out = Path(options["out"]) if options.get("out") else None
+        if item.stage == "pull":
+            found, _ = pulls.pull(str(item.recipe), reporter, out=out, force=force)
+            last = (found.path, None, found)
+            continue
+        model = options.get("model") or (str(last[0]) if last else None)
+        if model is None:
+            raise InputError(f"{item.where}: no model")
+        request = Request(
+            stage=item.stage,
+            recipe=item.recipe,
+            model=str(model),
+            out=out,
+            assign=tuple(f"{k}={_yaml(v)}" for k, v in (options.get("set") or {}).items()),
+            data=options.get("data"),
+            device=options.get("device"),
+            seed=options.get("seed"),
+            adapters=tuple(options.get("adapters") or ()),
+            flags={k: options.get(k) for k in ("system", "raw", "max_new_tokens") if k in options},
+            force=force,
+        )
+        if registry.STAGES[item.stage].gives == "text":
+            answer(request, options)
+            return None
+        result = stage.run_stage(request, reporter)
+        stage.require_gates(result)
+        last = (result.artifact.path, result, result.artifact)
+    return last
+
+
+def check(items: Sequence[Item]) -> None:
+    """Validate every stage's recipe without running anything. Raises RecipeError."""
+    for item in items:
+        if item.stage != "pull":
+            assign = tuple(f"{k}={_yaml(v)}" for k, v in (item.options.get("set") or {}).items())
+            stage.load_recipe(Request(item.stage, item.recipe, "", assign=assign))
+
+
+def lineage(steps: Sequence[Step]) -> list[dict[str, Any]]:
+    """Return the pipeline that made an artifact, ready to be written as YAML and run again."""
+    items: list[dict[str, Any]] = []
+    for step in steps:
+        if step.stage == "pull":
+            items.append({"pull": step.recipe["name"]})
+            continue
+        values = {k: v for k, v in step.recipe.items() if k != "kind"}
+        item: dict[str, Any] = {step.stage: values}
+        given = step.inputs.get("model")
+        if not items and given is not None:
+            item["model"] = given.path
+        items.append(item)
+    return items
+
+
+def to_yaml(items: Sequence[Mapping[str, Any]]) -> str:
+    """Write a pipeline so that bmkit's own loader reads the same values back."""
+    return yaml.dump(list(items), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that bmkit's loader would otherwise read as a number."""
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    style = '"' if not isinstance(recipe.scalar(value), str) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+def _float(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:float", repr(value))
+
+
+_Dumper.add_representer(str, _text)
+_Dumper.add_representer(float, _float)
+
+
+def _yaml(value: Any) -> str:
+    return yaml.dump(value, Dumper=_Dumper, default_flow_style=True).removesuffix("...\n").strip()

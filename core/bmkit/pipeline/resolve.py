@@ -1,0 +1,81 @@
+"""Words to inputs: the model that `-m` names, and the base that a delta names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bmkit import artifact, env, plan
+from bmkit.artifact import Artifact
+from bmkit.errors import InputError
+from bmkit.pull import run as pulls
+from bmkit.pull.source import understand
+from bmkit.report import Reporter
+
+
+def find_model(text: str, reporter: Reporter, *, bring: bool = True) -> Artifact:
+    """Return the artifact, checkpoint, adapter or pulled model that `text` names.
+
+    A `.gguf` file, a known name or a hub id is pulled first; without `bring` it must have been.
+    """
+    source = understand(text)
+    if source.kind == "directory" and source.path is not None:
+        return artifact.open_artifact(source.path)
+    if bring:
+        return pulls.pull(text, reporter)[0]
+    if found := pulls.find(text):
+        return found
+    raise InputError(f"{text} is not here yet", hint=f"bring it with: bmkit pull {text}")
+
+
+def find_base(delta: Artifact, reporter: Reporter, *, bring: bool = True) -> Artifact:
+    """Return the model that `delta` was trained on.
+
+    Its recorded path is used if the content there is still the same, else the cache is searched
+    for that content. Raises InputError saying how to name the base by hand.
+    """
+    hint = f"name the base yourself: -m BASE --adapter {delta.path}"
+    entry = delta.manifest.base if delta.manifest else None
+    if entry is None:
+        return _base_of_adapter(delta, reporter, hint, bring=bring)
+    said = f"the base of {delta.path} is gone: {entry.path}"
+    if entry.path is not None and Path(entry.path).exists():
+        try:
+            found = artifact.open_artifact(Path(entry.path))
+            if found.digest == entry.digest:
+                return found
+            said = (
+                f"the base of {delta.path} has changed: {entry.path} has digest "
+                f"{found.digest[:12]}…, the delta was trained on {entry.digest[:12]}…"
+            )
+        except InputError as exc:
+            said = f"the base of {delta.path} has changed: {exc}"
+    for folder in ("models", "artifacts"):
+        for manifest in sorted((env.home() / folder).glob(f"*/{artifact.MANIFEST}")):
+            if artifact.read_manifest(manifest.parent).digest == entry.digest:
+                return artifact.open_artifact(manifest.parent)
+    if entry.name is not None and bring and understand(entry.name).kind != "directory":
+        found = pulls.pull(entry.name, reporter)[0]
+        if found.digest == entry.digest:
+            return found
+    raise InputError(said, hint=hint)
+
+
+def _base_of_adapter(delta: Artifact, reporter: Reporter, hint: str, *, bring: bool) -> Artifact:
+    config = plan.read_json(delta.path / "adapter_config.json")
+    named = config.get("base_model_name_or_path")
+    if not named:
+        raise InputError(f"{delta.path} names no base model", hint=hint)
+    try:
+        return find_model(str(named), reporter, bring=bring)
+    except InputError as exc:
+        raise InputError(f"the base of {delta.path} is gone: {exc}", hint=hint) from None
+
+
+def warn_foreign_base(adapter: Artifact, model: Artifact, reporter: Reporter) -> None:
+    """Warn if `adapter` was trained on something else than `model`."""
+    entry = adapter.manifest.base if adapter.manifest else None
+    if entry is not None and entry.digest != model.digest:
+        reporter.warn(
+            f"{adapter.path} was trained on {entry.name or entry.path} "
+            f"({entry.digest[:12]}…), not on {model.path} ({model.digest[:12]}…)"
+        )

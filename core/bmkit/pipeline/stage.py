@@ -1,0 +1,361 @@
+"""Run one stage: validate, plan, key, reuse or build."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import bmkit
+from bmkit import artifact, builtin, env, plan, registry
+from bmkit import recipe as recipes
+from bmkit.artifact import Artifact, InputEntry, Step
+from bmkit.errors import GateError, InputError, OutputTaken, RecipeError, UsageError
+from bmkit.pipeline.resolve import find_base, find_model, warn_foreign_base
+from bmkit.plan import Estimate, Job, Outcome
+from bmkit.recipe import Document, Recipe
+from bmkit.report import Reporter
+
+
+@dataclass(frozen=True)
+class Request:
+    """One stage as the user asked for it: the words of a command line, or of a pipeline's item."""
+
+    stage: str
+    recipe: str | Mapping[str, Any]
+    model: str
+    out: Path | None = None
+    assign: tuple[str, ...] = ()
+    data: str | None = None
+    device: str | None = None
+    seed: int | None = None
+    threads: int | None = None
+    gpu_memory: str | None = None
+    cpu_memory: str | None = None
+    adapters: tuple[str, ...] = ()
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    """Further recipe keys that have a flag of their own, as `max_new_tokens`."""
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A stage that has been checked: everything is known, nothing is done."""
+
+    request: Request
+    stage: registry.Stage
+    recipe: Recipe
+    name: str
+    model: Artifact
+    base: Artifact | None
+    adapters: tuple[Artifact, ...]
+    files: Mapping[str, Path]
+    inputs: Mapping[str, InputEntry]
+    key: str
+    out: Path
+    done: Artifact | None
+    """The result, if it is there already."""
+
+    def job(self, out: Path, work: Path, reporter: Reporter) -> Job:
+        """Return what the engine gets."""
+        threads = self.request.threads
+        parts = (self.recipe, self.model, self.base, self.files, out, work, reporter, threads)
+        return Job(*parts, adapters=self.adapters)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage has left."""
+
+    artifact: Artifact
+    key: str
+    reused: bool
+    seconds: float
+    unmet: tuple[str, ...] = ()
+    """Bounds of `gates` that are not met."""
+
+
+def load_recipe(request: Request) -> tuple[Document, Recipe]:
+    """Read, override and validate the recipe of `request`. Raises RecipeError, naming all faults.
+
+    Precedence: recipe < `--set` < flag.
+    """
+    stage = registry.STAGES[request.stage]
+    kind: type[Recipe] = registry.load(stage.recipe)
+    if isinstance(request.recipe, str):
+        text, source, name, folder = builtin.read(request.stage, request.recipe)
+        doc = recipes.parse(text, source, name=name, folder=folder)
+    else:
+        doc = recipes.inline({"kind": stage.name, **request.recipe}, f"the {stage.name} recipe")
+    recipes.override(doc, request.assign)
+    if request.data is not None:
+        _take_data(doc, kind, request.data)
+    flags = {"device": request.device, "seed": request.seed, **request.flags}
+    for key, value in flags.items():
+        if value is not None and isinstance(doc.data, dict):
+            doc.data[key] = value
+            doc.overrides[(key,)] = f"--{key.replace('_', '-')} {value}"
+    recipes.resolve_files(doc, kind, builtin.directory())
+    return doc, recipes.validate(doc, kind)
+
+
+def check(request: Request) -> Request:
+    """Validate the recipe before its model is known, and return the request as it was checked.
+
+    A recipe from stdin is read here, so that it isn't read a second time.
+    """
+    for size in (request.gpu_memory, request.cpu_memory):
+        if size is not None:
+            env.parse_bytes(size)
+    if request.recipe == "-":
+        text, source, name, folder = builtin.read(request.stage, "-")
+        doc = recipes.parse(text, source, name=name, folder=folder)
+        if not isinstance(doc.data, dict):
+            raise RecipeError(f"{source}: a recipe is a mapping of `key: value` lines")
+        request = replace(request, recipe=doc.data)
+    load_recipe(request)
+    return request
+
+
+def _take_data(doc: Document, kind: type[Recipe], data: str) -> None:
+    """Let `--data` take the place of `data.train`, or of every split if it is a directory."""
+    if not kind.FILES:
+        raise UsageError(f"--data has no meaning in `{doc.source}`")
+    if not isinstance(doc.data, dict) or not isinstance(doc.data.setdefault("data", {}), dict):
+        return  # validate says what is wrong
+    splits = [f.partition(".")[2] for f in kind.FILES]
+    path = Path(data).expanduser()
+    found = {"train": path}
+    if path.is_dir():
+        found = {s: path / f"{s}.jsonl" for s in splits if (path / f"{s}.jsonl").is_file()}
+        if "train" not in found:
+            raise InputError(f"{path} has no train.jsonl", hint="--data takes a file or splits")
+    for split in splits:
+        value = doc.data["data"].get(split)
+        ours = isinstance(value, str) and value.startswith("builtin:")
+        if split in found:
+            doc.data["data"][split] = str(found[split].absolute())
+            doc.overrides["data", split] = f"--data {data}"
+        elif path.is_dir() or ours:  # a split of bmkit's own set says nothing about other data
+            doc.data["data"].pop(split, None)
+
+
+def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prepared:
+    """Check everything about a stage that can be checked before doing it.
+
+    With `bring`, a model that is named but not here yet is pulled. No torch is imported.
+    """
+    doc, recipe = load_recipe(request)
+    stage = registry.STAGES[request.stage]
+    files = _files(doc, recipe)
+    model = find_model(request.model, reporter, bring=bring)
+    if model.kind not in stage.takes:
+        merge = "; merge it into its base first" if model.kind == "delta" else ""
+        raise InputError(
+            f"{model.path} is a {model.kind}; `bmkit {stage.name}` takes a "
+            f"{' or a '.join(stage.takes)}{merge}",
+            hint="`-s merge=true` makes `bmkit tune` write a model" if merge else None,
+        )
+    adapters = tuple(find_model(a, reporter, bring=bring) for a in request.adapters)
+    for found in adapters:
+        if found.kind != "delta":
+            raise InputError(f"--adapter {found.path} is a {found.kind}, not a delta")
+        warn_foreign_base(found, model, reporter)
+    base = find_base(model, reporter, bring=bring) if model.kind == "delta" else None
+    plan.read_headers((base or model).path)
+    inputs = {"model": model.entry()}
+    for i, found in enumerate(adapters):
+        inputs[f"adapters.{i}"] = found.entry()
+    with artifact.HashCache() as cache:
+        for dotted, file in files.items():
+            digest = cache.sha256(file)
+            inputs[dotted] = InputEntry(kind="data", digest=digest, path=str(file))
+    digests = {name: entry.digest for name, entry in inputs.items()}
+    key = artifact.stage_key(stage.name, stage.version, _without_paths(recipe), digests)
+    out, done = _destination(request, stage, doc.name, key)
+    if stage.gives != "text":
+        _refuse_overlap(out, [model, *([base] if base else [])])
+    return Prepared(
+        request, stage, recipe, doc.name, model, base, adapters, files, inputs, key, out, done
+    )
+
+
+def estimate(prepared: Prepared, reporter: Reporter) -> Estimate:
+    """Say what the stage will do and need, from headers alone."""
+    job = prepared.job(prepared.out, prepared.out, reporter)
+    found: Estimate = registry.load(prepared.stage.plan)(job)
+    return found
+
+
+def describe_plan(prepared: Prepared, reporter: Reporter) -> dict[str, Any]:
+    """Return what `--plan` shows."""
+    found = estimate(prepared, reporter)
+    return {
+        "stage": prepared.stage.name,
+        "recipe": prepared.name,
+        "inputs": {name: entry.model_dump() for name, entry in prepared.inputs.items()},
+        "steps": found.steps,
+        "key": prepared.key,
+        "path": str(prepared.out) if prepared.stage.gives != "text" else None,
+        "reused": prepared.done is not None,
+        "peak": {
+            "ram_bytes": found.peak.ram_bytes,
+            "gpu_bytes": found.peak.gpu_bytes,
+            "disk_bytes": found.peak.disk_bytes,
+        },
+    }
+
+
+def run_stage(request: Request, reporter: Reporter) -> Result:
+    """Run one stage that writes an artifact, or find its result.
+
+    Raises BmkitError; whatever happens, `out` holds a whole artifact or is as it was. Unmet gates
+    are in the result: call `require_gates` to make an error of them.
+    """
+    start = time.monotonic()
+    prepared = prepare(request, reporter)
+    if prepared.done is not None:
+        reporter.info(f"{prepared.stage.name}: unchanged, {prepared.out} is reused")
+        return _result(prepared.done, prepared, reused=True, start=start)
+    check_fits(prepared, reporter)
+    work = env.home() / "work" / prepared.key[:16]
+    makes_work = prepared.stage.name == "tune"
+    with artifact.create(prepared.out, wait=request.out is None) as scratch:
+        if request.out is None and not request.force:
+            again = _destination(request, prepared.stage, prepared.name, prepared.key)[1]
+            if again is not None:  # another process has built it while this one waited
+                return _result(again, prepared, reused=True, start=start)
+        with artifact.hold(work, f"{prepared.name}, in {work},") if makes_work else nullcontext():
+            outcome: Outcome = registry.load(prepared.stage.run)(
+                prepared.job(scratch, work, reporter)
+            )
+        step = Step(
+            stage=prepared.stage.name,
+            name=prepared.name,
+            key=prepared.key,
+            recipe=_portable(prepared.recipe),
+            inputs=dict(prepared.inputs),
+        )
+        manifest = artifact.write_manifest(
+            scratch,
+            version=bmkit.__version__,
+            kind=outcome.kind,  # type: ignore[arg-type]
+            steps=[*prepared.model.steps, step],
+            base=prepared.model.entry() if outcome.kind in {"delta", "prompt"} else None,
+            metrics=outcome.metrics,
+            loads_in=outcome.loads_in,
+        )
+    shutil.rmtree(work, ignore_errors=True)
+    artifact.remember(prepared.out, manifest)
+    built = Artifact(prepared.out, manifest.kind, manifest.digest, manifest)
+    return _result(built, prepared, reused=False, start=start)
+
+
+def check_fits(prepared: Prepared, reporter: Reporter) -> None:
+    """Raise ResourceError if the machine, or the request's budgets, can't hold the stage."""
+    request = prepared.request
+    plan.check_fits(
+        estimate(prepared, reporter).peak,
+        prepared.out,
+        ram_limit=env.parse_bytes(request.cpu_memory) if request.cpu_memory else None,
+        gpu_limit=env.parse_bytes(request.gpu_memory) if request.gpu_memory else None,
+    )
+
+
+def require_gates(result: Result) -> None:
+    """Raise GateError if a bound is not met."""
+    if result.unmet:
+        raise GateError(
+            f"{result.artifact.path} is built, but {'; '.join(result.unmet)}",
+            hint="the artifact is kept; loosen the gate or change the recipe",
+        )
+
+
+def _result(found: Artifact, prepared: Prepared, *, reused: bool, start: float) -> Result:
+    unmet = []
+    for name, bound in prepared.recipe.gates.items():
+        value = found.metrics.get(name)
+        if not isinstance(value, int | float):
+            unmet.append(f"{name} was not measured")
+        elif bound.max is not None and not value <= bound.max:
+            unmet.append(f"{name} is {value}, above {bound.max}")
+        elif bound.min is not None and not value >= bound.min:
+            unmet.append(f"{name} is {value}, below {bound.min}")
+    seconds = round(time.monotonic() - start, 3)
+    return Result(found, prepared.key, reused, seconds, tuple(unmet))
+
+
+def _files(doc: Document, recipe: Recipe) -> dict[str, Path]:
+    """Return the recipe's data files by dotted key. Raises InputError for one that isn't there."""
+    found = {}
+    for dotted in recipe.FILES:
+        value: Any = recipe
+        for step in dotted.split("."):
+            value = getattr(value, step, None)
+        if value is not None:
+            path = Path(value)
+            if not path.is_file():
+                what = "a directory" if path.is_dir() else "not there"
+                raise InputError(f"{doc.source}: {dotted}: {value} is {what}")
+            found[dotted] = path
+    return found
+
+
+def _without_paths(recipe: Recipe) -> dict[str, Any]:
+    """Return the resolved recipe as it enters the key: content counts, places don't."""
+    values = recipe.model_dump(mode="json", exclude={"gates"})
+    _map_files(recipe, values, lambda _: None)
+    return values
+
+
+def _portable(recipe: Recipe) -> dict[str, Any]:
+    """Return the resolved recipe for a manifest, bmkit's own files by `builtin:`."""
+    ours = builtin.directory()
+
+    def name(path: str) -> str:
+        if Path(path).is_relative_to(ours):
+            return f"builtin:{Path(path).relative_to(ours).as_posix()}"
+        return path
+
+    values = recipe.model_dump(mode="json")
+    _map_files(recipe, values, name)
+    return values
+
+
+def _map_files(recipe: Recipe, values: dict[str, Any], change: Any) -> None:
+    for dotted in recipe.FILES:
+        *folders, last = dotted.split(".")
+        holder: Any = values
+        for step in folders:
+            holder = (holder or {}).get(step)
+        if holder and holder.get(last) is not None:
+            holder[last] = change(holder[last])
+
+
+def _destination(
+    request: Request, stage: registry.Stage, name: str, key: str
+) -> tuple[Path, Artifact | None]:
+    """Return where the result goes, and the result if it lies there already."""
+    if stage.gives == "text":
+        return request.out or Path(), None
+    if request.out is not None:
+        return request.out, artifact.occupied(request.out, key, force=request.force)
+    folder = env.home() / "artifacts"
+    out = folder / f"{stage.name}-{name}-{key[:8]}"
+    if not request.force:
+        for other in sorted(folder.glob(f"{stage.name}-*-{key[:8]}")):
+            if (other / artifact.MANIFEST).is_file() and artifact.read_manifest(other).key == key:
+                return other, artifact.open_artifact(other)
+    return out, artifact.occupied(out, key, force=request.force)
+
+
+def _refuse_overlap(out: Path, inputs: list[Artifact]) -> None:
+    here = out.resolve()
+    for given in inputs:
+        there = given.path.resolve()
+        if here == there or here in there.parents or there in here.parents:
+            raise OutputTaken(f"--out {out} and the input {given.path} lie in each other")

@@ -1,0 +1,238 @@
+"""What a stage will need, from safetensors headers alone: no torch, no weights read."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bmkit import env
+from bmkit.artifact import Artifact
+from bmkit.errors import InputError, ResourceError
+from bmkit.recipe import Recipe
+from bmkit.report import Reporter
+
+DTYPE_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
+}
+MAX_HEADER_BYTES = 100_000_000
+RUNTIME_BYTES = 700 * 2**20  # torch, transformers and their code, as measured on CPU
+"""Resident memory of a process that has imported torch, transformers and peft."""
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """One tensor of a checkpoint, by its header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    file: Path
+
+    @property
+    def numel(self) -> int:
+        """Return the number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Headers:
+    """The headers of all tensors in a checkpoint, and its `config.json`."""
+
+    path: Path
+    tensors: tuple[TensorHeader, ...]
+    config: Mapping[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        """Return the size of all tensors on disk."""
+        return sum(t.bytes for t in self.tensors)
+
+    @cached_property
+    def modules(self) -> dict[str, TensorHeader]:
+        """Return the modules that own a matrix [out, in], by name: linears and embeddings."""
+        found = {}
+        for t in self.tensors:
+            for suffix in (".weight", ".weight_packed"):
+                if t.name.endswith(suffix) and len(t.shape) == 2:
+                    found[t.name.removesuffix(suffix)] = t
+        return found
+
+    def numel(self, module: TensorHeader) -> int:
+        """Return the number of weights of a module, packed or not."""
+        if not module.name.endswith("_packed"):
+            return module.numel
+        return module.numel * 32 // self.packed_bits
+
+    @cached_property
+    def packed_bits(self) -> int:
+        """Return the bits of a packed weight, by the checkpoint's quantization config."""
+        groups = (self.config.get("quantization_config") or {}).get("config_groups") or {}
+        return next((g["weights"]["num_bits"] for g in groups.values() if g.get("weights")), 8)
+
+    @cached_property
+    def dense_numel(self) -> int:
+        """Return the number of weights that the model has once everything is unpacked."""
+        packed = {t.name for t in self.tensors if t.name.endswith("_packed")}
+        small = ("weight_scale", "weight_shape", "weight_zero_point")
+        return sum(
+            self.numel(t) if t.name in packed else t.numel
+            for t in self.tensors
+            if not t.name.endswith(small)
+        )
+
+
+def read_headers(path: Path) -> Headers:
+    """Read the headers of every safetensors file of checkpoint `path`.
+
+    Raises InputError naming the file that is truncated, foreign or missing.
+    """
+    config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise InputError(f"{index} has no weight_map")
+        files = [path / str(name) for name in sorted(set(weight_map.values()))]
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    tensors = tuple(t for file in files for t in _file_headers(file))
+    if not tensors:
+        raise InputError(f"{path} holds no tensors")
+    return Headers(path, tensors, config)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises InputError if it is not one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise InputError(f"{path} cannot be read: {exc.strerror}") from None
+    except ValueError as exc:
+        raise InputError(f"{path} is not JSON: {exc}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is not a JSON object")
+    return found
+
+
+def _file_headers(file: Path) -> list[TensorHeader]:
+    foreign = f"{file} is not a safetensors file"
+    if not file.is_file():
+        raise InputError(f"{file} is missing", hint="its index names it; fetch it again")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= MAX_HEADER_BYTES:
+            raise InputError(foreign, hint="was it damaged on its way?")
+        text = stream.read(length)
+    if len(text) < length:
+        raise InputError(f"{file} is truncated: its header is cut off", hint="fetch it again")
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        tensors = [
+            TensorHeader(
+                name, t["dtype"], tuple(t["shape"]), t["data_offsets"][1] - t["data_offsets"][0], file
+            )
+            for name, t in header.items()
+        ]
+        end = max((t["data_offsets"][1] for t in header.values()), default=0)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+        raise InputError(foreign, hint="was it damaged on its way?") from None
+    if size != 8 + length + end:
+        what = "truncated" if size < 8 + length + end else "longer than its header says"
+        raise InputError(
+            f"{file} is {what}: {size} bytes instead of {8 + length + end}", hint="fetch it again"
+        )
+    for t in tensors:
+        if t.dtype in DTYPE_BYTES and t.numel * DTYPE_BYTES[t.dtype] != t.bytes:
+            raise InputError(f"{file}: tensor {t.name} has the wrong size", hint="fetch it again")
+    return tensors
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that a stage will hold at one time."""
+
+    ram_bytes: int
+    gpu_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an engine's `plan.estimate` answers."""
+
+    steps: list[str]
+    peak: Peak
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that an engine gets: a checked recipe, its inputs, and a place to write."""
+
+    recipe: Recipe
+    model: Artifact
+    base: Artifact | None
+    """The model under `model` when that is a delta."""
+    files: Mapping[str, Path]
+    """The data files of the recipe, by dotted key."""
+    out: Path
+    """An empty directory; what the engine leaves there becomes the artifact."""
+    work: Path
+    """A directory that outlives a killed run: training checkpoints."""
+    reporter: Reporter
+    threads: int | None = None
+    adapters: tuple[Artifact, ...] = ()
+
+    @property
+    def checkpoint(self) -> Path:
+        """Return the directory with the model's weights."""
+        return (self.base or self.model).path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an engine says when it is done."""
+
+    kind: str
+    metrics: Mapping[str, float | int | str] = field(default_factory=dict)
+    loads_in: tuple[str, ...] = ()
+
+
+def check_fits(peak: Peak, out: Path, *, ram_limit: int | None, gpu_limit: int | None) -> None:
+    """Raise ResourceError if this machine, or a budget, can't hold `peak`."""
+    free = env.free_disk_bytes(out)
+    if peak.disk_bytes > free:
+        raise ResourceError(
+            f"{out} needs {env.format_bytes(peak.disk_bytes)} of disk, "
+            f"{env.format_bytes(free)} are free there",
+            hint="free some space, or name an --out on another disk",
+        )
+    available = env.available_ram_bytes()
+    if peak.ram_bytes > available:
+        raise ResourceError(
+            f"this needs about {env.format_bytes(peak.ram_bytes)} of memory, "
+            f"{env.format_bytes(available)} are available",
+            hint="close other programs, or take a smaller model",
+        )
+    for limit, need, flag in (
+        (ram_limit, peak.ram_bytes, "--cpu-memory"),
+        (gpu_limit, peak.gpu_bytes, "--gpu-memory"),
+    ):
+        if limit is not None and need > limit:
+            raise ResourceError(
+                f"{flag} {env.format_bytes(limit)} is too small: this needs "
+                f"{env.format_bytes(need)}",
+                hint=f"the smallest that works is {flag} {math.ceil(need / 2**20)}MiB",
+            )

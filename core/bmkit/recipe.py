@@ -1,0 +1,383 @@
+"""Recipes: YAML in, a validated frozen model out, and errors that point at the line.
+
+PyYAML's YAML 1.1 reads `1e-4` as text, `on` as true, `012` as ten and `1:30` as ninety, and lets a
+duplicate key win silently. The loader here reads YAML 1.2 scalars and refuses duplicates.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bmkit.errors import RecipeError, did_you_mean
+
+Key = str | int
+KeyPath = tuple[Key, ...]
+
+MAX_NODES = 20_000
+
+
+class Model(BaseModel):
+    """Base of every recipe model: no unknown keys, no mutation, no silent coercion."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Bound(Model):
+    """A bound that a metric must meet, else the run ends with exit code 5."""
+
+    min: float | None = None
+    max: float | None = None
+
+    @model_validator(mode="after")
+    def _one_side(self) -> Bound:
+        if self.min is None and self.max is None:
+            raise ValueError("a gate needs `min` or `max`")
+        return self
+
+
+class Recipe(Model):
+    """What every stage's recipe may say."""
+
+    METRICS: ClassVar[tuple[str, ...]] = ()
+    """Names that `gates` may bound."""
+    FILES: ClassVar[tuple[str, ...]] = ()
+    """Dotted keys that hold a path: relative to the recipe file, or `builtin:` for bmkit's own."""
+
+    kind: str
+    seed: int = Field(default=0, ge=0, description="Seed of every random draw.")
+    device: str = Field(
+        default="auto", description="`auto` takes the GPU if there is one; or `cpu`, `cuda:1`, …"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="`auto` computes in the stored dtype where the device can, else in float32.",
+    )
+    gates: dict[str, Bound] = Field(
+        default_factory=dict, description="Bounds on metrics, as `{metric: {min: …, max: …}}`."
+    )
+
+    @model_validator(mode="after")
+    def _gates_name_metrics(self) -> Recipe:
+        for name in self.gates:
+            if name not in self.METRICS:
+                known = ", ".join(self.METRICS) or "none here"
+                hint = did_you_mean(name, self.METRICS, otherwise=f"known: {known}")
+                raise ValueError(f"gates: no metric is called `{name}`; {hint}")
+        return self
+
+
+M = TypeVar("M", bound=Model)
+
+
+@dataclass
+class Document:
+    """Parsed YAML, with the place of every key and value."""
+
+    data: Any
+    source: str
+    name: str
+    """Short name for paths and headings: `int8`."""
+    folder: Path
+    """What relative paths in the document are relative to."""
+    lines: list[str] = field(default_factory=list)
+    key_marks: dict[KeyPath, yaml.Mark] = field(default_factory=dict)
+    value_marks: dict[KeyPath, yaml.Mark] = field(default_factory=dict)
+    overrides: dict[KeyPath, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars: `1e-4` is a number; `on`, `yes`, `012` and `1:30` are text."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*|(?=[eE])))(?:[eE][-+]?[0-9]+)?",
+        "-+.0123456789",
+    ),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first)
+    )
+
+
+def parse(text: str, source: str, *, name: str = "recipe", folder: Path | None = None) -> Document:
+    """Parse `text`; `source` names it in errors.
+
+    Raises RecipeError if it is not YAML. Duplicate keys are kept as problems for `validate`, so
+    that one run names everything that is wrong.
+    """
+    doc = Document(None, source, name, folder or Path.cwd(), text.splitlines())
+    loader = None
+    try:
+        loader = _Loader(text)  # scans the first token already
+        node = loader.get_single_node()
+        if node is None:
+            raise RecipeError(f"{source} is empty")
+        _mark(node, (), doc, loader)
+        doc.data = loader.construct_document(node)
+    except yaml.MarkedYAMLError as exc:
+        mark = exc.problem_mark or exc.context_mark
+        raise RecipeError(f"{source}: not valid YAML\n{_point(doc, mark, _yaml(exc))}") from None
+    except yaml.YAMLError as exc:
+        raise RecipeError(f"{source}: not valid YAML: {exc}") from None
+    except (RecursionError, ValueError) as exc:
+        raise RecipeError(f"{source}: not valid YAML: {type(exc).__name__}: {exc}") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+    return doc
+
+
+def _yaml(exc: yaml.MarkedYAMLError) -> str:
+    return ", ".join(part for part in (exc.context, exc.problem) if part) or "not valid YAML"
+
+
+def _mark(node: yaml.Node, path: KeyPath, doc: Document, loader: _Loader) -> None:
+    doc.value_marks[path] = node.start_mark
+    if len(doc.value_marks) > MAX_NODES or len(path) > 40:
+        raise RecipeError(f"{doc.source}: too large for a recipe")
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            key = loader.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int) or isinstance(key, bool):
+                doc.problems.append(_point(doc, key_node.start_mark, "a key must be text"))
+                continue
+            if (*path, key) in doc.key_marks:
+                first = doc.key_marks[(*path, key)].line + 1
+                text = f"`{key}` is already set on line {first}"
+                doc.problems.append(_point(doc, key_node.start_mark, text))
+                continue
+            doc.key_marks[(*path, key)] = key_node.start_mark
+            _mark(value_node, (*path, key), doc, loader)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            _mark(item, (*path, i), doc, loader)
+
+
+def scalar(text: str) -> Any:
+    """Return what `text` means as a YAML value; text that isn't YAML means itself."""
+    try:
+        return parse(text, "text").data
+    except RecipeError:
+        return text
+
+
+def inline(data: Mapping[str, Any], source: str, *, name: str = "recipe") -> Document:
+    """Make a document of a mapping that has no text of its own, as a pipeline's inline recipe."""
+    return Document(json.loads(json.dumps(data)), source, name, Path.cwd())
+
+
+def override(doc: Document, assignments: Sequence[str], *, flag: str = "--set ") -> None:
+    """Apply `a.b.0.c=value` assignments in place; the value is YAML.
+
+    What is wrong with an assignment becomes a problem of `doc`, named by `validate` with the rest.
+    """
+    for text in assignments:
+        label = f"{flag}{text}"
+        dotted, sep, value = text.partition("=")
+        if not sep or not dotted.strip():
+            hint = "expected KEY=VALUE, as --set train.max_steps=10"
+            doc.problems.append(f"  --> {label}\n   = {hint}")
+            continue
+        path: KeyPath = tuple(int(p) if p.isdigit() else p for p in dotted.strip().split("."))
+        try:
+            parsed = parse(value, label).data if value.strip() else None
+        except RecipeError as exc:
+            doc.problems.append(f"  --> {label}\n   = {str(exc).splitlines()[0]}")
+            continue
+        if problem := _assign(doc.data, path, parsed):
+            doc.problems.append(f"  --> {label}\n   = {problem}")
+        else:
+            doc.overrides[path] = label
+
+
+def _assign(data: Any, path: KeyPath, value: Any) -> str | None:
+    target = data
+    for i, step in enumerate(path):
+        shown = ".".join(map(str, path[: i + 1]))
+        last = i == len(path) - 1
+        if isinstance(target, list):
+            if not isinstance(step, int) or step > len(target) - (not last):
+                return f"no `{shown}`: the list has {len(target)} items, counted from 0"
+            if last:
+                target[step : step + 1] = [value]
+        elif isinstance(target, dict):
+            if last:
+                target[step] = value
+            elif target.get(step) is None:
+                target[step] = {}
+        else:
+            return f"`{'.'.join(map(str, path[:i])) or 'the recipe'}` holds no keys"
+        if not last:
+            target = target[step]  # type: ignore[index]
+    return None
+
+
+def resolve_files(doc: Document, model: type[Recipe], builtin_folder: Path) -> None:
+    """Make the paths of `model.FILES` absolute, in place.
+
+    A path in the file is relative to the file, one from the command line to the working directory,
+    and `builtin:data/x.jsonl` names a file that ships with bmkit.
+    """
+    for dotted in model.FILES:
+        path = tuple(dotted.split("."))
+        holder = doc.data
+        for step in path[:-1]:
+            holder = holder.get(step) if isinstance(holder, dict) else None
+        value = holder.get(path[-1]) if isinstance(holder, dict) else None
+        if not isinstance(holder, dict) or not isinstance(value, str):
+            continue
+        if value.startswith("builtin:"):
+            holder[path[-1]] = str(builtin_folder / value.removeprefix("builtin:"))
+        else:
+            on_line = any(path[: len(o)] == o for o in doc.overrides)
+            base = Path.cwd() if on_line else doc.folder
+            holder[path[-1]] = str((base / Path(value).expanduser()).absolute())
+
+
+def validate(doc: Document, model: type[M]) -> M:
+    """Check `doc` against `model`. Every problem is reported at once, each at its line."""
+    problems = list(doc.problems)
+    if not isinstance(doc.data, dict):
+        problems.append(at(doc, (), "a recipe is a mapping of `key: value` lines"))
+        raise _refusal(doc, problems)
+    wanted = get_args(model.model_fields["kind"].annotation) if "kind" in model.model_fields else ()
+    found = doc.data.get("kind")
+    if wanted and isinstance(found, str) and found not in wanted and found in KINDS:
+        text = f"this is a `{found}` recipe; it runs with `bmkit {found}`"
+        raise _refusal(doc, [*problems, at(doc, ("kind",), text)])
+    try:
+        # JSON mode + strict is the data model of YAML: "4" is not 4, a list may become a tuple.
+        checked = model.model_validate_json(json.dumps(doc.data), strict=True)
+    except ValidationError as exc:
+        problems += [_explain(doc, model, p) for p in exc.errors(include_url=False)]
+    if problems:
+        raise _refusal(doc, problems)
+    return checked
+
+
+KINDS = ("compress", "tune", "prompt", "infer", "spec-decode", "duplex")
+
+
+def _refusal(doc: Document, problems: Sequence[str]) -> RecipeError:
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return RecipeError("\n".join([f"{doc.source}: {count}", *problems]))
+
+
+def _explain(doc: Document, model: type[Model], problem: Any) -> str:
+    path, known = _resolve(doc, model, problem["loc"])
+    kind, ctx = problem["type"], problem.get("ctx", {})
+    name = str(path[-1]) if path else doc.source
+    if kind == "extra_forbidden":
+        close = did_you_mean(name, known, otherwise=f"known keys: {', '.join(known)}")
+        return at(doc, path, f"unknown key `{name}`; {close}", on_key=True)
+    if kind == "missing":
+        return at(doc, path[:-1], f"`{name}` is required", on_key=True)
+    if kind == "union_tag_not_found":
+        tag = ctx["discriminator"].strip("'")
+        return at(doc, path, f"`{tag}` is required", on_key=True)
+    if kind in {"literal_error", "union_tag_invalid"}:
+        allowed = _choices(ctx.get("expected") or ctx["expected_tags"])
+        got = problem["input"] if kind == "literal_error" else ctx["tag"]
+        if kind == "union_tag_invalid":
+            path = (*path, ctx["discriminator"].strip("'"))
+        if isinstance(got, str) and got in allowed:
+            return at(doc, path, f"{got!r} is text here; write {got}")
+        close = did_you_mean(str(got), allowed)
+        text = f"`{got}` is not one of {', '.join(allowed)}" + (f"; {close}" if close else "")
+        return at(doc, path, text)
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    if message.startswith("should"):
+        message = f"`{name}` {message}, not `{json.dumps(problem['input'])}`"
+    return at(doc, path, message)
+
+
+def _choices(text: str) -> list[str]:
+    found = re.findall(r"'[^']*'|[^\s,']+", text.replace(" or ", ", "))
+    return [word.strip("'") for word in found]
+
+
+def _resolve(doc: Document, model: type[Model], loc: Sequence[Key]) -> tuple[KeyPath, list[str]]:
+    """Drop the union tags that pydantic puts in a loc, and find the keys known there."""
+    path: list[Key] = []
+    here: Any = doc.data
+    current: Any = model
+    for i, step in enumerate(loc):
+        last = i == len(loc) - 1
+        fields = _fields(current)
+        inside = isinstance(here, dict) and step in here
+        inside |= isinstance(here, list) and isinstance(step, int) and step < len(here)
+        if not inside and not last:
+            current = _variant(current, str(step)) or current
+            continue
+        path.append(step)
+        if last:
+            break
+        here = here[step]
+        if step in fields:
+            current = fields[step].annotation
+    return tuple(path), sorted(_fields(current))
+
+
+def _fields(annotation: Any) -> dict[Any, Any]:
+    """Return the fields of the model inside `annotation`, looking through list, dict and union."""
+    if found := getattr(annotation, "model_fields", None):
+        return dict(found)
+    merged: dict[Any, Any] = {}
+    for arg in get_args(annotation):
+        merged.update(_fields(arg))
+    return merged
+
+
+def _variant(annotation: Any, tag: str) -> Any:
+    """Find the member of a (possibly nested) tagged union that `tag` selects."""
+    for arg in get_args(annotation):
+        fields = getattr(arg, "model_fields", {})
+        if any(tag in get_args(f.annotation) for n, f in fields.items() if n in TAGS):
+            return arg
+        if found := _variant(arg, tag):
+            return found
+    return None
+
+
+TAGS = ("method", "type")
+
+
+def at(doc: Document, path: KeyPath, text: str, *, on_key: bool = False) -> str:
+    """Say `text` at the place of `path` in `doc`: file:line:col, the line, a caret."""
+    for cut in range(len(path), -1, -1):
+        if path[:cut] in doc.overrides:
+            return f"  --> {doc.overrides[path[:cut]]}\n   = {text}"
+    while path and path not in doc.value_marks:
+        path = path[:-1]
+    mark = doc.key_marks.get(path) if on_key else None
+    return _point(doc, mark or doc.value_marks.get(path), text)
+
+
+def _point(doc: Document, mark: yaml.Mark | None, text: str) -> str:
+    if mark is None or mark.line >= len(doc.lines):
+        return f"  --> {doc.source}\n   = {text}"
+    line = doc.lines[mark.line]
+    word = re.match(r"[^\s:,\]}#]*", line[mark.column :])
+    width = max(len(word.group()) if word else 0, 1)
+    n = str(mark.line + 1)
+    pad = " " * len(n)
+    lead = re.sub(r"[^\t]", " ", line[: mark.column])
+    return (
+        f"  --> {doc.source}:{mark.line + 1}:{mark.column + 1}\n"
+        f" {pad} |\n {n} | {line}\n {pad} | {lead}{'^' * width} {text}"
+    )

@@ -1,0 +1,92 @@
+"""Names to code, without importing the code: the stages and their methods, as data."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One `bmkit` command: what it reads, what it writes, where its code is."""
+
+    name: str
+    summary: str
+    recipe: str  # "package.module:Class", torch-free
+    plan: str  # "package.module:function", torch-free
+    run: str  # "package.module:function", imports torch
+    takes: tuple[str, ...]
+    gives: str  # what it writes by default; "text" is written to stdout
+    version: int = 1  # raise it when the same recipe would give other bytes
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of doing a step of a stage: one file of code, a built-in recipe, a row in the docs."""
+
+    stage: str
+    name: str  # the tag in the recipe: `method: quantize`, `type: lora`
+    code: str  # "package.module:function"
+    builtin: str  # the built-in recipe that uses it
+    summary: str
+    source: str  # paper or library that it follows
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "compress",
+            "Make a checkpoint smaller.",
+            "bmkit.compress.recipe:CompressRecipe",
+            "bmkit.compress.plan:estimate",
+            "bmkit.compress.run:run",
+            takes=("model",),
+            gives="model",
+        ),
+        Stage(
+            "tune",
+            "Train a delta on a frozen model.",
+            "bmkit.tune.recipe:TuneRecipe",
+            "bmkit.tune.plan:estimate",
+            "bmkit.tune.run:run",
+            takes=("model",),
+            gives="delta",
+        ),
+        Stage(
+            "infer",
+            "Generate text.",
+            "bmkit.infer.recipe:InferRecipe",
+            "bmkit.infer.plan:estimate",
+            "bmkit.infer.run:run",
+            takes=("model", "delta"),
+            gives="text",
+        ),
+    )
+}
+
+METHODS = (
+    Method(
+        "compress",
+        "quantize",
+        "bmkit.compress.quantize:quantize",
+        "int8",
+        "Round weights to 8 or 4 bits, a scale per output channel or per group of inputs.",
+        "round to nearest, symmetric; compressed-tensors `pack-quantized` on disk",
+    ),
+    Method(
+        "tune",
+        "lora",
+        "bmkit.deltas.lora:config",
+        "lora",
+        "Low-rank updates beside frozen linear layers.",
+        "LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685; carried by PEFT",
+    ),
+)
+
+
+def load(spec: str) -> Any:
+    """Import `package.module:name`."""
+    module, _, name = spec.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,1 @@
+"""Running a model: generation and sampling, shared by the engines."""

@@ -1,0 +1,132 @@
+"""Generate answers for a batch of tokenised prompts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bmkit.runtime import sampling
+from bmkit.runtime.stream import TextStream, cut_at
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How to choose tokens and when to stop."""
+
+    max_new_tokens: int
+    sampled: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_strings: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model has said to one prompt."""
+
+    text: str
+    token_ids: list[int]
+    finish: str  # "eos", "stop" or "length"
+    seconds: float
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    how: Generation,
+    *,
+    numbers: Sequence[int],
+    write: Callable[[str], None] | None = None,
+) -> list[Answer]:
+    """Answer `prompts` (token ids, not empty) in one batch, padded on the left.
+
+    `numbers` are the prompts' numbers in the run: with the seed they decide each one's draws, so
+    that batching changes no draw. `write` gets the text of a single prompt while it is made.
+    Memory grows with the batch's longest prompt plus `max_new_tokens`.
+    """
+    eos = eos_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos or [0])[0]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor(
+        [[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device
+    )
+    options: dict[str, Any] = {
+        "max_new_tokens": how.max_new_tokens,
+        "do_sample": False,
+        "repetition_penalty": how.repetition_penalty,
+        "eos_token_id": eos or None,
+        "pad_token_id": pad,
+        "use_cache": True,
+    }
+    if how.sampled:
+        options["logits_processor"] = sampling.processors(
+            [sampling.row_seed(how.seed, n) for n in numbers],
+            temperature=how.temperature,
+            top_k=how.top_k,
+            top_p=how.top_p,
+            min_p=how.min_p,
+        )
+    if how.stop_strings:
+        options |= {"stop_strings": list(how.stop_strings), "tokenizer": tokenizer}
+    if write is not None and len(prompts) == 1:
+        options["streamer"] = TextStream(tokenizer, how.stop_strings, write)
+    start = time.perf_counter()
+    out = model.generate(input_ids=ids, attention_mask=mask, **options)
+    seconds = time.perf_counter() - start
+    rows = out[:, longest:].tolist()
+    return [_answer(row, tokenizer, eos, how, seconds) for row in rows]
+
+
+def eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end an answer: the checkpoint's, and the tokenizer's."""
+    found = getattr(model.generation_config, "eos_token_id", None)
+    ids = [] if found is None else [found] if isinstance(found, int) else list(found)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
+        ids.append(tokenizer.eos_token_id)
+    return ids
+
+
+def plain_defaults(model: Any) -> None:
+    """Drop what a checkpoint's generation_config.json prefers: the recipe alone decides."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=own.pad_token_id,
+        decoder_start_token_id=getattr(own, "decoder_start_token_id", None),
+    )
+
+
+def _answer(
+    row: list[int], tokenizer: Any, eos: Sequence[int], how: Generation, seconds: float
+) -> Answer:
+    end = next((i + 1 for i, token in enumerate(row) if token in eos), None)
+    ids = row[:end]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    cut = cut_at(text, how.stop_strings)
+    if cut != text:
+        ids = _shortest_with_stop(ids, tokenizer, how.stop_strings)
+        return Answer(cut, ids, "stop", seconds)
+    return Answer(text, ids, "length" if end is None else "eos", seconds)
+
+
+def _shortest_with_stop(ids: list[int], tokenizer: Any, stop_strings: Sequence[str]) -> list[int]:
+    """Cut what follows the token that completed a stop string: padding, in a batch."""
+    for count in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:count], skip_special_tokens=True)
+        if cut_at(text, stop_strings) != text:
+            return ids[:count]
+    return ids

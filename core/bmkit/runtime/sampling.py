@@ -1,0 +1,60 @@
+"""Choosing tokens: random draws that don't depend on what else is in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+
+class SeededDraw(LogitsProcessor):  # type: ignore[misc]
+    """Make the likeliest token a random draw, each row from a generator of its own.
+
+    Adding Gumbel noise to log-probabilities and taking the largest draws from their distribution
+    (the Gumbel-max trick, arXiv 1611.01144). So a prompt's answer depends on the seed and its
+    number, not on the batch that it happens to be in.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return `scores` [batch, vocabulary] with fresh noise added."""
+        rows = [
+            torch.empty(scores.shape[-1]).exponential_(generator=g) for g in self.generators
+        ]
+        noise = -torch.stack(rows).clamp_min(1e-30).log()  # [batch, vocabulary]
+        return scores.float() + noise.to(scores.device)
+
+
+def processors(
+    seeds: Sequence[int], *, temperature: float, top_k: int, top_p: float, min_p: float
+) -> LogitsProcessorList:
+    """Return what turns logits into draws: temperature, then top-k, top-p and min-p, then noise."""
+    steps = LogitsProcessorList()
+    if temperature != 1.0:
+        steps.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k:
+        steps.append(TopKLogitsWarper(top_k))
+    if top_p < 1.0:
+        steps.append(TopPLogitsWarper(top_p))
+    if min_p > 0.0:
+        steps.append(MinPLogitsWarper(min_p))
+    steps.append(SeededDraw(seeds))
+    return steps
+
+
+def row_seed(seed: int, row: int) -> int:
+    """Return the seed of one prompt: a hash of the run's seed and the prompt's number."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + row * 0xBF58476D1CE4E5B9 + 1) & (2**64 - 1)
+    mixed ^= mixed >> 31
+    return (mixed * 0x94D049BB133111EB & (2**64 - 1)) >> 1

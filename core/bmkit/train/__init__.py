@@ -1,0 +1,1 @@
+"""Training, shared by the engines: one trainer on transformers.Trainer."""

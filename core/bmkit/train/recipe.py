@@ -1,0 +1,36 @@
+"""What a recipe may say about training: TrainingArguments' names. No torch here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from bmkit.recipe import Model
+
+
+class Train(Model):
+    """How to train."""
+
+    max_steps: int = Field(
+        default=-1, ge=-1, description="Optimizer steps; -1 means by num_train_epochs."
+    )
+    num_train_epochs: float = Field(default=1.0, gt=0, description="Passes over the data.")
+    learning_rate: float = Field(default=5e-4, gt=0, description="Peak learning rate.")
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "polynomial"
+    ] = Field(default="linear", description="How the learning rate falls.")
+    warmup_steps: float = Field(
+        default=0.05, ge=0, description="Steps of warm-up; below 1, a share of all steps."
+    )
+    per_device_train_batch_size: int = Field(default=8, ge=1, description="Rows in a batch.")
+    per_device_eval_batch_size: int = Field(default=8, ge=1, description="Rows in a dev batch.")
+    gradient_accumulation_steps: int = Field(default=1, ge=1, description="Batches in a step.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass: less memory, slower."
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to it.")
+    save_steps: int = Field(
+        default=10, ge=1, description="Steps between checkpoints that a killed run resumes from."
+    )

@@ -1,0 +1,193 @@
+"""One trainer for every engine, on transformers.Trainer: progress, resume, divergence."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import SaveStrategy
+
+from bmkit.data.chat import Example
+from bmkit.errors import DivergedError, ResourceError
+from bmkit.report import Reporter, Task
+from bmkit.train.loss import next_token_loss
+from bmkit.train.recipe import Train
+
+WHOLE = "bmkit-whole"  # marks a checkpoint whose every file has been written
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training run has measured."""
+
+    steps: int
+    losses: list[float]
+    resumed_from: int
+
+    @property
+    def loss(self) -> float:
+        """Return the mean loss of all steps, those before a resume included."""
+        return sum(self.losses) / max(len(self.losses), 1)
+
+
+def train(
+    model: Any,
+    examples: Sequence[Example],
+    collate: Callable[[Sequence[Example]], dict[str, Tensor]],
+    spec: Train,
+    *,
+    seed: int,
+    work: Path,
+    device: torch.device,
+    reporter: Reporter,
+) -> Trained:
+    """Train what is trainable in `model`, in place.
+
+    Checkpoints go to `work`; if a killed run has left one there, training goes on from it, with
+    the same batches, random draws and final loss as if it had never stopped. Raises DivergedError
+    when a loss is not a number, leaving the last good checkpoint in `work`.
+    """
+    last = _last_whole_checkpoint(work)
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=spec.max_steps,
+        num_train_epochs=spec.num_train_epochs,
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type=spec.lr_scheduler_type,
+        warmup_steps=spec.warmup_steps,
+        per_device_train_batch_size=spec.per_device_train_batch_size,
+        gradient_accumulation_steps=spec.gradient_accumulation_steps,
+        gradient_checkpointing=spec.gradient_checkpointing,
+        weight_decay=spec.weight_decay,
+        max_grad_norm=spec.max_grad_norm,
+        train_sampling_strategy="group_by_length",
+        save_strategy=SaveStrategy.STEPS,
+        save_steps=spec.save_steps,
+        save_total_limit=2,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+        seed=seed,
+        data_seed=seed,
+    )
+    arguments._setup_devices  # noqa: B018 - a cached property: it counts the GPUs
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one device; more come from accelerate
+    set_seed(seed)
+    trainer = _Trainer(
+        model=model, args=arguments, train_dataset=list(examples), data_collator=collate
+    )
+    trainer.model_accepts_loss_kwargs = True  # our loss takes the number of labelled tokens
+    total = _steps(spec, len(examples), arguments.world_size)
+    watch = _Watch(reporter, total, work, start=int(last.name.rpartition("-")[2]) if last else 0)
+    trainer.remove_callback(_printer())
+    trainer.add_callback(watch)
+    if last is not None:
+        reporter.info(f"going on from step {watch.start}, where the last run was stopped")
+    try:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except torch.OutOfMemoryError as exc:
+        raise ResourceError(
+            f"training ran out of GPU memory: {str(exc).splitlines()[0]}",
+            hint="lower train.per_device_train_batch_size, or set train.gradient_checkpointing",
+        ) from None
+    finally:
+        watch.close()
+    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return Trained(trainer.state.global_step, losses, watch.start)
+
+
+def _printer() -> type:
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback
+
+
+def _steps(spec: Train, rows: int, processes: int) -> int:
+    if spec.max_steps > 0:
+        return spec.max_steps
+    batches = math.ceil(rows / (spec.per_device_train_batch_size * processes))
+    return math.ceil(
+        max(math.ceil(batches / spec.gradient_accumulation_steps), 1) * spec.num_train_epochs
+    )
+
+
+def _last_whole_checkpoint(work: Path) -> Path | None:
+    """Return the newest checkpoint that was written whole; remove those that were not."""
+    found = []
+    for folder in work.glob("checkpoint-*"):
+        if (folder / WHOLE).is_file():
+            found.append(folder)
+        else:
+            shutil.rmtree(folder)
+    return max(found, key=lambda f: int(f.name.rpartition("-")[2]), default=None)
+
+
+class _Trainer(Trainer):  # type: ignore[misc]
+    """transformers' trainer with the loss of `train.loss`."""
+
+    loss_is_scaled_for_ga = True  # it is divided by the labels of the whole accumulated step
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Return the loss of one batch: a mean over the labelled tokens of the whole step."""
+        loss, count = next_token_loss(model, inputs)
+        items = count if num_items_in_batch is None else num_items_in_batch
+        scaled: Tensor = loss / items
+        if num_items_in_batch is not None and self.args.world_size > 1:
+            scaled = scaled * self.args.world_size  # processes average their gradients
+        return scaled
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """Show progress, mark whole checkpoints, stop when the loss is not a number."""
+
+    def __init__(self, reporter: Reporter, total: int, work: Path, start: int) -> None:
+        self.reporter, self.work, self.start = reporter, work, start
+        self.task: Task | None = reporter.begin("train", total, "steps")
+        if start:
+            self.task.advance(start)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Advance the bar by a step, with its loss."""
+        if not logs or "loss" not in logs or self.task is None:
+            return
+        loss, norm = float(logs["loss"]), float(logs.get("grad_norm") or 0.0)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            what = "the loss" if not math.isfinite(loss) else "the gradient"
+            last = _last_whole_checkpoint(self.work)
+            kept = f"the last good checkpoint is {last}" if last else "no checkpoint was due yet"
+            raise DivergedError(
+                f"{what} is not a number at step {state.global_step}; {kept}",
+                hint="lower train.learning_rate, or look for NaN in the model",
+            )
+        self.task.advance(1, loss=loss)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Mark the checkpoint that was just written as whole."""
+        folder = self.work / f"checkpoint-{state.global_step}"
+        if folder.is_dir() and os.environ.get("RANK", "0") == "0":
+            (folder / WHOLE).touch()
+
+    def close(self) -> None:
+        """End the progress display."""
+        if self.task is not None:
+            self.reporter.end(self.task)
+            self.task = None

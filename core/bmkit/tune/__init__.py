@@ -1,0 +1,1 @@
+"""Train a delta on a frozen model."""

@@ -1,0 +1,135 @@
+"""The tune engine: a frozen model, a delta beside it, rows to learn from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bmkit import model as models
+from bmkit import plan
+from bmkit.data.batch import Padding
+from bmkit.data.chat import Encoded, encode_file
+from bmkit.deltas import address, lora
+from bmkit.errors import InputError
+from bmkit.nn import walk
+from bmkit.plan import Job, Outcome
+from bmkit.train.loss import mean_loss
+from bmkit.train.trainer import train
+from bmkit.tune.recipe import TuneRecipe
+
+METHODS = {"lora": lora.config}
+
+
+def run(job: Job) -> Outcome:
+    """Train the recipe's delta, writing a PEFT adapter (or the merged model) into `job.out`.
+
+    Peak memory: the dense model in the compute dtype, and the activations of one batch.
+    """
+    recipe = job.recipe
+    assert isinstance(recipe, TuneRecipe)  # the registry pairs recipe and engine
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    device = models.pick_device(recipe.device)
+    tokenizer = models.load_tokenizer(job.checkpoint)
+    encoded = _encode(job, recipe, tokenizer, "data.train")
+    assert encoded is not None  # `train` is required
+    dev = _encode(job, recipe, tokenizer, "data.dev")
+    base = models.load_model(job.checkpoint, device=device, dtype=recipe.dtype)
+    delta = recipe.deltas[0]
+    modules = address.matched(
+        list(walk.linears(base)), delta.target_modules, delta.exclude_modules, delta.layers
+    )
+    from peft import get_peft_model
+
+    torch.manual_seed(recipe.seed)
+    config = METHODS[delta.type](delta, modules, str(job.checkpoint.absolute()))
+    peft_model = get_peft_model(base, config)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    collate = Padding(pad)
+    batches = _batches(dev, collate, recipe.train.per_device_eval_batch_size)
+    metrics: dict[str, float | int | str] = {}
+    if batches:
+        metrics["dev_loss_before"] = round(mean_loss(peft_model, batches, device), 6)
+    trained = train(
+        peft_model,
+        encoded.examples,
+        collate,
+        recipe.train,
+        seed=recipe.seed,
+        work=job.work,
+        device=device,
+        reporter=job.reporter,
+    )
+    metrics["train_loss"] = round(trained.loss, 6)
+    if batches:
+        metrics["dev_loss"] = round(mean_loss(peft_model, batches, device), 6)
+        before, after = metrics["dev_loss_before"], metrics["dev_loss"]
+        job.reporter.info(f"held-out loss: {before:.3f} before, {after:.3f} after")
+    metrics |= {
+        "steps": trained.steps,
+        "rows": len(encoded.examples),
+        "tokens": encoded.tokens,
+        "labelled_tokens": encoded.labelled,
+        "rows_truncated": encoded.truncated,
+        "rows_dropped": encoded.dropped,
+        "trainable_parameters": sum(
+            p.numel() for p in peft_model.parameters() if p.requires_grad
+        ),
+    }
+    if recipe.merge:
+        _save_merged(peft_model, job)
+        return Outcome("model", metrics, ("transformers", "vllm"))
+    peft_model.save_pretrained(job.out, safe_serialization=True)
+    (job.out / "README.md").unlink(missing_ok=True)  # a template with nothing filled in
+    return Outcome("delta", metrics, ("peft",))
+
+
+def _encode(job: Job, recipe: TuneRecipe, tokenizer: Any, which: str) -> Encoded | None:
+    path: Path | None = job.files.get(which)
+    if path is None:
+        return None
+    if recipe.data.format == "chat" and tokenizer.chat_template is None:
+        raise InputError(
+            f"{job.checkpoint} has no chat template", hint="set data.format to raw or auto"
+        )
+    encoded = encode_file(
+        path,
+        tokenizer,
+        max_length=recipe.data.max_length,
+        raw=recipe.data.format == "raw",
+    )
+    if encoded.truncated or encoded.dropped:
+        job.reporter.warn(
+            f"{path.name}: {encoded.truncated} rows cut at {recipe.data.max_length} tokens, "
+            f"{encoded.dropped} dropped"
+        )
+    return encoded
+
+
+def _batches(dev: Encoded | None, collate: Padding, size: int) -> list[dict[str, torch.Tensor]]:
+    if dev is None:
+        return []
+    rows = sorted(dev.examples, key=lambda e: len(e["input_ids"]))
+    return [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def _save_merged(peft_model: Any, job: Job) -> None:
+    """Write the delta merged into its base, in the dtype that the base is stored in."""
+    merged = peft_model.merge_and_unload()
+    stored = models.stored_dtype(models.load_config(job.checkpoint))
+    tied = set(getattr(merged, "_tied_weights_keys", None) or [])
+    head = merged.get_output_embeddings()
+    inputs = merged.get_input_embeddings()
+    shares = head is not None and inputs is not None and head.weight is inputs.weight
+    writer = models.ShardWriter(job.out)
+    for name, tensor in merged.state_dict().items():
+        if not (shares and name in tied):
+            writer.add(name, tensor.to(stored).cpu() if tensor.is_floating_point() else tensor.cpu())
+    writer.close()
+    models.copy_side_files(job.checkpoint, job.out)
+    values = dict(plan.read_json(job.checkpoint / "config.json"))
+    values.pop("quantization_config", None)
+    (job.out / "config.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -60,16 +60,13 @@ def look() -> dict[str, Any]:
 def _devices(problems: list[str]) -> list[str]:
     """Ask torch; a build that fails to import is a finding, not an end."""
     try:
-        import torch
+        from bmkit import model
+
+        found = model.devices()
     except (ImportError, OSError) as exc:
         problems.append(f"torch can't be imported: {exc}")
         return []
-    found = ["cpu"]
-    for i in range(torch.cuda.device_count()):
-        found.append(f"cuda:{i} {torch.cuda.get_device_name(i)}")
-    if torch.backends.mps.is_available():
-        found.append("mps")
-    if env.has_nvidia_gpu() and not torch.cuda.is_available():
+    if env.has_nvidia_gpu() and not any(name.startswith("cuda") for name in found):
         problems.append("there is an NVIDIA GPU, but this torch build can't use it")
     return found
 

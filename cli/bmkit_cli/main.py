@@ -35,7 +35,7 @@ def root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Compress, tune and run language models on small hardware, one composable command at a time."""
+    """Compress, tune and run language models on small hardware, one command at a time."""
 
 
 app.command()(stages.pull)

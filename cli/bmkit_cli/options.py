@@ -16,7 +16,7 @@ ModelOpt = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="A model: artifact, checkpoint, .gguf file, name or hub id; - reads its path from stdin.",
+        help="An artifact, checkpoint, .gguf file, name or hub id; - reads its path from stdin.",
         show_default=False,
     ),
 ]

@@ -19,7 +19,12 @@ def reporter(how: Progress, *, quiet: bool) -> Reporter:
         how = Progress.bar if sys.stderr.isatty() else Progress.lines
     if how is Progress.none:
         return Messages()
-    return {Progress.bar: Bars, Progress.lines: Lines, Progress.json: Events}[how]()
+    kinds: dict[Progress, type[Reporter]] = {
+        Progress.bar: Bars,
+        Progress.lines: Lines,
+        Progress.json: Events,
+    }
+    return kinds[how]()
 
 
 class Messages(Silent):
@@ -113,9 +118,7 @@ class _Bar:
         self.done += amount
         rate = (self.done - self.skipped) / max(time.monotonic() - self.start, 1e-9)
         figures = "".join(f"  {name} {value:.4g}" for name, value in shown.items())
-        self.progress.update(
-            self.task, advance=amount, shown=f"{rate:.3g} {self.unit}/s{figures}"
-        )
+        self.progress.update(self.task, advance=amount, shown=f"{rate:.3g} {self.unit}/s{figures}")
 
 
 class Events:
@@ -152,9 +155,7 @@ class _EventTask:
         """Write a progress event."""
         self.done += amount
         figures = {name: value for name, value in shown.items() if value == value}
-        self.owner._event(
-            "progress", task=self.title, done=self.done, total=self.total, **figures
-        )
+        self.owner._event("progress", task=self.title, done=self.done, total=self.total, **figures)
 
 
 def _span(seconds: float) -> str:

@@ -64,7 +64,7 @@ class Step(_Part):
 
 
 class Manifest(_Part):
-    """What `bmkit.json` holds. Only `kind` and `files` decide the digest; the rest is provenance."""
+    """What `bmkit.json` holds. `kind` and `files` decide the digest; the rest is provenance."""
 
     schema_: Literal[1] = Field(alias="schema")
     bmkit: str
@@ -313,7 +313,17 @@ def is_refusal(exc: OSError) -> bool:
     """Tell whether the file system refused: full, read-only, not permitted, too large, bad."""
     import errno
 
-    names = ("ENOSPC", "EROFS", "EACCES", "EPERM", "EFBIG", "EDQUOT", "EIO", "ENOTDIR", "ENAMETOOLONG")
+    names = (
+        "ENOSPC",
+        "EROFS",
+        "EACCES",
+        "EPERM",
+        "EFBIG",
+        "EDQUOT",
+        "EIO",
+        "ENOTDIR",
+        "ENAMETOOLONG",
+    )
     return exc.errno in {getattr(errno, n) for n in names}
 
 
@@ -386,7 +396,7 @@ def write_manifest(
         entries[name] = FileEntry(sha256=hash_file(file), bytes=file.stat().st_size)
     digest = content_digest(kind, {n: e.sha256 for n, e in entries.items()})
     manifest = Manifest(
-        schema=SCHEMA,
+        schema=1,
         bmkit=version,
         kind=kind,
         key=steps[-1].key,

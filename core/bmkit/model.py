@@ -43,15 +43,27 @@ def pick_device(name: str) -> torch.device:
         raise RecipeError(
             f"device: `{name}` is not a device", hint="write auto, cpu, cuda, cuda:1 or mps"
         ) from None
-    there = {
-        "cpu": lambda: True,
-        "cuda": lambda: torch.cuda.device_count() > (device.index or 0),
-        "mps": torch.backends.mps.is_available,
-        "xpu": lambda: torch.xpu.device_count() > (device.index or 0),
-    }.get(device.type, lambda: False)
-    if not there():
-        raise ResourceError(f"this machine has no device `{name}`", hint="--device cpu works always")
+    if not _is_there(device):
+        raise ResourceError(
+            f"this machine has no device `{name}`", hint="--device cpu works always"
+        )
     return device
+
+
+def _is_there(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.device_count() > (device.index or 0)
+    if device.type == "xpu":
+        return torch.xpu.device_count() > (device.index or 0)
+    if device.type == "mps":
+        return torch.backends.mps.is_available()
+    return device.type == "cpu"
+
+
+def devices() -> list[str]:
+    """Return the devices that torch can use here, with the names of their chips."""
+    gpus = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def compute_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:

@@ -142,7 +142,11 @@ def _file_headers(file: Path) -> list[TensorHeader]:
         header.pop("__metadata__", None)
         tensors = [
             TensorHeader(
-                name, t["dtype"], tuple(t["shape"]), t["data_offsets"][1] - t["data_offsets"][0], file
+                name,
+                t["dtype"],
+                tuple(t["shape"]),
+                t["data_offsets"][1] - t["data_offsets"][0],
+                file,
             )
             for name, t in header.items()
         ]

@@ -223,7 +223,7 @@ def _assign(data: Any, path: KeyPath, value: Any) -> str | None:
         else:
             return f"`{'.'.join(map(str, path[:i])) or 'the recipe'}` holds no keys"
         if not last:
-            target = target[step]  # type: ignore[index]
+            target = target[step]
     return None
 
 

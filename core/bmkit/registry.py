@@ -23,7 +23,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Method:
-    """One way of doing a step of a stage: one file of code, a built-in recipe, a row in the docs."""
+    """One way of doing a step of a stage: a file of code, a built-in recipe, a row in the docs."""
 
     stage: str
     name: str  # the tag in the recipe: `method: quantize`, `type: lora`

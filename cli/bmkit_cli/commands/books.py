@@ -94,7 +94,9 @@ def ls(
     if as_json:
         stdout().json(listing)
         return
-    lines = [f"{s + '/' + n:24} {text}" for s, names in listing.items() for n, text in names.items()]
+    lines = [
+        f"{s + '/' + n:24} {text}" for s, names in listing.items() for n, text in names.items()
+    ]
     stdout().text("\n".join(lines))
 
 
@@ -317,7 +319,11 @@ def _recipe(name: str) -> tuple[str, str, str]:
         return text, str(kind), short
     stages = builtin.stages()
     stage, slash, short = name.partition("/")
-    found = [s for s in stages if (not slash or s == stage) and (short if slash else name) in builtin.names(s)]
+    found = [
+        s
+        for s in stages
+        if (not slash or s == stage) and (short if slash else name) in builtin.names(s)
+    ]
     if len(found) == 1:
         short = short if slash else name
         return builtin.read(found[0], short)[0], found[0], short

@@ -46,7 +46,7 @@ def round_to(groups: Tensor, scale: Tensor, top: int) -> Tensor:
 
 
 def dequantize(values: Tensor, scale: Tensor) -> Tensor:
-    """Return the float32 weight [out, in] that int8 `values` and `scale` [out, groups] stand for."""
+    """Return the float32 weight [out, in] that `values` and `scale` [out, groups] stand for."""
     out, inputs = values.shape
     groups = values.float().reshape(out, scale.shape[1], inputs // scale.shape[1])
     return (groups * scale.float().unsqueeze(-1)).reshape(out, inputs)

@@ -39,6 +39,4 @@ class CompressRecipe(Recipe):
     METRICS: ClassVar = ("bytes_before", "bytes_after", "bytes_ratio", "weight_error")
 
     kind: Literal["compress"]
-    steps: list[Quantize] = Field(
-        min_length=1, max_length=1, description="What to do, in order."
-    )
+    steps: list[Quantize] = Field(min_length=1, max_length=1, description="What to do, in order.")

@@ -51,7 +51,9 @@ def _quantize(job: Job, headers: Headers, step: Quantize) -> Outcome:
     writer = model.ShardWriter(job.out)
     before = after = 0
     error = energy = 0.0
-    with task(job.reporter, f"quantize to {step.bits} bits", len(headers.tensors), "tensors") as bar:
+    with task(
+        job.reporter, f"quantize to {step.bits} bits", len(headers.tensors), "tensors"
+    ) as bar:
         for name, tensor in model.tensors(headers):
             if name not in chosen:
                 writer.add(name, tensor)

@@ -71,7 +71,9 @@ def messages_problem(messages: object) -> str | None:
             return "a message needs `role` and `content`, both text"
         if message.get("role") not in ROLES:
             role = str(message.get("role"))
-            return f"`{role}` is not a role; {did_you_mean(role, ROLES, otherwise=', '.join(ROLES))}"
+            return (
+                f"`{role}` is not a role; {did_you_mean(role, ROLES, otherwise=', '.join(ROLES))}"
+            )
     return None
 
 

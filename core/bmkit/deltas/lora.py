@@ -18,7 +18,9 @@ def config(spec: Lora, modules: Sequence[str], base: str) -> Any:
 
     return LoraConfig(
         r=spec.r,
-        lora_alpha=int(spec.lora_alpha) if spec.lora_alpha == int(spec.lora_alpha) else spec.lora_alpha,
+        lora_alpha=int(spec.lora_alpha)
+        if spec.lora_alpha == int(spec.lora_alpha)
+        else spec.lora_alpha,
         lora_dropout=spec.lora_dropout,
         use_rslora=spec.use_rslora,
         target_modules=short_names(modules),

@@ -17,7 +17,8 @@ class InferRecipe(Recipe):
     kind: Literal["infer"]
     max_new_tokens: int = Field(default=256, ge=1, description="Most tokens of an answer.")
     do_sample: bool | None = Field(
-        default=None, description="Draw tokens at random; if not given, when temperature is above 0."
+        default=None,
+        description="Draw tokens at random; if not given, when temperature is above 0.",
     )
     temperature: float | None = Field(
         default=None, ge=0, description="Sharpness of the draw: 0 is greedy, 1 is the model's own."
@@ -27,7 +28,10 @@ class InferRecipe(Recipe):
         default=1.0, gt=0, le=1, description="Draw among the likeliest that make up this share."
     )
     min_p: float = Field(
-        default=0.0, ge=0, lt=1, description="Leave out what is less likely than this share of the top."
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Leave out what is less likely than this share of the top.",
     )
     repetition_penalty: float = Field(
         default=1.0, gt=0, description="Above 1, tokens that were there before become less likely."

@@ -29,9 +29,7 @@ class SeededDraw(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return `scores` [batch, vocabulary] with fresh noise added."""
-        rows = [
-            torch.empty(scores.shape[-1]).exponential_(generator=g) for g in self.generators
-        ]
+        rows = [torch.empty(scores.shape[-1]).exponential_(generator=g) for g in self.generators]
         noise = -torch.stack(rows).clamp_min(1e-30).log()  # [batch, vocabulary]
         return scores.float() + noise.to(scores.device)
 

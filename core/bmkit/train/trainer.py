@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SaveStrategy
 
 from bmkit.data.chat import Example
@@ -92,7 +93,7 @@ def train(
     trainer.model_accepts_loss_kwargs = True  # our loss takes the number of labelled tokens
     total = _steps(spec, len(examples), arguments.world_size)
     watch = _Watch(reporter, total, work, start=int(last.name.rpartition("-")[2]) if last else 0)
-    trainer.remove_callback(_printer())
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
     if last is not None:
         reporter.info(f"going on from step {watch.start}, where the last run was stopped")
@@ -107,12 +108,6 @@ def train(
         watch.close()
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     return Trained(trainer.state.global_step, losses, watch.start)
-
-
-def _printer() -> type:
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback
 
 
 def _steps(spec: Train, rows: int, processes: int) -> int:

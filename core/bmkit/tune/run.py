@@ -75,9 +75,7 @@ def run(job: Job) -> Outcome:
         "labelled_tokens": encoded.labelled,
         "rows_truncated": encoded.truncated,
         "rows_dropped": encoded.dropped,
-        "trainable_parameters": sum(
-            p.numel() for p in peft_model.parameters() if p.requires_grad
-        ),
+        "trainable_parameters": sum(p.numel() for p in peft_model.parameters() if p.requires_grad),
     }
     if recipe.merge:
         _save_merged(peft_model, job)
@@ -127,7 +125,9 @@ def _save_merged(peft_model: Any, job: Job) -> None:
     writer = models.ShardWriter(job.out)
     for name, tensor in merged.state_dict().items():
         if not (shares and name in tied):
-            writer.add(name, tensor.to(stored).cpu() if tensor.is_floating_point() else tensor.cpu())
+            writer.add(
+                name, tensor.to(stored).cpu() if tensor.is_floating_point() else tensor.cpu()
+            )
     writer.close()
     models.copy_side_files(job.checkpoint, job.out)
     values = dict(plan.read_json(job.checkpoint / "config.json"))

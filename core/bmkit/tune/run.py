@@ -82,6 +82,7 @@ def run(job: Job) -> Outcome:
         return Outcome("model", metrics, ("transformers", "vllm"))
     peft_model.save_pretrained(job.out, safe_serialization=True)
     (job.out / "README.md").unlink(missing_ok=True)  # a template with nothing filled in
+    _put_in_order(job.out / "adapter_config.json")
     return Outcome("delta", metrics, ("peft",))
 
 
@@ -112,6 +113,15 @@ def _batches(dev: Encoded | None, collate: Padding, size: int) -> list[dict[str,
         return []
     rows = sorted(dev.examples, key=lambda e: len(e["input_ids"]))
     return [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def _put_in_order(file: Path) -> None:
+    """Sort what PEFT keeps as sets, so that the same training gives the same bytes."""
+    values = plan.read_json(file)
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(values.get(key), list):
+            values[key] = sorted(values[key])
+    file.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _save_merged(peft_model: Any, job: Job) -> None:

@@ -1,0 +1,176 @@
+"""What tests share: a BMKIT_HOME of their own, a tiny model made on the spot, the real SmolLM2."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+Done = subprocess.CompletedProcess[str]
+Run = Callable[..., Done]
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A BMKIT_HOME of the test's own."""
+    path = tmp_path / "bmkit-home"
+    monkeypatch.setenv("BMKIT_HOME", str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 32 dimensions and 2 layers, stored in bfloat16, with a byte tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("tiny") / "tiny"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    fast.chat_template = CHATML
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            eos_token_id=2,
+            bos_token_id=None,
+            pad_token_id=0,
+        )
+    )
+    model.to(torch.bfloat16).save_pretrained(path)
+    fast.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def tiny(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint, the test's own to damage: `tmp_path/tiny`."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "tiny"))
+
+
+@pytest.fixture
+def bmkit(tmp_path: Path) -> Run:
+    """Run the command in a process of its own, in `tmp_path`; stdin is empty unless given."""
+
+    def run(*arguments: object, stdin: str = "", timeout: float = 300, **env: str) -> Done:
+        return subprocess.run(
+            [sys.executable, "-m", "bmkit_cli", *map(str, arguments)],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, **env},
+            timeout=timeout,
+        )
+
+    return run
+
+
+@pytest.fixture
+def sh(tmp_path: Path) -> Callable[[str], Done]:
+    """Run a shell script in `tmp_path`, with `bmkit` on PATH and pipefail set."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "bmkit").write_text(f'#!/bin/sh\nexec {sys.executable} -m bmkit_cli "$@"\n')
+    (folder / "bmkit").chmod(0o755)
+
+    def run(script: str, timeout: float = 600) -> Done:
+        return subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"},
+            timeout=timeout,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def pulled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BMKIT_HOME with SmolLM2-135M pulled; BMKIT_TEST_HOME keeps it from run to run."""
+    kept = os.environ.get("BMKIT_TEST_HOME")
+    path = Path(kept) if kept else tmp_path_factory.mktemp("smollm2-home")
+    done = subprocess.run(
+        [sys.executable, "-m", "bmkit_cli", "pull", "smollm2-135m"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "BMKIT_HOME": str(path)},
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+@pytest.fixture
+def smollm2(pulled: Path, home: Path) -> Path:
+    """SmolLM2-135M as pulled, known by its name in the test's own BMKIT_HOME."""
+    source = next((pulled / "models").glob("smollm2-135m-*"))
+    (home / "models").mkdir(parents=True)
+    return Path(shutil.copytree(source, home / "models" / source.name, copy_function=os.link))
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Callable[..., Path]:
+    """Write JSON lines to a file in `tmp_path`."""
+
+    def write(name: str, *values: object) -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(v) + "\n" for v in values), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def chats(rows: Callable[..., Path]) -> Path:
+    """Forty short prompts with completions: `tmp_path/chats.jsonl`."""
+    return rows(
+        "chats.jsonl",
+        *({"prompt": f"Say {i}.", "completion": f"It is {i}."} for i in range(40)),
+    )
+
+
+@pytest.fixture
+def nothing_left(tmp_path: Path) -> Iterator[Callable[[], None]]:
+    """A check that no half artifact, scratch directory or partial file lies about."""
+
+    def check() -> None:
+        left = [p for p in tmp_path.rglob(".*") if p.suffix in {".partial", ".replaced"}]
+        assert not left, left
+
+    return_value = check
+    yield return_value

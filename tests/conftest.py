@@ -67,6 +67,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
             eos_token_id=2,
             bos_token_id=None,
             pad_token_id=0,
+            initializer_range=0.5,  # large enough that its answers vary
         )
     )
     model.to(torch.bfloat16).save_pretrained(path)

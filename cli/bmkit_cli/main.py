@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -56,8 +57,38 @@ app.add_typer(books.cache, name="cache")
 
 def main() -> None:
     """Run the command; whatever ends it becomes one message and an exit code."""
-    signal.signal(signal.SIGTERM, _terminated)
-    sys.exit(_run())
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGALRM, stop)
+    sys.unraisablehook = _unraisable
+    code = _run()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    sys.exit(code)
+
+
+_asked = 0
+
+
+def stop(number: int, _: FrameType | None) -> None:
+    """Stop the run on SIGINT or SIGTERM, surely, and without disturbing its cleaning up.
+
+    An exception that a signal raises inside a finalizer or an import's callback is dropped by
+    Python. So it is raised again, by a timer, until somebody is seen handling it.
+    """
+    global _asked
+    _asked = _asked or number
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    if isinstance(sys.exc_info()[1], KeyboardInterrupt | SystemExit):
+        return
+    if _asked == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + _asked)
+
+
+def _unraisable(found: Any) -> None:
+    """Say nothing of a stop that was dropped: it comes again."""
+    if not isinstance(found.exc_value, KeyboardInterrupt | SystemExit):
+        sys.__unraisablehook__(found)
 
 
 def _run() -> int:
@@ -66,6 +97,8 @@ def _run() -> int:
 
     try:
         return int(app(standalone_mode=False) or 0)
+    except SystemExit as exc:
+        return exc.code if isinstance(exc.code, int) else 1
     except KeyboardInterrupt:
         return _say("interrupted; nothing half-written is left", None, 128 + signal.SIGINT)
     except ReaderGoneError:
@@ -77,10 +110,6 @@ def _run() -> int:
         return _say("this machine ran out of memory", "take a smaller model or batch", 4)
     except Exception as exc:
         return _unexpected(exc)
-
-
-def _terminated(*_: Any) -> None:
-    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _unexpected(exc: Exception) -> int:

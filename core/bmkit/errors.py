@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import difflib
+import struct
 from collections.abc import Iterable
 
 
@@ -64,6 +65,36 @@ class DivergedError(BmkitError):
     """Training produced a loss that is not a number; the last good checkpoint is kept."""
 
     exit_code = 5
+
+
+class LibraryRefusal:
+    """A block in which a library's refusal of a user's file becomes an InputError.
+
+    The Rust tokenizers raise bare `Exception`, which no `except` clause can name without catching
+    bugs as well; here it is told by its exact type.
+    """
+
+    KINDS = (ValueError, KeyError, IndexError, TypeError, OSError, struct.error)
+
+    def __init__(self, what: str, hint: str | None = None) -> None:
+        self.what, self.hint = what, hint
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, _: object
+    ) -> None:
+        """Raise InputError in the place of a refusal."""
+        refusals = (*self.KINDS, NotImplementedError)
+        if kind is not None and (kind is Exception or issubclass(kind, refusals)):
+            raise InputError(f"{self.what}: {first_line(exc)}", hint=self.hint) from None
+
+
+def first_line(exc: BaseException | None) -> str:
+    """Return the first line of what an error says, or its name if it says nothing."""
+    text = str(exc).strip()
+    return text.splitlines()[0][:300] if text else type(exc).__name__
 
 
 def did_you_mean(word: str, known: Iterable[str], *, otherwise: str | None = None) -> str | None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bmkit.errors import InputError, RecipeError, ResourceError
+from bmkit.errors import InputError, LibraryRefusal, RecipeError, ResourceError, first_line
 from bmkit.plan import Headers
 
 SHARD_BYTES = 2 * 2**30
@@ -89,13 +89,9 @@ def load_config(path: Path) -> Any:
     """Read a checkpoint's config. Raises InputError if transformers doesn't know the model."""
     from transformers import AutoConfig
 
-    try:
+    hint = "bmkit runs no code from a checkpoint (trust_remote_code stays off)"
+    with LibraryRefusal(f"{path}/config.json: transformers can't read it", hint):
         return AutoConfig.from_pretrained(path, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError) as exc:
-        raise InputError(
-            f"{path}/config.json: transformers can't read it: {_first_line(exc)}",
-            hint="bmkit runs no code from a checkpoint (trust_remote_code stays off)",
-        ) from None
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -106,10 +102,8 @@ def load_tokenizer(path: Path) -> Any:
         raise InputError(
             f"{path} has no tokenizer", hint="copy tokenizer.json and tokenizer_config.json there"
         )
-    try:
+    with LibraryRefusal(f"{path}: its tokenizer can't be loaded"):
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError) as exc:
-        raise InputError(f"{path}: its tokenizer can't be loaded: {_first_line(exc)}") from None
 
 
 def load_model(path: Path, *, device: torch.device, dtype: str = "auto") -> Any:
@@ -137,9 +131,9 @@ def load_model(path: Path, *, device: torch.device, dtype: str = "auto") -> Any:
             **options,
         )
     except torch.OutOfMemoryError as exc:
-        raise ResourceError(f"{path}: {_first_line(exc)}", hint="take a smaller model") from None
+        raise ResourceError(f"{path}: {first_line(exc)}", hint="take a smaller model") from None
     except (SafetensorError, ValueError, OSError, KeyError, RuntimeError) as exc:
-        raise InputError(f"{path} can't be loaded: {_first_line(exc)}") from None
+        raise InputError(f"{path} can't be loaded: {first_line(exc)}") from None
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"{path}: {len(missing)} tensors are missing, as {missing[0]}",
@@ -167,7 +161,7 @@ def attach(model: Any, adapters: Sequence[Path]) -> Any:
                 wrapped.load_adapter(path, adapter_name=name)
         except (SafetensorError, ValueError, RuntimeError, KeyError, OSError, TypeError) as exc:
             raise InputError(
-                f"{path} doesn't fit this model: {_first_line(exc)}",
+                f"{path} doesn't fit this model: {first_line(exc)}",
                 hint="was it trained on another base?",
             ) from None
     assert wrapped is not None  # there is at least one adapter
@@ -286,7 +280,3 @@ def copy_side_files(source: Path, target: Path) -> None:
         for file in sorted(source.glob(pattern)):
             if file.is_file() and file.suffix != ".bin":
                 shutil.copyfile(file, target / file.name)
-
-
-def _first_line(exc: BaseException) -> str:
-    return str(exc).strip().splitlines()[0][:300] if str(exc).strip() else type(exc).__name__

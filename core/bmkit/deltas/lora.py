@@ -8,8 +8,8 @@ from typing import Any
 from bmkit.deltas.recipe import Lora
 
 
-def config(spec: Lora, modules: Sequence[str], base: str) -> Any:
-    """Return PEFT's LoraConfig for `spec` on exactly `modules`; `base` names the model for `peft`.
+def config(spec: Lora, modules: Sequence[str]) -> Any:
+    """Return PEFT's LoraConfig for `spec` on exactly `modules`.
 
     The modules are named in full: what is trained can't depend on how another version of PEFT
     reads a pattern.
@@ -23,12 +23,6 @@ def config(spec: Lora, modules: Sequence[str], base: str) -> Any:
         else spec.lora_alpha,
         lora_dropout=spec.lora_dropout,
         use_rslora=spec.use_rslora,
-        target_modules=short_names(modules),
+        target_modules=sorted(modules),
         task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=base,
     )
-
-
-def short_names(modules: Sequence[str]) -> list[str]:
-    """Return `modules` as a sorted list, as `adapter_config.json` stores it."""
-    return sorted(modules)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 from typing import Any
 
-from bmkit.errors import InputError
+from bmkit.errors import InputError, LibraryRefusal
 
 
 def check_magic(file: Path) -> None:
@@ -34,15 +33,10 @@ def convert(file: Path, out: Path, *, chat_template: str | None = None) -> int:
 
     options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     folder = str(file.absolute().parent)
-    try:
+    hint = "the file may be cut off, or of an architecture that transformers doesn't read"
+    with LibraryRefusal(f"{file} can't be converted", hint):
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    except (ValueError, IndexError, KeyError, OSError, struct.error, NotImplementedError) as exc:
-        what = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
-        raise InputError(
-            f"{file} can't be converted: {what}",
-            hint="the file may be cut off, or of an architecture that transformers doesn't read",
-        ) from None
     config = loaded.config
     for name in ("quantization_config", "_name_or_path"):
         if name in vars(config):

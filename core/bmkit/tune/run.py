@@ -45,7 +45,7 @@ def run(job: Job) -> Outcome:
     from peft import get_peft_model
 
     torch.manual_seed(recipe.seed)
-    config = METHODS[delta.type](delta, modules, str(job.checkpoint.absolute()))
+    config = METHODS[delta.type](delta, modules)
     peft_model = get_peft_model(base, config)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     collate = Padding(pad)
@@ -82,7 +82,7 @@ def run(job: Job) -> Outcome:
         return Outcome("model", metrics, ("transformers", "vllm"))
     peft_model.save_pretrained(job.out, safe_serialization=True)
     (job.out / "README.md").unlink(missing_ok=True)  # a template with nothing filled in
-    _put_in_order(job.out / "adapter_config.json")
+    _put_in_order(job.out / "adapter_config.json", job.checkpoint.absolute())
     return Outcome("delta", metrics, ("peft",))
 
 
@@ -115,9 +115,13 @@ def _batches(dev: Encoded | None, collate: Padding, size: int) -> list[dict[str,
     return [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
-def _put_in_order(file: Path) -> None:
-    """Sort what PEFT keeps as sets, so that the same training gives the same bytes."""
+def _put_in_order(file: Path, base: Path) -> None:
+    """Sort what PEFT keeps as sets, so that the same training gives the same bytes.
+
+    The base is named by its absolute path, which `peft` loads from anywhere on this machine.
+    """
     values = plan.read_json(file)
+    values["base_model_name_or_path"] = str(base)
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(values.get(key), list):
             values[key] = sorted(values[key])

@@ -1,0 +1,175 @@
+"""Runs that are stopped, at any moment: nothing half-written, and training goes on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Done = subprocess.CompletedProcess[str]
+Run = Callable[..., Done]
+Popen = subprocess.Popen[str]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., Popen]:
+    def run(*arguments: object) -> Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", "bmkit_cli", *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=dict(os.environ),
+            start_new_session=True,
+        )
+
+    return run
+
+
+def until(true: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.01)
+
+
+COMPRESS = ("compress", "int8", "-m", "tiny", "-o", "x")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+@pytest.mark.parametrize("stage", ["pull", "compress", "tune", "infer"])
+def test_a_stopped_stage_leaves_nothing_and_runs_again(
+    start: Callable[..., Popen],
+    bmkit: Run,
+    tiny: Path,
+    chats: Path,
+    tmp_path: Path,
+    stage: str,
+    number: signal.Signals,
+    code: int,
+) -> None:
+    words: tuple[object, ...] = {
+        "pull": ("pull", "tiny", "-o", "x"),
+        "compress": COMPRESS,
+        "tune": (
+            "tune",
+            "lora",
+            "-m",
+            "tiny",
+            "--data",
+            chats,
+            "-o",
+            "x",
+            "-s",
+            "train.max_steps=30",
+        ),
+        "infer": ("infer", "-m", "tiny", "-i", "p.jsonl", "-o", "x", "--max-new-tokens", "400"),
+    }[stage]
+    if stage == "pull":  # large enough to be caught copying
+        (tiny / "extra.txt").write_bytes(os.urandom(400_000_000))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "hello"}\n' * 40)
+    process = start(*words)
+    until(lambda: (tmp_path / ".x.partial").exists() or process.poll() is not None)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert out == "" and "Traceback" not in err
+    assert not (tmp_path / "x").exists()
+    if number != signal.SIGKILL:
+        assert not (tmp_path / ".x.partial").exists()
+    if stage == "pull":
+        (tiny / "extra.txt").unlink()
+    if stage != "infer":
+        again = bmkit(*words)
+        assert again.returncode == 0, again.stderr
+        assert (tmp_path / "x" / "bmkit.json").exists()
+        assert not (tmp_path / ".x.partial").exists()
+
+
+def test_training_resumes_after_a_kill_with_the_same_result(
+    start: Callable[..., Popen], bmkit: Run, tiny: Path, chats: Path, home: Path, tmp_path: Path
+) -> None:
+    words = (
+        *("tune", "lora", "-m", "tiny", "--data", chats, "--json"),
+        *("-s", "train.max_steps=40", "-s", "train.save_steps=3", "-s", "data.dev=chats.jsonl"),
+        *("-s", "deltas.0.lora_dropout=0.1"),  # so that random draws matter
+    )
+    whole = json.loads(bmkit(*words, "-o", "whole").stdout)
+    process = start(*words, "-o", "stopped")
+    work = home / "work"
+    until(lambda: list(work.glob("*/checkpoint-*/bmkit-whole")) or process.poll() is not None)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "stopped").exists()
+    resumed = bmkit(*words, "-o", "stopped")
+    assert "going on from step" in resumed.stderr
+    found = json.loads(resumed.stdout)
+    assert found["metrics"] == whole["metrics"]
+    assert found["digest"] == whole["digest"]
+    assert not any(work.iterdir())
+
+
+def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(
+    start: Callable[..., Popen], bmkit: Run, tiny: Path, chats: Path, home: Path
+) -> None:
+    words = (
+        *("tune", "lora", "-m", "tiny", "--data", chats, "--json", "-o", "x"),
+        *("-s", "train.max_steps=40", "-s", "train.save_steps=3"),
+    )
+    process = start(*words)
+    until(lambda: list((home / "work").glob("*/checkpoint-*/bmkit-whole")))
+    process.kill()
+    process.communicate()
+    newest = max((home / "work").glob("*/checkpoint-*"), key=lambda p: int(p.name[11:]))
+    half = newest.with_name(f"checkpoint-{int(newest.name[11:]) + 3}")
+    shutil.copytree(newest, half)
+    (half / "bmkit-whole").unlink(missing_ok=True)
+    (half / "adapter_model.safetensors").write_bytes(b"cut off")
+    again = bmkit(*words)
+    assert again.returncode == 0, again.stderr
+
+
+def test_two_runs_into_the_same_out_at_once(
+    start: Callable[..., Popen], bmkit: Run, tiny: Path, chats: Path, tmp_path: Path
+) -> None:
+    words = ("tune", "lora", "-m", "tiny", "--data", chats, "-s", "train.max_steps=60")
+    first = start(*words, "-o", "x")
+    until(lambda: (tmp_path / ".x.partial").exists())
+    second = bmkit(*words, "-o", "x")
+    assert second.returncode == 3 and "another bmkit" in second.stderr, second.stderr
+    out, err = first.communicate(timeout=120)
+    assert (first.returncode, out) == (0, "x\n"), err
+
+
+def test_two_identical_runs_into_the_cache_build_once(
+    start: Callable[..., Popen], tiny: Path
+) -> None:
+    both = [start("compress", "int8", "-m", "tiny", "--json") for _ in range(2)]
+    found = [json.loads(p.communicate(timeout=120)[0]) for p in both]
+    assert found[0]["digest"] == found[1]["digest"]
+    assert sorted(f["reused"] for f in found) == [False, True]
+
+
+def test_a_loss_that_is_not_a_number_exits_5_and_keeps_the_last_checkpoint(
+    bmkit: Run, tiny: Path, chats: Path, home: Path, tmp_path: Path
+) -> None:
+    done = bmkit(
+        *("tune", "lora", "-m", "tiny", "--data", chats, "-o", "x", "-s", "train.max_steps=60"),
+        *("-s", "train.learning_rate=1e30", "-s", "train.max_grad_norm=1e30"),
+        *("-s", "train.save_steps=1", "-s", "train.warmup_steps=0"),
+    )
+    assert done.returncode == 5, done.stderr
+    assert "not a number at step" in done.stderr and done.stdout == ""
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,299 @@
+"""What bmkit writes, read by plain transformers and plain peft."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+IDS = torch.tensor([[5, 9, 40, 77, 120, 3, 200]])
+
+
+def logits(path: Path, **options: Any) -> torch.Tensor:
+    """Load with plain transformers in a process without bmkit, and return float32 logits."""
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as A\n"
+        f"m = A.from_pretrained(sys.argv[1], dtype=torch.float32, **{options!r})\n"
+        f"ids = torch.tensor({IDS.tolist()})\n"
+        "with torch.no_grad(): out = m(ids).logits\n"
+        "assert 'bmkit' not in sys.modules\n"
+        "torch.save(out, sys.argv[2])\n"
+    )
+    target = path.parent / "logits.pt"
+    subprocess.run([sys.executable, "-c", code, str(path), str(target)], check=True)
+    found: torch.Tensor = torch.load(target, weights_only=True)
+    return found
+
+
+def by_bmkit(path: Path) -> torch.Tensor:
+    from bmkit import model
+
+    loaded = model.load_model(path, device=torch.device("cpu"))
+    with torch.no_grad():
+        out: torch.Tensor = loaded(IDS).logits
+    assert out.dtype == torch.float32
+    return out
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int4"])
+def test_a_quantised_checkpoint_gives_the_same_logits_in_plain_transformers(
+    bmkit: Run, tiny: Path, tmp_path: Path, recipe: str
+) -> None:
+    assert bmkit("compress", recipe, "-m", "tiny", "-o", "a").returncode == 0
+    ours, theirs = by_bmkit(tmp_path / "a"), logits(tmp_path / "a")
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(ours, logits(tiny))
+
+
+def test_int8_logits_are_those_of_rounded_weights(bmkit: Run, tiny: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert bmkit("compress", "int8", "-m", "tiny", "-o", "a").returncode == 0
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            w = module.weight.data
+            scale = w.abs().max(1, keepdim=True).values / 127
+            module.weight.data = (w / scale).round() * scale
+    with torch.no_grad():
+        expected = model(IDS).logits
+    torch.testing.assert_close(by_bmkit(tmp_path / "a"), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.model
+def test_int8_of_a_real_model_is_really_small(bmkit: Run, smollm2: Path, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    done = bmkit("compress", "int8", "-m", "smollm2-135m", "-o", "a", "--json")
+    assert done.returncode == 0, done.stderr
+    stored = dense = 0
+    with safe_open(tmp_path / "a" / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+        for name in names:
+            tensor = file.get_tensor(name)
+            if name.endswith("weight_shape"):
+                dense += 4 * int(tensor[0]) * int(tensor[1])
+            if ".weight_" in name:
+                stored += tensor.numel() * tensor.element_size()
+            if name.endswith("embed_tokens.weight"):
+                assert tensor.dtype == torch.bfloat16
+    assert "lm_head.weight" not in names  # tied: stored once
+    assert len([n for n in names if n.endswith("weight_packed")]) == 30 * 7
+    assert stored / dense <= 0.30
+    assert stored / dense == pytest.approx(json.loads(done.stdout)["metrics"]["bytes_ratio"], 1e-5)
+
+
+@pytest.fixture
+def delta(bmkit: Run, tiny: Path, chats: Path, tmp_path: Path) -> Path:
+    assert bmkit("compress", "int8", "-m", "tiny", "-o", "a").returncode == 0
+    done = bmkit(
+        *("tune", "lora", "-m", "a", "--data", chats, "-o", "d"),
+        *("-s", "train.max_steps=8", "-s", "train.learning_rate=0.02"),
+    )
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "d"
+
+
+def test_a_delta_loads_in_plain_peft_on_its_int8_base(delta: Path, bmkit: Run) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    model = AutoPeftModelForCausalLM.from_pretrained(delta, dtype=torch.float32)
+    with torch.no_grad():
+        theirs = model(IDS).logits
+        with model.disable_adapter():
+            base = model(IDS).logits
+    from bmkit import model as models
+
+    ours = models.attach(models.load_model(delta.parent / "a", device=torch.device("cpu")), [delta])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IDS).logits, theirs, rtol=0, atol=1e-5)
+    assert (theirs - base).abs().max() > 1e-3
+
+
+def test_merge_writes_a_model_that_answers_as_base_and_delta(
+    bmkit: Run, tiny: Path, chats: Path, tmp_path: Path
+) -> None:
+    words = ("tune", "lora", "-m", "tiny", "--data", chats, "-s", "train.max_steps=8")
+    words += ("-s", "train.learning_rate=0.02")
+    assert bmkit(*words, "-o", "d").returncode == 0
+    merged = bmkit(*words, "-s", "merge=true", "-o", "m", "--json")
+    assert json.loads(merged.stdout)["kind"] == "model", merged.stderr
+    from bmkit import model as models
+
+    apart = models.attach(models.load_model(tiny, device=torch.device("cpu")), [tmp_path / "d"])
+    with torch.no_grad():
+        expected = apart(IDS).logits
+    # stored in bfloat16, as its base is: three digits
+    torch.testing.assert_close(logits(tmp_path / "m"), expected, rtol=0.05, atol=0.05)
+
+
+def test_a_foreign_peft_adapter_and_checkpoint_are_taken(
+    bmkit: Run, tiny: Path, tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    torch.manual_seed(1)
+    get_peft_model(model, config).save_pretrained(tmp_path / "theirs")
+    done = bmkit("infer", "-m", "theirs", "-p", "Hi", "--max-new-tokens", "6", "--json")
+    assert done.returncode == 0, done.stderr
+    base = bmkit("infer", "-m", "tiny", "-p", "Hi", "--max-new-tokens", "6", "--json")
+    assert json.loads(done.stdout)["token_ids"] != json.loads(base.stdout)["token_ids"]
+    two = bmkit(
+        *("infer", "-m", "tiny", "--adapter", "theirs", "-p", "Hi", "--json"),
+        *("--max-new-tokens", "6"),
+    )
+    assert json.loads(two.stdout)["token_ids"] == json.loads(done.stdout)["token_ids"]
+
+
+def test_a_gguf_file_is_taken_and_equals_its_source(
+    bmkit: Run, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    """A GGUF written here with gguf's own writer, float32, Llama layout."""
+    path = tmp_path / "small.gguf"
+    model = _gguf_llama(path)
+    done = bmkit("pull", path, "-o", "g")
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = model(IDS % 64).logits
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "g", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS % 64).logits, expected, rtol=0.02, atol=0.02)
+    answer = bmkit("infer", "-m", path, "-p", "a", "--raw", "--max-new-tokens", "2", "--json")
+    assert answer.returncode == 0, answer.stderr
+
+
+def _gguf_llama(path: Path) -> Any:
+    """Write a random one-layer Llama as GGUF, and return it as transformers has it."""
+    import gguf
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        rms_norm_eps=1e-5,
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16).float().eval()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(8)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(260)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    from tokenizers import pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    writer.add_token_list(["<e>", "<s>", "<p>", *alphabet, "ab"])
+    writer.add_token_types([3, 3, 3] + [1] * 257)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(0)
+    state = model.state_dict()
+
+    def put(name: str, tensor: torch.Tensor) -> None:
+        writer.add_tensor(name, tensor.float().contiguous().numpy())
+
+    def rope(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+        """llama.cpp pairs neighbouring dimensions, transformers the two halves."""
+        size = tensor.shape[0] // heads
+        return tensor.reshape(heads, 2, size // 2, -1).transpose(1, 2).reshape(tensor.shape)
+
+    put("token_embd.weight", state["model.embed_tokens.weight"])
+    put("output.weight", state["lm_head.weight"])
+    put("output_norm.weight", state["model.norm.weight"])
+    layer = "model.layers.0."
+    put("blk.0.attn_q.weight", rope(state[layer + "self_attn.q_proj.weight"], 4))
+    put("blk.0.attn_k.weight", rope(state[layer + "self_attn.k_proj.weight"], 2))
+    put("blk.0.attn_v.weight", state[layer + "self_attn.v_proj.weight"])
+    put("blk.0.attn_output.weight", state[layer + "self_attn.o_proj.weight"])
+    for ours, theirs in (("gate", "gate"), ("up", "up"), ("down", "down")):
+        put(f"blk.0.ffn_{theirs}.weight", state[f"{layer}mlp.{ours}_proj.weight"])
+    put("blk.0.attn_norm.weight", state[layer + "input_layernorm.weight"])
+    put("blk.0.ffn_norm.weight", state[layer + "post_attention_layernorm.weight"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2", "gemma3", "opt", "bert"])
+def test_int8_covers_other_architectures_or_says_that_it_can_not(
+    bmkit: Run, tmp_path: Path, name: str
+) -> None:
+    from transformers import (
+        BertConfig,
+        BertModel,
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        GPT2Config,
+        GPT2LMHeadModel,
+        OPTConfig,
+        OPTForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
+
+    small = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 99}
+    wide = small | {"intermediate_size": 64}
+    model = {
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=99)),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**wide, num_key_value_heads=2)),
+        "gemma3": lambda: Gemma3ForCausalLM(
+            Gemma3TextConfig(**wide, num_key_value_heads=2, head_dim=8)
+        ),
+        "opt": lambda: OPTForCausalLM(OPTConfig(**small, ffn_dim=64, word_embed_proj_dim=32)),
+        "bert": lambda: BertModel(BertConfig(**wide)),
+    }[name]()
+    model.save_pretrained(tmp_path / "m")
+    done = bmkit("compress", "int8", "-m", "m", "-o", "a")
+    if name == "gpt2":
+        assert done.returncode == 3 and "Conv1D" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    code = (
+        "import sys, torch, transformers; C = getattr(transformers, sys.argv[2])\n"
+        "m = C.from_pretrained(sys.argv[1], dtype=torch.float32)\n"
+        "ids = torch.arange(7)[None] + 3\n"
+        "with torch.no_grad(): out = m(ids)[0]\n"
+        "print(float(out.double().abs().sum()))"
+    )
+
+    def total(path: str) -> float:
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / path), type(model).__name__],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=dict(os.environ),
+        )
+        return float(done.stdout)
+
+    assert total("a") == pytest.approx(total("m"), rel=0.02)
+    assert total("a") != total("m")

@@ -118,7 +118,7 @@ def load_model(path: Path, *, device: torch.device, dtype: str = "auto") -> Any:
     chosen = compute_dtype(dtype, stored_dtype(config), device)
     options: dict[str, Any] = {}
     if quantization := getattr(config, "quantization_config", None):
-        options["quantization_config"] = _dense(quantization, path)
+        options = _dense(quantization, path)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
@@ -170,8 +170,8 @@ def attach(model: Any, adapters: Sequence[Path]) -> Any:
     return wrapped.eval()
 
 
-def _dense(quantization: Any, path: Path) -> Any:
-    """Ask transformers to unpack compressed-tensors weights while loading."""
+def _dense(quantization: Any, path: Path) -> dict[str, Any]:
+    """Return the options with which transformers unpacks compressed-tensors weights at once."""
     from transformers import CompressedTensorsConfig
 
     values = quantization if isinstance(quantization, dict) else quantization.to_dict()
@@ -180,7 +180,9 @@ def _dense(quantization: Any, path: Path) -> Any:
             f"{path} is quantised as {values.get('quant_method')}",
             hint="bmkit reads compressed-tensors and GGUF",
         )
-    return CompressedTensorsConfig(dequantize=True)
+    if values.get("dequantize"):
+        return {}
+    return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
 
 
 def empty_model(path: Path) -> nn.Module:

@@ -44,6 +44,7 @@ STAGES = {
             "bmkit.compress.run:run",
             takes=("model",),
             gives="model",
+            version=2,
         ),
         Stage(
             "tune",

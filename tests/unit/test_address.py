@@ -127,7 +127,7 @@ def test_a_layer_that_the_model_does_not_have_is_refused() -> None:
 
 
 def test_excluding_everything_is_refused() -> None:
-    with pytest.raises(RecipeError, match="nothing"):
+    with pytest.raises(RecipeError, match="nothing is left"):
         address.matched(LLAMA, ["q_proj"], ["q_proj"])
 
 

@@ -132,10 +132,10 @@ def test_a_file_truncated_anywhere_is_refused_and_named(folder: Path) -> None:
 def test_a_truncated_file_is_called_truncated(folder: Path) -> None:
     size = (folder / "model.safetensors").stat().st_size
     cut(folder, -100)
-    with pytest.raises(InputError, match=f"truncated: {size - 100} bytes instead of {size}"):
+    with pytest.raises(InputError, match=f" is truncated: {size - 100} bytes instead of {size}"):
         plan.read_headers(folder)
     cut(folder, 40)
-    with pytest.raises(InputError, match="truncated"):
+    with pytest.raises(InputError, match=r"safetensors is truncated: its header"):
         plan.read_headers(folder)
 
 
@@ -265,7 +265,7 @@ def test_an_index_cannot_lead_out_of_the_checkpoint(tmp_path: Path) -> None:
     inside.mkdir()
     save_file({"b": torch.zeros(3)}, tmp_path / "outside.safetensors")
     sharded(inside, {"a": "model-00001-of-00002.safetensors", "b": "../outside.safetensors"})
-    with pytest.raises(InputError, match="outside"):
+    with pytest.raises(InputError, match=r"outside\.safetensors"):
         plan.read_headers(inside)
 
 
@@ -346,7 +346,7 @@ def test_a_budget_that_is_too_small_names_the_smallest_that_works(
 ) -> None:
     name = "ram_limit" if flag == "--cpu-memory" else "gpu_limit"
     other = {"ram_limit": None, "gpu_limit": None}
-    with pytest.raises(ResourceError, match=flag) as caught:
+    with pytest.raises(ResourceError, match=f"{flag} .* is too small") as caught:
         plan.check_fits(peak, tmp_path, **{**other, name: 3_000_000})
     assert caught.value.exit_code == 4
     smallest = env.parse_bytes(str(caught.value.hint).rpartition(" ")[2])
@@ -356,5 +356,5 @@ def test_a_budget_that_is_too_small_names_the_smallest_that_works(
 
 def test_more_disk_or_memory_than_there_is_is_refused(tmp_path: Path) -> None:
     for peak, what in ((Peak(0, 0, 2**60), "disk"), (Peak(2**60, 0, 0), "memory")):
-        with pytest.raises(ResourceError, match=what):
+        with pytest.raises(ResourceError, match=f" of {what}, "):
             plan.check_fits(peak, tmp_path / "not" / "yet", ram_limit=None, gpu_limit=None)

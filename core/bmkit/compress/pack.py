@@ -24,7 +24,11 @@ def pack(values: Tensor, scale: Tensor, bits: int) -> dict[str, Tensor]:
 
 
 def config(bits: int, group_size: int | None, ignore: list[str]) -> dict[str, Any]:
-    """Return the `quantization_config` for `config.json`; `ignore` are the linears left dense."""
+    """Return the `quantization_config` for `config.json`; `ignore` are the linears left dense.
+
+    `dequantize` makes plain transformers unpack while loading, not at the first forward: it is
+    quicker, and `peft` finds the dense weights that it needs.
+    """
     weights = {
         "num_bits": bits,
         "type": "int",
@@ -42,4 +46,5 @@ def config(bits: int, group_size: int | None, ignore: list[str]) -> dict[str, An
             "group_0": {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
         },
         "ignore": ignore,
+        "dequantize": True,
     }

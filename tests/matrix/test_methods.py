@@ -1,0 +1,241 @@
+"""Every registered method, on a tiny random Llama: it runs, is reused, repeats, and reloads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bmkit import artifact, registry
+from bmkit.errors import BmkitError
+from bmkit.pipeline import stage as stages
+from bmkit.pipeline.stage import Request, Result
+from bmkit.registry import Method
+from bmkit.report import Silent
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a method's line in the matrix says."""
+
+    kind: str
+    """The kind of artifact that it makes."""
+    assign: tuple[str, ...] = ()
+    """What keeps it short."""
+    data: bool = False
+    """Whether it takes rows."""
+
+
+# One line a method: `("stage", "method"): Line(…)`.
+MATRIX = {
+    ("compress", "quantize"): Line("model"),
+    ("tune", "lora"): Line(
+        "delta",
+        ("train.max_steps=2", "train.per_device_train_batch_size=4", "data.max_length=64"),
+        data=True,
+    ),
+}
+
+each_method = pytest.mark.parametrize(
+    "method", registry.METHODS, ids=lambda m: f"{m.stage}-{m.name}"
+)
+
+Make = Callable[..., Result]
+
+
+@pytest.fixture
+def make(tiny: Path, chats: Path) -> Make:
+    """Run a method's built-in recipe on the tiny model."""
+
+    def run(method: Method, **more: Any) -> Result:
+        line = MATRIX[method.stage, method.name]
+        request = Request(
+            method.stage,
+            method.builtin,
+            str(tiny),
+            assign=line.assign,
+            data=str(chats) if line.data else None,
+            device="cpu",
+            threads=1,
+        )
+        return stages.run_stage(replace(request, **more), Silent())
+
+    return run
+
+
+def token_ids() -> Any:
+    """Return a few token ids."""
+    import torch
+
+    return torch.arange(3, 43).reshape(2, 20)
+
+
+def plain_logits(result: Result, base: Path) -> Any:
+    """Load a result with the stock library for its kind, and return its logits on a few tokens."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = result.artifact.path
+    if result.artifact.kind == "delta":
+        model: Any = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), path
+        )
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        assert AutoTokenizer.from_pretrained(path).chat_template
+    with torch.no_grad():
+        return model.eval()(token_ids()).logits
+
+
+def our_logits(result: Result, base: Path) -> Any:
+    """Load a result as bmkit does, and return its logits on the same tokens."""
+    import torch
+
+    from bmkit import model as models
+
+    is_delta = result.artifact.kind == "delta"
+    path = result.artifact.path
+    cpu = torch.device("cpu")
+    loaded = models.load_model(base if is_delta else path, device=cpu, dtype="float32")
+    with torch.no_grad():
+        return models.attach(loaded, [path] if is_delta else [])(token_ids()).logits
+
+
+def test_every_registered_method_has_a_line_and_every_line_a_method() -> None:
+    assert set(MATRIX) == {(m.stage, m.name) for m in registry.METHODS}
+
+
+@each_method
+def test_a_method_makes_a_whole_artifact(method: Method, make: Make, home: Path) -> None:
+    result = make(method)
+    line = MATRIX[method.stage, method.name]
+    found = result.artifact
+    assert (found.kind, result.reused) == (line.kind, False)
+    assert found.path.parent == home / "artifacts"
+    manifest = artifact.read_manifest(found.path)
+    assert artifact.differences(found.path, manifest) == []
+    assert (manifest.key, manifest.digest) == (result.key, found.digest)
+    assert manifest.loads_in
+    assert manifest.metrics
+    on_disk = {p.relative_to(found.path).as_posix() for p in found.path.rglob("*") if p.is_file()}
+    assert on_disk == {*manifest.files, "bmkit.json"}
+    assert not [n for n in on_disk if n.endswith((".bin", ".pt", ".pth", ".pkl"))]
+
+
+@each_method
+def test_the_metrics_that_gates_may_name_are_measured(method: Method, make: Make) -> None:
+    recipe = registry.load(registry.STAGES[method.stage].recipe)
+    missing = set(recipe.METRICS) - set(make(method).artifact.metrics)
+    assert {name for name in missing if not name.startswith("dev_")} == set()
+
+
+@each_method
+def test_the_same_stage_again_is_reused(method: Method, make: Make) -> None:
+    first, again = make(method), make(method)
+    assert (first.reused, again.reused) == (False, True)
+    assert (first.artifact.path, first.artifact.digest, first.key) == (
+        again.artifact.path,
+        again.artifact.digest,
+        again.key,
+    )
+
+
+@each_method
+def test_the_same_key_gives_the_same_bytes(method: Method, make: Make, tmp_path: Path) -> None:
+    first, again = make(method), make(method, out=tmp_path / "elsewhere")
+    assert again.reused is False
+    assert (first.key, first.artifact.digest) == (again.key, again.artifact.digest)
+
+
+@each_method
+def test_another_seed_or_recipe_gives_another_key(method: Method, make: Make) -> None:
+    first = make(method)
+    keys = []
+    line = MATRIX[method.stage, method.name]
+    for more in ({"seed": 7}, {"assign": (*line.assign, "dtype=bfloat16")}):
+        result = make(method, **more)
+        keys.append(result.key)
+        assert result.reused is False
+    assert len({first.key, *keys}) == 3
+
+
+@each_method
+@pytest.mark.parametrize("seed", [2**32 - 1, 2**32, 2**64])
+def test_a_large_seed_is_used_or_refused_but_never_a_crash(
+    method: Method, make: Make, seed: int
+) -> None:
+    try:
+        assert make(method, seed=seed).artifact.kind == MATRIX[method.stage, method.name].kind
+    except BmkitError as exc:
+        assert "seed" in str(exc)
+
+
+@each_method
+def test_the_result_loads_in_the_stock_library_with_the_same_logits(
+    method: Method, make: Make, tiny: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    result = make(method)
+    ours, theirs = our_logits(result, tiny), plain_logits(result, tiny)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)(token_ids()).logits
+    assert not torch.equal(ours, plain), "the method has changed nothing"
+    assert float((ours - plain).norm() / plain.norm()) < 0.2, "the method has broken the model"
+
+
+@each_method
+def test_the_result_answers_through_infer(method: Method, make: Make) -> None:
+    from bmkit.data.rows import Row
+    from bmkit.pipeline.generate import open_answers
+
+    result = make(method)
+    request = Request(
+        "infer",
+        "greedy",
+        str(result.artifact.path),
+        device="cpu",
+        threads=1,
+        flags={"max_new_tokens": 4},
+    )
+    answers = list(open_answers(request, [Row(1, {"prompt": "Say 1."})], Silent()))
+    assert [len(a["token_ids"]) for a in answers] == [4] or answers[0]["finish"] == "eos"
+
+
+@each_method
+def test_its_manifest_makes_it_again(method: Method, make: Make, tmp_path: Path) -> None:
+    from bmkit.pipeline import chain
+
+    first = make(method)
+    pipeline = tmp_path / "again.yaml"
+    pipeline.write_text(chain.to_yaml(chain.lineage(first.artifact.steps)))
+    items = chain.read(str(pipeline))
+    chain.check(items)
+    left = chain.run(items, Silent(), lambda *_: None)
+    assert left is not None
+    assert left[2].digest == first.artifact.digest
+    result = left[1]
+    assert result is not None
+    assert result.key == first.key
+
+
+@each_method
+def test_a_gate_is_judged_on_the_result(method: Method, make: Make) -> None:
+    first = make(method)
+    name, value = next(
+        (n, v)
+        for n, v in first.artifact.metrics.items()
+        if isinstance(v, float) and n in registry.load(registry.STAGES[method.stage].recipe).METRICS
+    )
+    line = MATRIX[method.stage, method.name]
+    for bound, met in (({"max": value}, True), ({"max": value / 2}, False), ({"min": value}, True)):
+        assign = (*line.assign, f"gates.{name}={json.dumps(bound)}")
+        result = make(method, assign=assign)
+        assert (result.reused, not result.unmet) == (True, met), bound

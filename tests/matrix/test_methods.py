@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -147,8 +148,23 @@ def test_the_same_stage_again_is_reused(method: Method, make: Make) -> None:
 
 @each_method
 def test_the_same_key_gives_the_same_bytes(method: Method, make: Make, tmp_path: Path) -> None:
-    first, again = make(method), make(method, out=tmp_path / "elsewhere")
+    import torch
+
+    torch.manual_seed(12345)  # what the process did before must not matter
+    first = make(method)
+    torch.manual_seed(54321)
+    again = make(method, out=tmp_path / "elsewhere")
     assert again.reused is False
+    assert (first.key, first.artifact.digest) == (again.key, again.artifact.digest)
+
+
+@each_method
+def test_key_and_bytes_do_not_depend_on_where_the_model_lies(
+    method: Method, make: Make, tiny: Path, tmp_path: Path
+) -> None:
+    elsewhere = shutil.copytree(tiny, tmp_path / "other folder" / "copy")
+    first = make(method)
+    again = make(method, model=str(elsewhere), out=tmp_path / "elsewhere")
     assert (first.key, first.artifact.digest) == (again.key, again.artifact.digest)
 
 

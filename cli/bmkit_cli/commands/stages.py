@@ -50,7 +50,8 @@ def pull(
     stream = stdout()
     start = time.monotonic()
     found, reused = pulls.pull(name, reporter, out=out, force=force)
-    reporter.info(f"pull: {'unchanged, reused' if reused else 'wrote'} {found.path}")
+    took = f" in {time.monotonic() - start:.1f} s"
+    reporter.info(f"pull: {'unchanged, reused ' if reused else 'wrote '}{found.path}{took}")
     if as_json:
         assert found.manifest is not None  # pull writes one
         stream.json(

@@ -1,0 +1,50 @@
+"""What every benchmark result says beside its figures: machine, commit, command, load."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def facts() -> dict[str, Any]:
+    """Return machine, versions, commit and command of this run."""
+    from importlib.metadata import version
+
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    model = "unknown"
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
+        model = lines[0].partition(":")[2].strip() if lines else model
+    return {
+        "machine": {"cpu": model, "cores": os.cpu_count(), "platform": platform.platform()},
+        "load_average_before": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": {
+            p: version(p) for p in ("torch", "transformers", "peft", "compressed-tensors")
+        },
+        "commit": commit,
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def save(name: str, values: dict[str, Any]) -> None:
+    """Write scripts/bench/results/NAME.json and print it."""
+    text = json.dumps(values, indent=1)
+    folder = ROOT / "scripts" / "bench" / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(text + "\n")
+    print(text)

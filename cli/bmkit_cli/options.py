@@ -34,7 +34,9 @@ DataOpt = Annotated[
 DeviceOpt = Annotated[
     str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", show_default=False)
 ]
-SeedOpt = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every random draw.")]
+SeedOpt = Annotated[
+    int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of every random draw.")
+]
 ThreadsOpt = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads to use.")]
 GpuOpt = Annotated[
     str | None, typer.Option("--gpu-memory", metavar="SIZE", help="Budget on the GPU, as 6GiB.")

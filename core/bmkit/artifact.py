@@ -42,6 +42,8 @@ class FileEntry(_Part):
 
     sha256: str = Sha256
     bytes: int = Field(ge=0)
+    content: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """What enters the digest in the place of `sha256`, where the file also names a place."""
 
 
 class InputEntry(_Part):
@@ -128,7 +130,10 @@ def open_artifact(path: Path) -> Artifact:
         return Artifact(path, manifest.kind, manifest.digest, manifest, name)
     kind = _foreign_kind(path)
     with HashCache() as cache:
-        files = {name: cache.sha256(file) for name, file in sorted(content_files(path).items())}
+        files = {
+            name: _without_place(file) or cache.sha256(file)
+            for name, file in sorted(content_files(path).items())
+        }
     return Artifact(path, kind, content_digest(kind, files))
 
 
@@ -138,15 +143,14 @@ def read_manifest(path: Path) -> Manifest:
         manifest = Manifest.model_validate_json((path / MANIFEST).read_text(encoding="utf-8"))
     except ValidationError as exc:
         problem = exc.errors(include_url=False)[0]
-        where = ".".join(map(str, problem["loc"]))
+        where = ".".join(map(str, problem["loc"])) or "the whole"
         raise InputError(
             f"{path / MANIFEST} is damaged: {where}: {problem['msg']}",
             hint="build the artifact again, with --force",
         ) from None
     except (OSError, UnicodeDecodeError) as exc:
         raise InputError(f"{path / MANIFEST} cannot be read: {exc}") from None
-    files = {name: entry.sha256 for name, entry in manifest.files.items()}
-    if content_digest(manifest.kind, files) != manifest.digest:
+    if _digest(manifest.kind, manifest.files) != manifest.digest:
         raise InputError(
             f"{path / MANIFEST} is damaged: its digest does not belong to its files",
             hint="build the artifact again, with --force",
@@ -169,7 +173,9 @@ def _check_files(path: Path, manifest: Manifest) -> None:
                     f"{path} is damaged: {name} has {size} bytes, its manifest says {entry.bytes}",
                     hint=_REBUILD,
                 )
-            if cache.sha256(file) != entry.sha256:
+            if cache.sha256(file) != entry.sha256 or (
+                entry.content is not None and entry.content != _without_place(file)
+            ):
                 raise InputError(
                     f"{path} is damaged: the content of {name} is not what its manifest says",
                     hint=_REBUILD,
@@ -238,6 +244,22 @@ def content_files(path: Path) -> dict[str, Path]:
     }
 
 
+def _digest(kind: str, files: Mapping[str, FileEntry]) -> str:
+    return content_digest(kind, {name: e.content or e.sha256 for name, e in files.items()})
+
+
+def _without_place(file: Path) -> str | None:
+    """Hash an adapter's config without the path of its base; None for any other file."""
+    if file.name != "adapter_config.json":
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        values.pop("base_model_name_or_path", None)
+    except (OSError, ValueError, AttributeError):
+        return None
+    return _sha256(json.dumps(values, sort_keys=True).encode())
+
+
 def content_digest(kind: str, files: Mapping[str, str]) -> str:
     """Hash content only: equal bytes give an equal digest, however and wherever they were made."""
     return _sha256(json.dumps([kind, sorted(files.items())]).encode())
@@ -254,6 +276,9 @@ def occupied(out: Path, key: str, *, force: bool) -> Artifact | None:
     Raises OutputTaken if something else is there; `force` allows replacing another artifact, never
     a directory that bmkit did not make.
     """
+    aside = _aside(out)
+    if aside.is_dir() and not out.exists():
+        os.rename(aside, out)  # a run was killed between the two renames of `_replace`
     if not out.exists() and not out.is_symlink():
         return None
     if not out.is_dir():
@@ -265,6 +290,7 @@ def occupied(out: Path, key: str, *, force: bool) -> Artifact | None:
             f"{out} is not empty, and bmkit did not make it", hint="name another --out"
         )
     if force:
+        _refuse_strangers(out)
         return None
     if read_manifest(out).key != key:
         raise OutputTaken(
@@ -272,6 +298,20 @@ def occupied(out: Path, key: str, *, force: bool) -> Artifact | None:
             hint="name another --out, or replace it with --force",
         )
     return open_artifact(out)
+
+
+def _refuse_strangers(out: Path) -> None:
+    """Raise OutputTaken if `out` holds files that its manifest doesn't name: a user's own."""
+    try:
+        known = {MANIFEST, *read_manifest(out).files}
+    except InputError:
+        return  # its manifest is damaged: --force is the way to mend it
+    found = {f.relative_to(out).as_posix() for f in out.rglob("*") if f.is_file()}
+    if strangers := sorted(found - known):
+        raise OutputTaken(
+            f"{out} also holds {strangers[0]}, which bmkit did not make",
+            hint="move it away, or name another --out",
+        )
 
 
 @contextmanager
@@ -282,6 +322,11 @@ def create(out: Path, *, wait: bool = False) -> Iterator[Path]:
     wiped and used again. Raises OutputTaken if another run is writing the same `out` (with `wait`,
     waits for it), ResourceError if the file system refuses.
     """
+    here, there = Path.cwd(), out.resolve()
+    if there == here or there in here.parents:
+        raise OutputTaken(
+            f"{out} is the working directory, or around it", hint="name another --out"
+        )
     scratch = out.parent / f".{out.name}.partial"
     with _refusals(out), hold(scratch, str(out), wait=wait):
         for left in scratch.iterdir():
@@ -334,7 +379,10 @@ def hold(folder: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     The lock is the operating system's, so a killed run leaves none behind. Raises OutputTaken,
     naming `what`, if another run owns it; with `wait`, waits for it.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise OutputTaken(f"{folder.parent} is a file", hint="name another --out") from None
     while True:
         folder.mkdir(exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
@@ -361,14 +409,20 @@ def _make_readable(scratch: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     for path in scratch.rglob("*"):
+        if path.is_symlink():
+            continue
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+def _aside(out: Path) -> Path:
+    return out.parent / f".{out.name}.replaced"
 
 
 def _replace(scratch: Path, out: Path) -> None:
     if not out.exists():
         os.rename(scratch, out)
         return
-    aside = out.parent / f".{out.name}.replaced"
+    aside = _aside(out)
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(out, aside)
     try:
@@ -393,8 +447,10 @@ def write_manifest(
     entries = {}
     for file in sorted(p for p in scratch.rglob("*") if p.is_file()):
         name = file.relative_to(scratch).as_posix()
-        entries[name] = FileEntry(sha256=hash_file(file), bytes=file.stat().st_size)
-    digest = content_digest(kind, {n: e.sha256 for n, e in entries.items()})
+        entries[name] = FileEntry(
+            sha256=hash_file(file), bytes=file.stat().st_size, content=_without_place(file)
+        )
+    digest = _digest(kind, entries)
     manifest = Manifest(
         schema=1,
         bmkit=version,

@@ -100,9 +100,14 @@ def read_headers(path: Path) -> Headers:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise InputError(f"{index} has no weight_map")
-        files = [path / str(name) for name in sorted(set(weight_map.values()))]
+        found = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+        named = [name for name in found if isinstance(name, str)]
+        if len(named) < len(found):
+            raise InputError(f"{index} has no weight_map of file names")
+        for name in named:
+            if Path(name).name != name:
+                raise InputError(f"{index} names {name}, which is not a file beside it")
+        files = [path / name for name in sorted(set(named))]
     else:
         files = sorted(path.glob("*.safetensors"))
     tensors = tuple(t for file in files for t in _file_headers(file))
@@ -117,7 +122,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as exc:
         raise InputError(f"{path} cannot be read: {exc.strerror}") from None
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise InputError(f"{path} is not JSON: {exc}") from None
     if not isinstance(found, dict):
         raise InputError(f"{path} is not a JSON object")
@@ -140,18 +145,9 @@ def _file_headers(file: Path) -> list[TensorHeader]:
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-        tensors = [
-            TensorHeader(
-                name,
-                t["dtype"],
-                tuple(t["shape"]),
-                t["data_offsets"][1] - t["data_offsets"][0],
-                file,
-            )
-            for name, t in header.items()
-        ]
+        tensors = [_tensor_header(name, t, file) for name, t in header.items()]
         end = max((t["data_offsets"][1] for t in header.values()), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         raise InputError(foreign, hint="was it damaged on its way?") from None
     if size != 8 + length + end:
         what = "truncated" if size < 8 + length + end else "longer than its header says"
@@ -162,6 +158,16 @@ def _file_headers(file: Path) -> list[TensorHeader]:
         if t.dtype in DTYPE_BYTES and t.numel * DTYPE_BYTES[t.dtype] != t.bytes:
             raise InputError(f"{file}: tensor {t.name} has the wrong size", hint="fetch it again")
     return tensors
+
+
+def _tensor_header(name: str, values: dict[str, Any], file: Path) -> TensorHeader:
+    """Read one entry of a header. Raises ValueError, TypeError or KeyError if it makes no sense."""
+    dtype, shape = values["dtype"], values["shape"]
+    start, end = values["data_offsets"]
+    numbers = [*shape, start, end]
+    if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError
+    return TensorHeader(name, dtype, tuple(shape), end - start, file)
 
 
 @dataclass(frozen=True)

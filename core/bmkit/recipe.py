@@ -7,6 +7,7 @@ duplicate key win silently. The loader here reads YAML 1.2 scalars and refuses d
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from bmkit.errors import RecipeError, did_you_mean
 
@@ -52,7 +54,7 @@ class Recipe(Model):
     """Dotted keys that hold a path: relative to the recipe file, or `builtin:` for bmkit's own."""
 
     kind: str
-    seed: int = Field(default=0, ge=0, description="Seed of every random draw.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of every random draw.")
     device: str = Field(
         default="auto", description="`auto` takes the GPU if there is one; or `cpu`, `cuda:1`, …"
     )
@@ -64,14 +66,10 @@ class Recipe(Model):
         default_factory=dict, description="Bounds on metrics, as `{metric: {min: …, max: …}}`."
     )
 
-    @model_validator(mode="after")
-    def _gates_name_metrics(self) -> Recipe:
-        for name in self.gates:
-            if name not in self.METRICS:
-                known = ", ".join(self.METRICS) or "none here"
-                hint = did_you_mean(name, self.METRICS, otherwise=f"known: {known}")
-                raise ValueError(f"gates: no metric is called `{name}`; {hint}")
-        return self
+
+def contradiction(key: str, text: str) -> PydanticCustomError:
+    """Return what a validator of several keys raises, so that the error points at `key`."""
+    return PydanticCustomError("contradiction", "{text}", {"text": text, "key": key})
 
 
 M = TypeVar("M", bound=Model)
@@ -128,13 +126,14 @@ def parse(text: str, source: str, *, name: str = "recipe", folder: Path | None =
         if node is None:
             raise RecipeError(f"{source} is empty")
         _mark(node, (), doc, loader)
-        doc.data = loader.construct_document(node)
+        doc.data = _plain(loader.construct_document(node))
     except yaml.MarkedYAMLError as exc:
         mark = exc.problem_mark or exc.context_mark
         raise RecipeError(f"{source}: not valid YAML\n{_point(doc, mark, _yaml(exc))}") from None
     except yaml.YAMLError as exc:
         raise RecipeError(f"{source}: not valid YAML: {exc}") from None
-    except (RecursionError, ValueError) as exc:
+    except (RecursionError, ValueError, LookupError, TypeError, AttributeError) as exc:
+        # PyYAML's constructors, given `!!int x` and the like
         raise RecipeError(f"{source}: not valid YAML: {type(exc).__name__}: {exc}") from None
     finally:
         if loader is not None:
@@ -146,16 +145,28 @@ def _yaml(exc: yaml.MarkedYAMLError) -> str:
     return ", ".join(part for part in (exc.context, exc.problem) if part) or "not valid YAML"
 
 
+def _plain(value: Any) -> Any:
+    """Return `value` with every key as text, as JSON has it; keys that can't be are left out."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items() if _is_key(k)}
+    return [_plain(v) for v in value] if isinstance(value, list) else value
+
+
+def _is_key(key: object) -> bool:
+    return isinstance(key, str | int) and not isinstance(key, bool)
+
+
 def _mark(node: yaml.Node, path: KeyPath, doc: Document, loader: _Loader) -> None:
     doc.value_marks[path] = node.start_mark
     if len(doc.value_marks) > MAX_NODES or len(path) > 40:
         raise RecipeError(f"{doc.source}: too large for a recipe")
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
-            key = loader.construct_object(key_node, deep=True)
-            if not isinstance(key, str | int) or isinstance(key, bool):
+            found = loader.construct_object(key_node, deep=True)
+            if not _is_key(found):
                 doc.problems.append(_point(doc, key_node.start_mark, "a key must be text"))
                 continue
+            key = str(found)
             if (*path, key) in doc.key_marks:
                 first = doc.key_marks[(*path, key)].line + 1
                 text = f"`{key}` is already set on line {first}"
@@ -166,6 +177,12 @@ def _mark(node: yaml.Node, path: KeyPath, doc: Document, loader: _Loader) -> Non
     elif isinstance(node, yaml.SequenceNode):
         for i, item in enumerate(node.value):
             _mark(item, (*path, i), doc, loader)
+    elif node.tag.endswith(":float") and not math.isfinite(loader.construct_object(node)):
+        raise RecipeError(_refused(doc, [_point(doc, node.start_mark, "a number must be finite")]))
+    if node.tag not in TAGS_OF_JSON:
+        tag = node.tag.rpartition(":")[2]
+        text = f"not valid YAML for a recipe: `{tag}` is not text, a number, true, false or null"
+        raise RecipeError(_refused(doc, [_point(doc, node.start_mark, text)]))
 
 
 def scalar(text: str) -> Any:
@@ -193,9 +210,15 @@ def override(doc: Document, assignments: Sequence[str], *, flag: str = "--set ")
             hint = "expected KEY=VALUE, as --set train.max_steps=10"
             doc.problems.append(f"  --> {label}\n   = {hint}")
             continue
-        path: KeyPath = tuple(int(p) if p.isdigit() else p for p in dotted.strip().split("."))
+        path: KeyPath = tuple(
+            int(p) if p.isascii() and p.isdigit() else p for p in dotted.strip().split(".")
+        )
+        parsed = None
         try:
-            parsed = parse(value, label).data if value.strip() else None
+            if value.strip():
+                found = parse(value, label)
+                parsed = found.data
+                doc.problems += found.problems
         except RecipeError as exc:
             doc.problems.append(f"  --> {label}\n   = {str(exc).splitlines()[0]}")
             continue
@@ -216,6 +239,7 @@ def _assign(data: Any, path: KeyPath, value: Any) -> str | None:
             if last:
                 target[step : step + 1] = [value]
         elif isinstance(target, dict):
+            step = str(step)
             if last:
                 target[step] = value
             elif target.get(step) is None:
@@ -254,28 +278,81 @@ def validate(doc: Document, model: type[M]) -> M:
     problems = list(doc.problems)
     if not isinstance(doc.data, dict):
         problems.append(at(doc, (), "a recipe is a mapping of `key: value` lines"))
-        raise _refusal(doc, problems)
+        raise RecipeError(_refused(doc, problems))
     wanted = get_args(model.model_fields["kind"].annotation) if "kind" in model.model_fields else ()
     found = doc.data.get("kind")
     if wanted and isinstance(found, str) and found not in wanted and found in KINDS:
         text = f"this is a `{found}` recipe; it runs with `bmkit {found}`"
-        raise _refusal(doc, [*problems, at(doc, ("kind",), text)])
+        raise RecipeError(_refused(doc, [*problems, at(doc, ("kind",), text)]))
+    problems += _unknown_gates(doc, model)
     try:
         # JSON mode + strict is the data model of YAML: "4" is not 4, a list may become a tuple.
         checked = model.model_validate_json(json.dumps(doc.data), strict=True)
     except ValidationError as exc:
-        problems += [_explain(doc, model, p) for p in exc.errors(include_url=False)]
+        problems += dict.fromkeys(_explain_all(doc, model, exc.errors(include_url=False)))
     if problems:
-        raise _refusal(doc, problems)
+        raise RecipeError(_refused(doc, problems))
     return checked
 
 
 KINDS = ("compress", "tune", "prompt", "infer", "spec-decode", "duplex")
 
 
-def _refusal(doc: Document, problems: Sequence[str]) -> RecipeError:
+TAGS_OF_JSON = {
+    f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")
+}
+
+
+def _refused(doc: Document, problems: Sequence[str]) -> str:
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return RecipeError("\n".join([f"{doc.source}: {count}", *problems]))
+    return "\n".join([f"{doc.source}: {count}", *problems])
+
+
+def _unknown_gates(doc: Document, model: type[Model]) -> list[str]:
+    metrics = getattr(model, "METRICS", ())
+    gates = doc.data.get("gates")
+    problems = []
+    for name in gates if isinstance(gates, dict) else ():
+        if name not in metrics:
+            known = ", ".join(metrics) or "none in this stage"
+            hint = did_you_mean(name, metrics, otherwise=f"known: {known}")
+            text = f"no metric is called `{name}`; {hint}"
+            problems.append(at(doc, ("gates", name), text, on_key=True))
+    return problems
+
+
+def _explain_all(doc: Document, model: type[Model], problems: Sequence[Any]) -> list[str]:
+    """Explain each problem; those of a union's branches, where every branch failed, in one."""
+    said = []
+    branches: dict[KeyPath, list[str]] = {}
+    for problem in problems:
+        loc = problem["loc"]
+        if problem["type"] in {"missing", "extra_forbidden"} or _inside(doc.data, loc):
+            said.append(_explain(doc, model, problem))
+            continue
+        expected = problem.get("ctx", {}).get("expected") or problem["msg"].partition("be ")[2]
+        branches.setdefault(_resolve(doc, model, loc[:-1])[0], []).append(expected.strip("'"))
+    for path, wanted in branches.items():
+        value: Any = doc.data
+        for step in path:
+            value = value[step]
+        close = did_you_mean(str(value), wanted)
+        ways = " or ".join(w.replace("a valid array", "a list") for w in wanted)
+        text = f"`{path[-1]}` should be {ways}, not `{json.dumps(value)}`"
+        said.append(at(doc, path, text + (f"; {close}" if close else "")))
+    return said
+
+
+def _inside(data: Any, loc: Sequence[Key]) -> bool:
+    """Tell whether the last step of `loc` is a place in `data`, and not a union's branch."""
+    here = data
+    for i, step in enumerate(loc):
+        there = isinstance(here, dict) and step in here
+        there |= isinstance(here, list) and isinstance(step, int) and step < len(here)
+        if not there and i == len(loc) - 1:
+            return False
+        here = here[step] if there else here
+    return True
 
 
 def _explain(doc: Document, model: type[Model], problem: Any) -> str:
@@ -300,6 +377,8 @@ def _explain(doc: Document, model: type[Model], problem: Any) -> str:
         close = did_you_mean(str(got), allowed)
         text = f"`{got}` is not one of {', '.join(allowed)}" + (f"; {close}" if close else "")
         return at(doc, path, text)
+    if kind == "contradiction":
+        return at(doc, (*path, ctx["key"]), problem["msg"])
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     if message.startswith("should"):
         message = f"`{name}` {message}, not `{json.dumps(problem['input'])}`"
@@ -362,6 +441,9 @@ def at(doc: Document, path: KeyPath, text: str, *, on_key: bool = False) -> str:
     for cut in range(len(path), -1, -1):
         if path[:cut] in doc.overrides:
             return f"  --> {doc.overrides[path[:cut]]}\n   = {text}"
+    for changed, label in doc.overrides.items():
+        if path and changed[: len(path)] == path:
+            return f"  --> {label}\n   = {text}"
     while path and path not in doc.value_marks:
         path = path[:-1]
     mark = doc.key_marks.get(path) if on_key else None
@@ -369,15 +451,18 @@ def at(doc: Document, path: KeyPath, text: str, *, on_key: bool = False) -> str:
 
 
 def _point(doc: Document, mark: yaml.Mark | None, text: str) -> str:
-    if mark is None or mark.line >= len(doc.lines):
+    if mark is None or not doc.lines:
         return f"  --> {doc.source}\n   = {text}"
-    line = doc.lines[mark.line]
-    word = re.match(r"[^\s:,\]}#]*", line[mark.column :])
+    row, column = mark.line, mark.column
+    if row >= len(doc.lines):  # the end of the text: point behind its last line
+        row, column = len(doc.lines) - 1, len(doc.lines[-1])
+    line = doc.lines[row]
+    word = re.match(r"[^\s:,\]}#]*", line[column:])
     width = max(len(word.group()) if word else 0, 1)
-    n = str(mark.line + 1)
+    n = str(row + 1)
     pad = " " * len(n)
-    lead = re.sub(r"[^\t]", " ", line[: mark.column])
+    lead = re.sub(r"[^\t]", " ", line[:column])
     return (
-        f"  --> {doc.source}:{mark.line + 1}:{mark.column + 1}\n"
+        f"  --> {doc.source}:{row + 1}:{column + 1}\n"
         f" {pad} |\n {n} | {line}\n {pad} | {lead}{'^' * width} {text}"
     )

@@ -27,7 +27,8 @@ def quantize(
         raise ValueError("it holds NaN or infinite weights")
     top = 2 ** (bits - 1) - 1
     largest = groups.abs().amax(-1, keepdim=True)  # [out, groups, 1]
-    full = torch.where(largest > 0, largest / top, torch.ones_like(largest))
+    least_scale = torch.finfo(torch.float32).tiny / 0.8  # clipping takes it down to 80 %
+    full = (largest / top).clamp_min(least_scale).where(largest > 0, torch.ones_like(largest))
     scale = full
     if scale_search > 1:
         least = torch.full_like(full, torch.inf)

@@ -58,13 +58,13 @@ def encode_file(path: Path, tokenizer: Any, *, max_length: int, raw: bool) -> En
             pieces = [(at, at + max_length) for at in range(0, len(ids), max_length)]
         elif len(ids) > max_length:
             truncated += 1
+        taken = len(examples)
         for start, end in pieces:
             # The first token is predicted from nothing, so it bears no loss.
             learn = [IGNORED, *labels[start + 1 : end]]
             if any(label != IGNORED for label in learn):
                 examples.append({"input_ids": ids[start:end], "labels": learn})
-            else:
-                dropped += 1
+        dropped += len(examples) == taken
     if not examples:
         raise InputError(
             f"{path}: no row has anything to learn within {max_length} tokens",

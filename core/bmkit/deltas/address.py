@@ -27,6 +27,15 @@ def matched(
         patterns = [] if target_modules == ALL_LINEAR else [target_modules]
     else:
         patterns = [p for p in target_modules if p != ALL_LINEAR]
+    if not target_modules:
+        raise RecipeError("target_modules: it names no module", hint="write all-linear for all")
+    present = {_layer(name) for name in names} - {None}
+    for layer in layers or ():
+        if layer not in present:
+            raise RecipeError(
+                f"layers: there is no layer {layer}",
+                hint=f"the model has {len(present)} layers, numbered from 0",
+            )
     for where, pattern in (
         *(("target_modules", p) for p in patterns),
         *(("exclude_modules", p) for p in exclude_modules),
@@ -43,9 +52,8 @@ def matched(
         and (layers is None or _layer(name) in layers)
     ]
     if not found:
-        count = len({_layer(name) for name in names} - {None})
         raise RecipeError(
-            "deltas: nothing is left to train", hint=f"the model has {count} layers, from 0"
+            "deltas: nothing is left to train", hint="loosen exclude_modules or layers"
         )
     return found
 

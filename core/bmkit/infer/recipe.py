@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from bmkit.recipe import Recipe
+from bmkit.recipe import Recipe, contradiction
 
 
 class InferRecipe(Recipe):
@@ -51,7 +51,9 @@ class InferRecipe(Recipe):
     @model_validator(mode="after")
     def _draws_agree(self) -> InferRecipe:
         if self.do_sample and self.temperature == 0:
-            raise ValueError("do_sample is true, but temperature 0 is greedy")
+            raise contradiction("temperature", "do_sample is true, but temperature 0 is greedy")
         if "" in self.stop_strings:
-            raise ValueError("an empty stop string would end every answer at once")
+            raise contradiction(
+                "stop_strings", "an empty stop string would end every answer at once"
+            )
         return self

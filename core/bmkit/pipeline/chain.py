@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,16 +186,23 @@ def lineage(steps: Sequence[Step]) -> list[dict[str, Any]]:
 
 def to_yaml(items: Sequence[Mapping[str, Any]]) -> str:
     """Write a pipeline so that bmkit's own loader reads the same values back."""
-    return yaml.dump(list(items), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(list(items), Dumper=_Dumper, sort_keys=False, width=10**6)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that bmkit's loader would otherwise read as a number."""
+    """Quotes all text that is not a plain word, and writes every value out in full."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write a value again where it stands again: readers need no anchors."""
+        return True
+
+
+_WORD = re.compile(r"[A-Za-z_][\w ./-]*(?<! )", re.ASCII)
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
-    style = '"' if not isinstance(recipe.scalar(value), str) else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+    plain = _WORD.fullmatch(value) and recipe.scalar(value) == value
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if plain else '"')
 
 
 def _float(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
@@ -206,4 +214,8 @@ _Dumper.add_representer(float, _float)
 
 
 def _yaml(value: Any) -> str:
-    return yaml.dump(value, Dumper=_Dumper, default_flow_style=True).removesuffix("...\n").strip()
+    return (
+        yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10**6)
+        .removesuffix("...\n")
+        .strip()
+    )

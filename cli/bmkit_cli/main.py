@@ -121,7 +121,7 @@ def _unexpected(exc: Exception) -> int:
         return _say(text, hint, int(exc.exit_code))
     _trace()
     if isinstance(exc, OSError):
-        from bmkit.artifact import is_refusal
+        from bmkit.place import is_refusal
 
         if is_refusal(exc):
             where = f" {exc.filename}" if exc.filename else ""

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from bmkit import artifact, env
+from bmkit import artifact, env, place
 from bmkit.errors import InputError
 
 
@@ -41,7 +41,7 @@ def prune(*, models: bool) -> list[dict[str, Any]]:
         if entry["group"] == "models" and entry["kind"] != "leftover" and not models:
             continue
         try:
-            with artifact.hold(folder, str(folder)):
+            with place.hold(folder, str(folder)):
                 shutil.rmtree(folder)
         except InputError:  # another bmkit is writing it
             continue

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from bmkit import artifact
+from bmkit import artifact, hashes, place
 from bmkit.artifact import InputEntry, Manifest, Step
 from bmkit.errors import BmkitError, InputError, OutputTaken, ResourceError
 
@@ -26,7 +26,7 @@ KEY = "a" * 64
 
 def make(path: Path, files: dict[str, bytes], *, key: str = KEY, **more: Any) -> Manifest:
     """Write an artifact of `files` at `path`, as a stage does."""
-    with artifact.create(path) as scratch:
+    with place.create(path) as scratch:
         for name, content in files.items():
             (scratch / name).parent.mkdir(parents=True, exist_ok=True)
             (scratch / name).write_bytes(content)
@@ -347,11 +347,11 @@ def test_a_damaged_hash_cache_costs_time_and_nothing_else(made: Path, home: Path
 
 def test_hashing_equals_hashlib_and_refuses_what_is_no_plain_file(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"x" * 1_000_003)
-    assert artifact.hash_file(tmp_path / "f") == hashlib.sha256(b"x" * 1_000_003).hexdigest()
+    assert hashes.hash_file(tmp_path / "f") == hashlib.sha256(b"x" * 1_000_003).hexdigest()
     os.mkfifo(tmp_path / "pipe")
     for odd in ("pipe", ".", "gone"):
         with pytest.raises(InputError):
-            artifact.hash_file(tmp_path / odd)
+            hashes.hash_file(tmp_path / odd)
 
 
 # --- create --------------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ def test_hashing_equals_hashlib_and_refuses_what_is_no_plain_file(tmp_path: Path
 
 def test_out_appears_whole_and_only_at_the_end(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
-    with artifact.create(out) as scratch:
+    with place.create(out) as scratch:
         (scratch / "a").write_text("1")
         (scratch / "sub").mkdir()
         (scratch / "sub" / "b").write_text("2")
@@ -370,7 +370,7 @@ def test_out_appears_whole_and_only_at_the_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, InputError])
 def test_an_exception_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), artifact.create(tmp_path / "out") as scratch:
+    with pytest.raises(error), place.create(tmp_path / "out") as scratch:
         (scratch / "a").write_text("1")
         raise error("stop")
     assert listing(tmp_path) == {}
@@ -380,7 +380,7 @@ def test_an_exception_leaves_nothing(tmp_path: Path, error: type[BaseException])
 def test_an_exception_leaves_what_was_there_before(tmp_path: Path) -> None:
     make(tmp_path / "out", {"a": b"old"})
     before = listing(tmp_path)
-    with pytest.raises(ValueError, match="stop"), artifact.create(tmp_path / "out") as scratch:
+    with pytest.raises(ValueError, match="stop"), place.create(tmp_path / "out") as scratch:
         (scratch / "a").write_text("new")
         raise ValueError("stop")
     assert listing(tmp_path) == before
@@ -389,7 +389,7 @@ def test_an_exception_leaves_what_was_there_before(tmp_path: Path) -> None:
 def test_what_was_there_stays_whole_until_it_is_replaced(tmp_path: Path) -> None:
     make(tmp_path / "out", {"a": b"old", "b": b"old"})
     before = listing(tmp_path / "out")
-    with artifact.create(tmp_path / "out") as scratch:
+    with place.create(tmp_path / "out") as scratch:
         (scratch / "a").write_text("new")
         assert listing(tmp_path / "out") == before
     assert listing(tmp_path) == {"out/a": b"new"}
@@ -397,7 +397,7 @@ def test_what_was_there_stays_whole_until_it_is_replaced(tmp_path: Path) -> None
 
 def test_an_empty_directory_is_filled(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with artifact.create(tmp_path / "out") as scratch:
+    with place.create(tmp_path / "out") as scratch:
         (scratch / "a").write_text("1")
     assert listing(tmp_path) == {"out/a": b"1"}
 
@@ -408,7 +408,7 @@ def test_the_working_directory_as_out_is_filled_or_refused_but_never_a_crash(
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     try:
-        with artifact.create(Path(".")) as scratch:
+        with place.create(Path(".")) as scratch:
             (scratch / "a").write_text("1")
     except BmkitError:
         assert listing(tmp_path) == {}
@@ -421,14 +421,14 @@ def test_a_file_in_the_way_of_out_is_an_error_of_the_user(tmp_path: Path) -> Non
     for out in ("file/out", "file/deep/out"):
         with (
             pytest.raises((ResourceError, OutputTaken), match=r"/file\b"),
-            artifact.create(tmp_path / out),
+            place.create(tmp_path / out),
         ):
             pass
     assert listing(tmp_path) == {"file": b"mine"}
 
 
 def test_a_name_that_the_file_system_refuses_is_an_error_of_the_machine(tmp_path: Path) -> None:
-    with pytest.raises(ResourceError) as caught, artifact.create(tmp_path / ("x" * 300)):
+    with pytest.raises(ResourceError) as caught, place.create(tmp_path / ("x" * 300)):
         pass
     assert caught.value.exit_code == 4
 
@@ -446,7 +446,7 @@ def umask(mask: int) -> Iterator[None]:
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o002])
 def test_modes_are_what_a_plain_open_would_have_given(tmp_path: Path, mask: int) -> None:
     with umask(mask):
-        with artifact.create(tmp_path / "out") as scratch:
+        with place.create(tmp_path / "out") as scratch:
             handle = os.open(scratch / "private", os.O_CREAT | os.O_WRONLY, 0o600)
             os.close(handle)
             (scratch / "sub").mkdir(mode=0o700)
@@ -475,7 +475,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from bmkit import artifact
-with artifact.create(Path(sys.argv[1])) as scratch:
+with place.create(Path(sys.argv[1])) as scratch:
     (scratch / "half").write_text("half")
     (scratch / "sub").mkdir()
     (scratch / "sub" / "half").write_text("half")
@@ -494,7 +494,7 @@ def test_what_a_killed_run_has_left_is_wiped_and_used_again(tmp_path: Path, ther
     assert listing(out) == before, "a killed run has touched its output"
     left = {p for p in tmp_path.iterdir() if p != out}
     assert len(left) == 1
-    with artifact.create(out) as scratch:
+    with place.create(out) as scratch:
         assert scratch in left
         assert list(scratch.iterdir()) == []
         (scratch / "new").write_text("new")
@@ -505,7 +505,7 @@ HOLDS = """
 import sys
 from pathlib import Path
 from bmkit import artifact
-with artifact.create(Path(sys.argv[1])) as scratch:
+with place.create(Path(sys.argv[1])) as scratch:
     (scratch / "by").write_text("the first")
     print("ready", flush=True)
     sys.stdin.readline()
@@ -517,7 +517,7 @@ def test_a_second_writer_is_refused_while_the_first_one_lives(tmp_path: Path) ->
     process = other_process(HOLDS, out)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    with pytest.raises(OutputTaken, match="another bmkit") as caught, artifact.create(out):
+    with pytest.raises(OutputTaken, match="another bmkit") as caught, place.create(out):
         pass
     assert str(out) in str(caught.value)
     assert caught.value.exit_code == 3
@@ -534,7 +534,7 @@ def test_a_waiting_writer_comes_after_the_first_one(tmp_path: Path) -> None:
     seen: list[dict[str, bytes]] = []
 
     def second() -> None:
-        with artifact.create(out, wait=True) as scratch:
+        with place.create(out, wait=True) as scratch:
             seen.append(listing(out))
             (scratch / "by").write_text("the second")
 
@@ -550,7 +550,7 @@ def test_a_waiting_writer_comes_after_the_first_one(tmp_path: Path) -> None:
 
 
 def test_two_outputs_side_by_side_are_written_at_once(tmp_path: Path) -> None:
-    with artifact.create(tmp_path / "a") as one, artifact.create(tmp_path / "b") as two:
+    with place.create(tmp_path / "a") as one, place.create(tmp_path / "b") as two:
         (one / "x").write_text("1")
         (two / "x").write_text("2")
     assert listing(tmp_path) == {"a/x": b"1", "b/x": b"2"}
@@ -563,7 +563,7 @@ def test_two_outputs_side_by_side_are_written_at_once(tmp_path: Path) -> None:
 def test_nothing_and_an_empty_directory_are_free(tmp_path: Path, force: bool) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("nothing", "empty", "no/such/parent"):
-        assert artifact.occupied(tmp_path / name, KEY, force=force) is None
+        assert place.occupied(tmp_path / name, KEY, force=force) is None
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -572,7 +572,7 @@ def test_a_file_or_a_dangling_link_is_never_replaced(tmp_path: Path, force: bool
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("file", "link"):
         with pytest.raises(OutputTaken) as caught:
-            artifact.occupied(tmp_path / name, KEY, force=force)
+            place.occupied(tmp_path / name, KEY, force=force)
         assert caught.value.exit_code == 3
 
 
@@ -583,38 +583,38 @@ def test_a_directory_that_bmkit_did_not_make_is_never_replaced(
 ) -> None:
     (tmp_path / "mine" / name).mkdir(parents=True)
     with pytest.raises(OutputTaken, match="did not make"):
-        artifact.occupied(tmp_path / "mine", KEY, force=force)
+        place.occupied(tmp_path / "mine", KEY, force=force)
 
 
 def test_a_directory_called_like_a_manifest_does_not_make_an_artifact(tmp_path: Path) -> None:
     (tmp_path / "mine" / "bmkit.json").mkdir(parents=True)
     with pytest.raises(OutputTaken, match="did not make"):
-        artifact.occupied(tmp_path / "mine", KEY, force=True)
+        place.occupied(tmp_path / "mine", KEY, force=True)
 
 
 def test_the_result_of_the_same_key_is_found(made: Path) -> None:
-    found = artifact.occupied(made, KEY, force=False)
+    found = place.occupied(made, KEY, force=False)
     assert found is not None
     assert found.digest == artifact.open_artifact(made).digest
 
 
 def test_the_result_of_another_key_is_in_the_way_unless_forced(made: Path) -> None:
     with pytest.raises(OutputTaken, match="another recipe") as caught:
-        artifact.occupied(made, "b" * 64, force=False)
+        place.occupied(made, "b" * 64, force=False)
     assert "--force" in str(caught.value.hint)
-    assert artifact.occupied(made, "b" * 64, force=True) is None
+    assert place.occupied(made, "b" * 64, force=True) is None
 
 
 def test_force_builds_the_same_key_again(made: Path) -> None:
-    assert artifact.occupied(made, KEY, force=True) is None
+    assert place.occupied(made, KEY, force=True) is None
 
 
 def test_a_damaged_result_of_the_same_key_is_told_and_replaced_with_force(made: Path) -> None:
     (made / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"model\.safetensors is missing") as caught:
-        artifact.occupied(made, KEY, force=False)
+        place.occupied(made, KEY, force=False)
     assert "--force" in str(caught.value.hint)
-    assert artifact.occupied(made, KEY, force=True) is None
+    assert place.occupied(made, KEY, force=True) is None
 
 
 # --- what has no manifest ------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -159,7 +159,9 @@ def _write(
     answers = generate.open_answers(request, rows, reporter, write=write)
     plan = stages.describe_plan(answers.prepared, reporter)
     count = 0
-    with _file(out) as file, report.task(reporter, "infer", total, "prompts") as bar:
+    several = total > 1 and not live
+    task = report.task(reporter, "infer", total, "prompts") if several else nullcontext()
+    with _file(out) as file, task as bar:
         for found in answers:
             count += 1
             if file is not None:
@@ -168,7 +170,7 @@ def _write(
                 stream.json(found)
             else:
                 stream.text("" if live else found["text"])
-            if total > 1 and not live:
+            if bar is not None:
                 bar.advance()
     if out is not None:
         stream.text(str(out))

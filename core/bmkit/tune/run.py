@@ -79,7 +79,7 @@ def run(job: Job) -> Outcome:
     }
     if recipe.merge:
         _save_merged(peft_model, job)
-        return Outcome("model", metrics, ("transformers", "vllm"))
+        return Outcome("model", metrics, ("transformers",))
     peft_model.save_pretrained(job.out, safe_serialization=True)
     (job.out / "README.md").unlink(missing_ok=True)  # a template with nothing filled in
     _put_in_order(job.out / "adapter_config.json", job.checkpoint.absolute())

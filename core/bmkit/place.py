@@ -1,0 +1,175 @@
+"""Where a result goes: free or taken, locked while it is written, whole or not there at all."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bmkit.artifact import MANIFEST, Artifact, open_artifact, read_manifest
+from bmkit.errors import InputError, OutputTaken, ResourceError
+
+
+def occupied(out: Path, key: str, *, force: bool) -> Artifact | None:
+    """Return the finished artifact of `key` at `out`, or None if `out` may be written.
+
+    Raises OutputTaken if something else is there; `force` allows replacing another artifact, never
+    a directory that bmkit did not make.
+    """
+    aside = _aside(out)
+    if aside.is_dir() and not out.exists():
+        os.rename(aside, out)  # a run was killed between the two renames of `_replace`
+    if not out.exists() and not out.is_symlink():
+        return None
+    if not out.is_dir():
+        raise OutputTaken(f"{out} is a file", hint="name another --out")
+    if not any(out.iterdir()):
+        return None
+    if not (out / MANIFEST).is_file():
+        raise OutputTaken(
+            f"{out} is not empty, and bmkit did not make it", hint="name another --out"
+        )
+    if force:
+        _refuse_strangers(out)
+        return None
+    if read_manifest(out).key != key:
+        raise OutputTaken(
+            f"{out} holds the result of another recipe or input",
+            hint="name another --out, or replace it with --force",
+        )
+    return open_artifact(out)
+
+
+def _refuse_strangers(out: Path) -> None:
+    """Raise OutputTaken if `out` holds files that its manifest doesn't name: a user's own."""
+    try:
+        known = {MANIFEST, *read_manifest(out).files}
+    except InputError:
+        return  # its manifest is damaged: --force is the way to mend it
+    found = {f.relative_to(out).as_posix() for f in out.rglob("*") if f.is_file()}
+    if strangers := sorted(found - known):
+        raise OutputTaken(
+            f"{out} also holds {strangers[0]}, which bmkit did not make",
+            hint="move it away, or name another --out",
+        )
+
+
+@contextmanager
+def create(out: Path, *, wait: bool = False) -> Iterator[Path]:
+    """Give a scratch directory to fill, beside `out`; when the block ends well, it becomes `out`.
+
+    The scratch directory is locked while its writer lives; one that a killed run has left is
+    wiped and used again. Raises OutputTaken if another run is writing the same `out` (with `wait`,
+    waits for it), ResourceError if the file system refuses.
+    """
+    here, there = Path.cwd(), out.resolve()
+    if there == here or there in here.parents:
+        raise OutputTaken(
+            f"{out} is the working directory, or around it", hint="name another --out"
+        )
+    scratch = out.parent / f".{out.name}.partial"
+    with _refusals(out), hold(scratch, str(out), wait=wait):
+        for left in scratch.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            yield scratch
+            _make_readable(scratch)
+            _replace(scratch, out)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _refusals(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        if not is_refusal(exc):
+            raise
+        where = exc.filename or out
+        raise ResourceError(
+            f"cannot write {where}: {os.strerror(exc.errno or 0)}",
+            hint="free some space or name an --out on another disk; nothing was kept",
+        ) from None
+
+
+def is_refusal(exc: OSError) -> bool:
+    """Tell whether the file system refused: full, read-only, not permitted, too large, bad."""
+    names = (
+        "ENOSPC",
+        "EROFS",
+        "EACCES",
+        "EPERM",
+        "EFBIG",
+        "EDQUOT",
+        "EIO",
+        "ENOTDIR",
+        "ENAMETOOLONG",
+    )
+    return exc.errno in {getattr(errno, n) for n in names}
+
+
+@contextmanager
+def hold(folder: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+    """Own `folder` while the block runs: it is made if missing, and locked against other runs.
+
+    The lock is the operating system's, so a killed run leaves none behind. Raises OutputTaken,
+    naming `what`, if another run owns it; with `wait`, waits for it.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise OutputTaken(f"{folder.parent} is a file", hint="name another --out") from None
+    while True:
+        folder.mkdir(exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(handle)
+            raise OutputTaken(
+                f"{what} is being written by another bmkit",
+                hint="wait for it, or name another --out",
+            ) from None
+        # The folder may have been renamed away between the two calls: then take a new one.
+        if folder.exists() and os.fstat(handle).st_ino == folder.stat().st_ino:
+            break
+        os.close(handle)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _make_readable(scratch: Path) -> None:
+    """Give files the mode that a plain `open` would have given; some writers choose 0600."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in scratch.rglob("*"):
+        if path.is_symlink():
+            continue
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+def _aside(out: Path) -> Path:
+    return out.parent / f".{out.name}.replaced"
+
+
+def _replace(scratch: Path, out: Path) -> None:
+    if not out.exists():
+        os.rename(scratch, out)
+        return
+    aside = _aside(out)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(out, aside)
+    try:
+        os.rename(scratch, out)
+    except BaseException:
+        os.rename(aside, out)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

@@ -116,6 +116,9 @@ def _unexpected(exc: Exception) -> int:
     """Report what no command has foreseen: a wrong command line, a refusing system, or a bug."""
     if hasattr(exc, "format_message") and hasattr(exc, "exit_code"):  # typer's usage errors
         text = str(exc.format_message())
+        if type(exc).__name__ == "NoArgsIsHelpError":
+            sys.stderr.write(f"{text}\n")
+            return int(exc.exit_code)
         context = getattr(exc, "ctx", None)
         hint = f"see `{context.command_path} --help`" if context is not None else None
         return _say(text, hint, int(exc.exit_code))

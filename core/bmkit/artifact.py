@@ -185,7 +185,9 @@ def differences(path: Path, manifest: Manifest) -> list[str]:
             wrong.append(f"{name} is missing")
         elif file.stat().st_size != entry.bytes:
             wrong.append(f"{name} has {file.stat().st_size} bytes instead of {entry.bytes}")
-        elif hashes.hash_file(file) != entry.sha256:
+        elif hashes.hash_file(file) != entry.sha256 or (
+            entry.content is not None and entry.content != _without_place(file)
+        ):
             wrong.append(f"{name} has other content")
     return wrong
 

@@ -68,6 +68,11 @@ def has_nvidia_gpu() -> bool:
     return Path("/dev/nvidia0").exists() or Path("/dev/dxg").exists()
 
 
+def will_use_gpu(device: str) -> bool:
+    """Tell whether a recipe's `device` means a GPU here."""
+    return device.startswith("cuda") or (device == "auto" and has_nvidia_gpu())
+
+
 def free_disk_bytes(path: Path) -> int:
     """Return the free space of the file system on which `path` lies or will lie."""
     here = path.absolute()

@@ -193,9 +193,9 @@ def scalar(text: str) -> Any:
         return text
 
 
-def inline(data: Mapping[str, Any], source: str, *, name: str = "recipe") -> Document:
+def inline(data: Mapping[str, Any], source: str, *, folder: Path | None = None) -> Document:
     """Make a document of a mapping that has no text of its own, as a pipeline's inline recipe."""
-    return Document(json.loads(json.dumps(data)), source, name, Path.cwd())
+    return Document(json.loads(json.dumps(data)), source, "recipe", folder or Path.cwd())
 
 
 def override(doc: Document, assignments: Sequence[str], *, flag: str = "--set ") -> None:
@@ -251,11 +251,14 @@ def _assign(data: Any, path: KeyPath, value: Any) -> str | None:
     return None
 
 
-def resolve_files(doc: Document, model: type[Recipe], builtin_folder: Path) -> None:
+def resolve_files(
+    doc: Document, model: type[Recipe], builtin_folder: Path, *, said_in: Path | None = None
+) -> None:
     """Make the paths of `model.FILES` absolute, in place.
 
-    A path in the file is relative to the file, one from the command line to the working directory,
-    and `builtin:data/x.jsonl` names a file that ships with bmkit.
+    A path in the file is relative to the file, one from the command line to the working directory
+    (one from a pipeline's `set:` to `said_in`), and `builtin:data/x.jsonl` names a file that ships
+    with bmkit.
     """
     for dotted in model.FILES:
         path = tuple(dotted.split("."))
@@ -269,7 +272,7 @@ def resolve_files(doc: Document, model: type[Recipe], builtin_folder: Path) -> N
             holder[path[-1]] = str(builtin_folder / value.removeprefix("builtin:"))
         else:
             on_line = any(path[: len(o)] == o for o in doc.overrides)
-            base = Path.cwd() if on_line else doc.folder
+            base = (said_in or Path.cwd()) if on_line else doc.folder
             holder[path[-1]] = str((base / Path(value).expanduser()).absolute())
 
 

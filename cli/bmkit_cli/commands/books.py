@@ -41,18 +41,22 @@ def run(
     reporter = session.start(how, quiet=quiet, loud=verbose)
     from bmkit.pipeline import chain
     from bmkit_cli.commands.infer import answer
-    from bmkit_cli.commands.stages import describe
+    from bmkit_cli.commands.stages import describe, show_plan
     from bmkit_cli.output import out as stdout
 
     stream = stdout()
     items = chain.read(pipeline)
     chain.check(items)
     if plan:
-        listing = [{"stage": i.stage, "recipe": i.recipe, **i.options} for i in items]
+        plans = chain.describe(items, reporter)
         if as_json:
-            stream.json(listing)
-        else:
-            stream.text("\n".join(f"{i['stage']}  {i['recipe']}" for i in listing))
+            stream.json(plans)
+        for values in () if as_json else plans:
+            if "key" in values:
+                show_plan(values, as_json=False)
+            else:
+                where = values["path"] or "(known once what comes before it is there)"
+                stream.text(f"{values['stage']} {values['recipe']}\n  out          {where}")
         return
 
     def respond(request: Any, options: Any) -> None:
@@ -107,9 +111,17 @@ def show(
     """Show a recipe with its comments, or what an artifact is."""
     from bmkit import artifact
     from bmkit.env import format_bytes
+    from bmkit.errors import InputError
+    from bmkit.pull import run as pulls
+    from bmkit.pull.source import NAMED
     from bmkit_cli.output import out as stdout
 
     path = Path(name)
+    if name in NAMED and not path.exists():
+        pulled = pulls.find(name)
+        if pulled is None:
+            raise InputError(f"{name} is not here yet", hint=f"bring it with: bmkit pull {name}")
+        path = pulled.path
     if not path.is_dir():
         text, _, _ = _recipe(name)
         if as_json:
@@ -140,7 +152,9 @@ def show(
 def cp(
     name: NameArg,
     target: Annotated[Path, typer.Argument(help="Where the copy goes: a file or a directory.")],
-    force: ForceOpt = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite the file if it is there.")
+    ] = False,
 ) -> None:
     """Copy a built-in recipe, to change it."""
     from bmkit.errors import OutputTaken

@@ -101,6 +101,7 @@ def infer(
     if plan:
         prepared = stages.prepare(request, reporter, bring=False)
         show_plan(stages.describe_plan(prepared, reporter), as_json=as_json)
+        stages.check_fits(prepared, reporter)
         return
     options = {"prompt": prompt, "input": source, "as_json": as_json, "report": report, "out": out}
     answer(request, options, reporter)
@@ -177,7 +178,7 @@ def _write(
     if options.get("report"):
         report.write_json(Path(options["report"]), answers.report(plan))
     if answers.bad:
-        for row in answers.bad:
+        for row in answers.bad[1:]:
             reporter.warn(f"{source}:{row.line}: {row.problem}")
         first = answers.bad[0]
         more = f" (and {len(answers.bad) - 1} more)" if len(answers.bad) > 1 else ""

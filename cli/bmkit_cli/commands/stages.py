@@ -142,6 +142,7 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
     if given["plan"]:
         prepared = stages.prepare(request, reporter, bring=False)
         show_plan(stages.describe_plan(prepared, reporter), as_json=given["as_json"])
+        stages.check_fits(prepared, reporter)
         return
     result = stages.run_stage(request, reporter)
     path = str(given["out"] or result.artifact.path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -110,4 +112,4 @@ def _group_size(step: Quantize, widths: list[int]) -> int | None:
     return fits[0]
 
 
-METHODS = {"quantize": _quantize}
+METHODS: dict[str, Callable[[Job, Headers, Any], Outcome]] = {"quantize": _quantize}

@@ -11,8 +11,8 @@ from bmkit.deltas.recipe import Lora
 def config(spec: Lora, modules: Sequence[str]) -> Any:
     """Return PEFT's LoraConfig for `spec` on exactly `modules`.
 
-    The modules are named in full: what is trained can't depend on how another version of PEFT
-    reads a pattern.
+    The modules are given by their full names, so that no pattern is left to interpretation; PEFT
+    may shorten the list in `adapter_config.json` where that addresses the same modules.
     """
     from peft import LoraConfig, TaskType
 

@@ -47,6 +47,7 @@ class Item:
     recipe: str | Mapping[str, Any]
     options: Mapping[str, Any]
     where: str
+    folder: Path
 
 
 def read(name: str) -> list[Item]:
@@ -98,7 +99,7 @@ def _item(doc: Document, i: int, entry: Any, problems: list[str]) -> Item | None
     _from_file(doc.folder, name, options)
     if isinstance(value, str) and (doc.folder / value).is_file():
         value = str(doc.folder / value)
-    return Item(name, value, options, f"{doc.source}, stage {i + 1}")
+    return Item(name, value, options, f"{doc.source}, stage {i + 1}", doc.folder)
 
 
 def _from_file(folder: Path, name: str, options: dict[str, Any]) -> None:
@@ -138,19 +139,7 @@ def run(
         model = options.get("model") or (str(last[0]) if last else None)
         if model is None:
             raise InputError(f"{item.where}: no model")
-        request = Request(
-            stage=item.stage,
-            recipe=item.recipe,
-            model=str(model),
-            out=out,
-            assign=tuple(f"{k}={_yaml(v)}" for k, v in (options.get("set") or {}).items()),
-            data=options.get("data"),
-            device=options.get("device"),
-            seed=options.get("seed"),
-            adapters=tuple(options.get("adapters") or ()),
-            flags={k: options.get(k) for k in ("system", "raw", "max_new_tokens") if k in options},
-            force=force,
-        )
+        request = _request(item, str(model), force=force)
         if registry.STAGES[item.stage].gives == "text":
             answer(request, options)
             return None
@@ -164,8 +153,48 @@ def check(items: Sequence[Item]) -> None:
     """Validate every stage's recipe without running anything. Raises RecipeError."""
     for item in items:
         if item.stage != "pull":
-            assign = tuple(f"{k}={_yaml(v)}" for k, v in (item.options.get("set") or {}).items())
-            stage.load_recipe(Request(item.stage, item.recipe, "", assign=assign))
+            stage.load_recipe(_request(item, ""))
+
+
+def describe(items: Sequence[Item], reporter: Reporter) -> list[dict[str, Any]]:
+    """Return each stage's plan, as far as what comes before it is there already."""
+    plans: list[dict[str, Any]] = []
+    last: str | None = None
+    for item in items:
+        if item.stage == "pull":
+            found = pulls.find(str(item.recipe))
+            last = str(found.path) if found else None
+            plans.append(
+                {"stage": "pull", "recipe": item.recipe, "path": last, "reused": bool(found)}
+            )
+            continue
+        model = item.options.get("model") or last
+        if model is None:
+            name = item.recipe if isinstance(item.recipe, str) else "recipe"
+            plans.append({"stage": item.stage, "recipe": name, "path": None, "reused": False})
+            continue
+        prepared = stage.prepare(_request(item, str(model)), reporter, bring=False)
+        plans.append(stage.describe_plan(prepared, reporter))
+        last = str(prepared.out) if prepared.done is not None else None
+    return plans
+
+
+def _request(item: Item, model: str, *, force: bool = False) -> Request:
+    options = item.options
+    return Request(
+        stage=item.stage,
+        recipe=item.recipe,
+        model=model,
+        out=Path(options["out"]) if options.get("out") else None,
+        assign=tuple(f"{k}={_yaml(v)}" for k, v in (options.get("set") or {}).items()),
+        data=options.get("data"),
+        device=options.get("device"),
+        seed=options.get("seed"),
+        adapters=tuple(options.get("adapters") or ()),
+        flags={k: options.get(k) for k in ("system", "raw", "max_new_tokens") if k in options},
+        force=force,
+        folder=item.folder,
+    )
 
 
 def lineage(steps: Sequence[Step]) -> list[dict[str, Any]]:

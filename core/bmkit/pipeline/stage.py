@@ -40,6 +40,8 @@ class Request:
     flags: Mapping[str, Any] = field(default_factory=dict)
     """Further recipe keys that have a flag of their own, as `max_new_tokens`."""
     force: bool = False
+    folder: Path | None = None
+    """What paths in an inline recipe and in `assign` are relative to; else the working directory."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def load_recipe(request: Request) -> tuple[Document, Recipe]:
         text, source, name, folder = builtin.read(request.stage, request.recipe)
         doc = recipes.parse(text, source, name=name, folder=folder)
     else:
-        doc = recipes.inline({"kind": stage.name, **request.recipe}, f"the {stage.name} recipe")
+        values = {"kind": stage.name, **request.recipe}
+        doc = recipes.inline(values, f"the {stage.name} recipe", folder=request.folder)
     recipes.override(doc, request.assign)
     if request.data is not None:
         _take_data(doc, kind, request.data)
@@ -99,7 +102,7 @@ def load_recipe(request: Request) -> tuple[Document, Recipe]:
         if value is not None and isinstance(doc.data, dict):
             doc.data[key] = value
             doc.overrides[(key,)] = f"--{key.replace('_', '-')} {value}"
-    recipes.resolve_files(doc, kind, builtin.directory())
+    recipes.resolve_files(doc, kind, builtin.directory(), said_in=request.folder)
     return doc, recipes.validate(doc, kind)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bmkit import env
 from bmkit.deltas import address
 from bmkit.errors import InputError
 from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers
@@ -32,7 +33,7 @@ def estimate(job: Job) -> Estimate:
     disk = (2 * headers.dense_numel if recipe.merge else 4 * trained) + 2**24
     step = f"train {delta.type} on {len(found)} modules ({trained} parameters)"
     steps = [step, *(["merge it into the model"] if recipe.merge else [])]
-    gpu = 0 if recipe.device in {"cpu", "auto"} else ram - RUNTIME_BYTES
+    gpu = ram - RUNTIME_BYTES if env.will_use_gpu(recipe.device) else 0
     return Estimate(steps, Peak(ram_bytes=ram, gpu_bytes=gpu, disk_bytes=disk))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from bmkit.train.loss import mean_loss
 from bmkit.train.trainer import train
 from bmkit.tune.recipe import TuneRecipe
 
-METHODS = {"lora": lora.config}
+METHODS: dict[str, Callable[[Any, Sequence[str]], Any]] = {"lora": lora.config}
 
 
 def run(job: Job) -> Outcome:

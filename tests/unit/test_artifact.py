@@ -474,7 +474,7 @@ def other_process(code: str, *arguments: object) -> subprocess.Popen[str]:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from bmkit import artifact
+from bmkit import place
 with place.create(Path(sys.argv[1])) as scratch:
     (scratch / "half").write_text("half")
     (scratch / "sub").mkdir()
@@ -504,7 +504,7 @@ def test_what_a_killed_run_has_left_is_wiped_and_used_again(tmp_path: Path, ther
 HOLDS = """
 import sys
 from pathlib import Path
-from bmkit import artifact
+from bmkit import place
 with place.create(Path(sys.argv[1])) as scratch:
     (scratch / "by").write_text("the first")
     print("ready", flush=True)

@@ -164,9 +164,8 @@ def describe(items: Sequence[Item], reporter: Reporter) -> list[dict[str, Any]]:
         if item.stage == "pull":
             found = pulls.find(str(item.recipe))
             last = str(found.path) if found else None
-            plans.append(
-                {"stage": "pull", "recipe": item.recipe, "path": last, "reused": bool(found)}
-            )
+            said = {"stage": "pull", "recipe": item.recipe, "path": last, "reused": bool(found)}
+            plans.append(said)
             continue
         model = item.options.get("model") or last
         if model is None:

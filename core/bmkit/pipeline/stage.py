@@ -41,7 +41,7 @@ class Request:
     """Further recipe keys that have a flag of their own, as `max_new_tokens`."""
     force: bool = False
     folder: Path | None = None
-    """What paths in an inline recipe and in `assign` are relative to; else the working directory."""
+    """What paths in an inline recipe and `assign` are relative to, if not the working directory."""
 
 
 @dataclass(frozen=True)

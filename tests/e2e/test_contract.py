@@ -270,3 +270,47 @@ def test_a_copied_recipe_still_finds_its_data(bmkit: Run, tiny: Path, tmp_path: 
     builtin = bmkit("tune", "lora", "-m", "tiny", "--plan", "--json")
     assert json.loads(plan.stdout)["key"] == json.loads(builtin.stdout)["key"]
     assert bmkit("cp", "lora", "mine.yaml").returncode == 3
+
+
+def test_progress_on_a_terminal_is_a_bar_with_time_left(tiny: Path, tmp_path: Path) -> None:
+    import pty
+
+    main, side = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bmkit_cli", "compress", "int8", "-m", "tiny", "-o", "a"],
+        stdout=subprocess.PIPE,
+        stderr=side,
+        stdin=subprocess.DEVNULL,
+        cwd=tmp_path,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    )
+    os.close(side)
+    seen = b""
+    while True:
+        try:
+            piece = os.read(main, 65536)
+        except OSError:
+            break
+        if not piece:
+            break
+        seen += piece
+    assert process.wait(60) == 0 and process.stdout is not None
+    assert process.stdout.read() == b"a\n"
+    os.close(main)
+    text = seen.decode()
+    assert "\N{BOX DRAWINGS HEAVY HORIZONTAL}" in text and "tensors/s" in text
+
+
+def test_a_pipelines_plan_builds_nothing_and_names_keys(
+    bmkit: Run, tiny: Path, chats: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "p.yaml").write_text(
+        "- compress: int8\n  model: ../tiny\n"
+        "- tune: lora\n  set: {data.train: ../chats.jsonl, train.max_steps: 2}\n"
+    )
+    first = json.loads(bmkit("run", "sub/p.yaml", "--plan", "--json").stdout)
+    assert first[0]["key"] and not first[0]["reused"] and "key" not in first[1]
+    assert bmkit("run", "sub/p.yaml").returncode == 0
+    again = json.loads(bmkit("run", "sub/p.yaml", "--plan", "--json").stdout)
+    assert [entry["reused"] for entry in again] == [True, True]

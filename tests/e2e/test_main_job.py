@@ -76,3 +76,18 @@ def test_a_plan_for_the_real_model_takes_under_a_second_of_cpu(bmkit: Run, smoll
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert used < 1.0
     assert json.loads(done.stdout)["peak"]["ram_bytes"] > 4 * 134_515_008
+
+
+def test_the_memory_that_was_planned_is_not_exceeded(
+    bmkit: Run, smollm2: Path, tmp_path: Path
+) -> None:
+    for name, words in {
+        "compress": ("compress", "int8", "-m", "smollm2-135m"),
+        "tune": ("tune", "lora", "-m", "smollm2-135m", "-s", "train.max_steps=2"),
+        "infer": ("infer", "-m", "smollm2-135m", "-p", "Hello", "--max-new-tokens", "8"),
+    }.items():
+        plan = json.loads(bmkit(*words, "--plan", "--json").stdout)
+        done = bmkit(*words, "--report", "r.json")
+        assert done.returncode == 0, done.stderr
+        report = json.loads((tmp_path / "r.json").read_text())
+        assert report["peak_rss_bytes"] <= plan["peak"]["ram_bytes"], name

@@ -57,6 +57,7 @@ app.add_typer(books.cache, name="cache")
 
 def main() -> None:
     """Run the command; whatever ends it becomes one message and an exit code."""
+    _open_what_is_closed()
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGALRM, stop)
@@ -64,6 +65,20 @@ def main() -> None:
     code = _run()
     signal.setitimer(signal.ITIMER_REAL, 0)
     sys.exit(code)
+
+
+def _open_what_is_closed() -> None:
+    """Give a process that was started with a closed stdin, stdout or stderr an empty one.
+
+    Else the next file that is opened would take its number, and get what is meant for it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
 _asked = 0
@@ -123,12 +138,9 @@ def _unexpected(exc: Exception) -> int:
         hint = f"see `{context.command_path} --help`" if context is not None else None
         return _say(text, hint, int(exc.exit_code))
     _trace()
-    if isinstance(exc, OSError):
-        from bmkit.place import is_refusal
-
-        if is_refusal(exc):
-            where = f" {exc.filename}" if exc.filename else ""
-            return _say(f"cannot write{where}: {os.strerror(exc.errno or 0)}", None, 4)
+    if isinstance(exc, OSError) and exc.errno is not None and exc.filename is not None:
+        where = exc.filename2 or exc.filename
+        return _say(f"cannot use {os.fsdecode(where)}: {os.strerror(exc.errno)}", None, 4)
     if type(exc).__name__ == "OutOfMemoryError":
         return _say("the GPU ran out of memory", "lower the batch size", 4)
     hint = "this is a bug in bmkit; -v shows where"

@@ -125,6 +125,10 @@ def hold(folder: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise OutputTaken(f"{folder.parent} is a file", hint="name another --out") from None
+    except FileNotFoundError:  # where the kernel makes the names, as in /proc
+        raise ResourceError(
+            f"no directory can be made at {folder.parent}", hint="name another --out or BMKIT_HOME"
+        ) from None
     while True:
         folder.mkdir(exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)

@@ -295,3 +295,23 @@ def test_an_artifact_whose_weights_were_changed_in_place(
     weights.write_bytes(content)
     refused(bmkit("infer", "-m", "a", "-p", "x"), 3, "model.safetensors", "--force")
     refused(bmkit("verify", "a"), 3, "model.safetensors")
+
+
+def test_text_that_is_no_unicode_is_a_bad_row(bmkit: Run, tiny: Path) -> None:
+    done = bmkit("infer", "-m", "tiny", "-i", "-", "--json", stdin='{"prompt": "\\ud800"}\n')
+    refused(done, 3, "-:1", "UTF-8")
+
+
+def test_places_that_can_not_be_written_are_no_bugs(bmkit: Run, tiny: Path, tmp_path: Path) -> None:
+    ask = ("infer", "-m", "tiny", "-p", "x", "--max-new-tokens", "1")
+    done = bmkit(*ask, "--report", "/proc/r.json")
+    assert done.returncode == 4 and "/proc" in done.stderr
+    (tmp_path / "folder").mkdir()
+    refused(bmkit(*ask, "-o", "folder"), 3, "folder")
+    refused(bmkit("pull", "tiny", BMKIT_HOME="/proc/x"), 4, "/proc/x")
+
+
+def test_closed_standard_streams_are_no_bugs(sh: Callable[[str], Done], tiny: Path) -> None:
+    done = sh("bmkit compress int8 -q -m tiny -o a >&- && bmkit verify a")
+    assert done.returncode == 0 and "whole" in done.stdout, done.stderr
+    refused(sh("bmkit compress int8 -q -m - -o b <&-"), 3, "no path came")

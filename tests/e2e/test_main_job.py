@@ -18,7 +18,7 @@ def test_the_whole_pipe_answers_and_learns(
     sh: Callable[[str], Done], smollm2: Path, tmp_path: Path
 ) -> None:
     done = sh(
-        "bmkit pull smollm2-135m | bmkit compress int8 -m - | tee int8"
+        "bmkit pull smollm2-135m | bmkit compress int8 -m - | tee made"
         " | bmkit tune lora -m - -s train.max_steps=12 -s train.learning_rate=2e-3 | tee delta"
         " | bmkit infer -m - -p 'What does bmkit do?' --max-new-tokens 12"
     )
@@ -27,7 +27,7 @@ def test_the_whole_pipe_answers_and_learns(
     delta = (tmp_path / "delta").read_text().strip()
     metrics = json.loads((Path(delta) / "bmkit.json").read_text())["metrics"]
     assert metrics["dev_loss"] < 0.8 * metrics["dev_loss_before"]
-    before = sh("bmkit infer -m $(cat int8) -p 'What does bmkit do?' --max-new-tokens 12")
+    before = sh("bmkit infer -m $(cat made) -p 'What does bmkit do?' --max-new-tokens 12")
     assert before.returncode == 0 and before.stdout != done.stdout
 
 

@@ -71,12 +71,14 @@ def infer(
 ) -> None:
     """Generate text."""
     reporter = session.start(how, quiet=quiet, loud=verbose)
-    from bmkit.errors import UsageError
+    from bmkit.errors import OutputTaken, UsageError
     from bmkit.pipeline import stage as stages
     from bmkit_cli.commands.stages import show_plan
     from bmkit_cli.output import out as stdout
 
     stdout()
+    if out is not None and out.is_dir():
+        raise OutputTaken(f"{out} is a directory", hint="-o takes a file")
     if prompt and source:
         raise UsageError("-p and -i exclude each other")
     if not prompt and not source and not plan:

@@ -145,6 +145,7 @@ def render(tokenizer: Any, messages: list[dict[str, str]], *, answer: bool) -> s
 
 def _ids(tokenizer: Any, text: str, *, start: bool = False) -> list[int]:
     """Tokenise; with `start`, the tokenizer may put its begin token in front."""
+    rows.require_text(text)
     found: list[int] = tokenizer(text, add_special_tokens=start)["input_ids"]
     if start and found and found[-1] == tokenizer.eos_token_id:
         found = found[:-1]  # some tokenizers close what they open; the caller does that

@@ -62,6 +62,15 @@ def read_all(path: Path) -> list[Row]:
     return rows
 
 
+def require_text(text: str) -> str:
+    """Return `text` if it can be encoded. Raises ValueError for halves of surrogate pairs."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("it is not UTF-8 text") from None
+    return text
+
+
 def messages_problem(messages: object) -> str | None:
     """Say what keeps `messages` from being a chat, or None."""
     if not isinstance(messages, list) or not messages:

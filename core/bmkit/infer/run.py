@@ -155,10 +155,10 @@ class Session:
         else:
             raise ValueError(rows.unknown_shape(values, "`prompt` or `messages`"))
         if self.raw:
-            return text, self._start(self.tokenizer(text)["input_ids"])
+            return text, self._start(self.tokenizer(rows.require_text(text))["input_ids"])
         if self.recipe.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.recipe.system}, *messages]
-        whole = chat.render(self.tokenizer, messages, answer=True)
+        whole = rows.require_text(chat.render(self.tokenizer, messages, answer=True))
         return text, self.tokenizer(whole, add_special_tokens=False)["input_ids"]
 
     def _start(self, ids: list[int]) -> list[int]:

@@ -62,8 +62,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGALRM, stop)
     sys.unraisablehook = _unraisable
-    code = _run()
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    try:
+        code = _run()
+    except (KeyboardInterrupt, SystemExit):  # a second one, while the first was being handled
+        code = 1
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, signal.SIG_IGN)  # the run is over: nothing is left to stop
+    if _asked and code:
+        code = _say("stopped; nothing half-written is left", None, 128 + _asked)
     sys.exit(code)
 
 
@@ -115,7 +121,7 @@ def _run() -> int:
     except SystemExit as exc:
         return exc.code if isinstance(exc.code, int) else 1
     except KeyboardInterrupt:
-        return _say("interrupted; nothing half-written is left", None, 128 + signal.SIGINT)
+        return 128 + signal.SIGINT
     except ReaderGoneError:
         return 0
     except BmkitError as exc:

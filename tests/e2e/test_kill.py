@@ -173,3 +173,24 @@ def test_a_loss_that_is_not_a_number_exits_5_and_keeps_the_last_checkpoint(
     assert done.returncode == 5, done.stderr
     assert "not a number at step" in done.stderr and done.stdout == ""
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("delay", [0.6, 2.0, 5.0])
+def test_an_impatient_user_who_stops_twice_gets_130_and_one_line(
+    start: Callable[..., Popen], tiny: Path, chats: Path, tmp_path: Path, delay: float
+) -> None:
+    process = start(
+        *("tune", "lora", "-m", "tiny", "--data", chats, "-o", "x", "--progress", "none"),
+        *("-s", "train.max_steps=500"),
+    )
+    time.sleep(delay)
+    for _ in range(2):
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, ""), err
+    assert [x for x in err.splitlines() if "going on" not in x] == [
+        "error: stopped; nothing half-written is left"
+    ]
+    assert not list(tmp_path.glob(".x*"))

@@ -48,8 +48,10 @@ def _refuse_strangers(out: Path) -> None:
     """Raise OutputTaken if `out` holds files that its manifest doesn't name: a user's own."""
     try:
         known = {MANIFEST, *read_manifest(out).files}
-    except InputError:
-        return  # its manifest is damaged: --force is the way to mend it
+    except InputError as exc:
+        raise OutputTaken(
+            f"{out} can't be told from your own files: {exc}", hint="remove it yourself"
+        ) from None
     found = {f.relative_to(out).as_posix() for f in out.rglob("*") if f.is_file()}
     if strangers := sorted(found - known):
         raise OutputTaken(
@@ -59,7 +61,9 @@ def _refuse_strangers(out: Path) -> None:
 
 
 @contextmanager
-def create(out: Path, *, wait: bool = False) -> Iterator[Path]:
+def create(
+    out: Path, *, key: str | None = None, force: bool = False, wait: bool = False
+) -> Iterator[Path]:
     """Give a scratch directory to fill, beside `out`; when the block ends well, it becomes `out`.
 
     The scratch directory is locked while its writer lives; one that a killed run has left is
@@ -78,6 +82,8 @@ def create(out: Path, *, wait: bool = False) -> Iterator[Path]:
         try:
             yield scratch
             _make_readable(scratch)
+            if key is not None:  # much may have come to `out` while this run was at work
+                occupied(out, key, force=force)
             _replace(scratch, out)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)

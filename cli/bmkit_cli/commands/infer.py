@@ -79,6 +79,8 @@ def infer(
     stdout()
     if out is not None and out.is_dir():
         raise OutputTaken(f"{out} is a directory", hint="-o takes a file")
+    if out is not None and out.exists():
+        raise OutputTaken(f"{out} is there already", hint="name another -o, or remove it")
     if prompt and source:
         raise UsageError("-p and -i exclude each other")
     if not prompt and not source and not plan:

@@ -117,6 +117,10 @@ def check(request: Request) -> Request:
     if request.recipe == "-":
         text, source, name, folder = builtin.read(request.stage, "-")
         doc = recipes.parse(text, source, name=name, folder=folder)
+        if doc.problems:
+            raise RecipeError(
+                "\n".join([f"{source}: a key is set twice or is no text", *doc.problems])
+            )
         if not isinstance(doc.data, dict):
             raise RecipeError(f"{source}: a recipe is a mapping of `key: value` lines")
         request = replace(request, recipe=doc.data)
@@ -227,7 +231,9 @@ def run_stage(request: Request, reporter: Reporter) -> Result:
     check_fits(prepared, reporter)
     work = env.home() / "work" / prepared.key[:16]
     makes_work = prepared.stage.name == "tune"
-    with place.create(prepared.out, wait=request.out is None) as scratch:
+    with place.create(
+        prepared.out, key=prepared.key, force=request.force, wait=request.out is None
+    ) as scratch:
         if request.out is None and not request.force:
             again = _destination(request, prepared.stage, prepared.name, prepared.key)[1]
             if again is not None:  # another process has built it while this one waited

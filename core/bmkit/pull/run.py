@@ -33,7 +33,7 @@ def pull(
         raise InputError(f"{target} and {source.path} lie in each other", hint="name another --out")
     if done := place.occupied(target, key, force=force):
         return done, True
-    with place.create(target, wait=out is None) as scratch:
+    with place.create(target, key=key, force=force, wait=out is None) as scratch:
         if not force and out is None and (target / artifact.MANIFEST).is_file():
             return artifact.open_artifact(target), True  # another process was quicker
         kind, base = _fill(source, scratch, reporter)

@@ -81,6 +81,9 @@ def create(
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         try:
             yield scratch
+            if not any(scratch.iterdir()):  # the writer has found that there is nothing to do
+                scratch.rmdir()
+                return
             _make_readable(scratch)
             if key is not None:  # much may have come to `out` while this run was at work
                 occupied(out, key, force=force)

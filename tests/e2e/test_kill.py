@@ -160,6 +160,7 @@ def test_two_identical_runs_into_the_cache_build_once(
     found = [json.loads(p.communicate(timeout=120)[0]) for p in both]
     assert found[0]["digest"] == found[1]["digest"]
     assert sorted(f["reused"] for f in found) == [False, True]
+    assert (Path(found[0]["path"]) / "model.safetensors").is_file()
 
 
 def test_a_loss_that_is_not_a_number_exits_5_and_keeps_the_last_checkpoint(

@@ -230,18 +230,24 @@ def run_stage(request: Request, reporter: Reporter) -> Result:
         return _result(prepared.done, prepared, reused=True, start=start)
     check_fits(prepared, reporter)
     work = env.home() / "work" / prepared.key[:16]
-    makes_work = prepared.stage.name == "tune"
-    with place.create(
-        prepared.out, key=prepared.key, force=request.force, wait=request.out is None
-    ) as scratch:
+    what = f"{prepared.name}, in {work},"
+    waits = request.out is None
+    held = place.hold(work, what, wait=waits) if prepared.stage.name == "tune" else nullcontext()
+    with (
+        held,
+        place.create(
+            prepared.out, key=prepared.key, force=request.force, wait=request.out is None
+        ) as scratch,
+    ):
         if request.out is None and not request.force:
             again = _destination(request, prepared.stage, prepared.name, prepared.key)[1]
             if again is not None:  # another process has built it while this one waited
                 return _result(again, prepared, reused=True, start=start)
-        with place.hold(work, f"{prepared.name}, in {work},") if makes_work else nullcontext():
-            outcome: Outcome = registry.load(prepared.stage.run)(
-                prepared.job(scratch, work, reporter)
-            )
+        if request.force and work.is_dir():
+            for left in work.iterdir():  # «build again» means from the start
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        job = prepared.job(scratch, work, reporter)
+        outcome: Outcome = registry.load(prepared.stage.run)(job)
         step = Step(
             stage=prepared.stage.name,
             name=prepared.name,
@@ -258,7 +264,7 @@ def run_stage(request: Request, reporter: Reporter) -> Result:
             metrics=outcome.metrics,
             loads_in=outcome.loads_in,
         )
-    shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
     artifact.remember(prepared.out, manifest)
     built = Artifact(prepared.out, manifest.kind, manifest.digest, manifest)
     return _result(built, prepared, reused=False, start=start)

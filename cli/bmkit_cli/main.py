@@ -144,11 +144,15 @@ def _unexpected(exc: Exception) -> int:
         hint = f"see `{context.command_path} --help`" if context is not None else None
         return _say(text, hint, int(exc.exit_code))
     _trace()
-    if isinstance(exc, OSError) and exc.errno is not None and exc.filename is not None:
-        where = exc.filename2 or exc.filename
+    from bmkit.errors import machine_refusal
+
+    where = getattr(exc, "filename2", None) or getattr(exc, "filename", None)
+    if isinstance(exc, OSError) and exc.errno is not None and where is not None:
         return _say(f"cannot use {os.fsdecode(where)}: {os.strerror(exc.errno)}", None, 4)
-    if type(exc).__name__ == "OutOfMemoryError":
-        return _say("the GPU ran out of memory", "lower the batch size", 4)
+    if (said := machine_refusal(exc)) == "out of memory":
+        return _say("this machine ran out of memory", "take a smaller model or batch", 4)
+    if said is not None:
+        return _say(f"the machine refused: {said}", "free some space, or look at -v", 4)
     hint = "this is a bug in bmkit; -v shows where"
     return _say(f"{type(exc).__name__}: {exc}", hint, 1)
 

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from bmkit.errors import ResourceError
+
 
 class ReaderGoneError(Exception):
     """Whoever read our stdout has closed it: stop quietly."""
@@ -37,6 +39,9 @@ class Output:
             # What is left in the buffer would fail again at exit: let it go nowhere.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             raise ReaderGoneError from None
+        except OSError as exc:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            raise ResourceError(f"cannot write to stdout: {exc.strerror}") from None
 
     def json(self, values: Mapping[str, Any] | list[Any]) -> None:
         """Write one JSON object on a line."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -24,6 +26,24 @@ Kind = Literal["model", "delta", "prompt", "data", "phrases", "report", "transcr
 
 # What belongs to a checkpoint or adapter that has no manifest; all else in the folder is ignored.
 CONTENT = {".safetensors", ".json", ".jinja", ".model", ".txt", ".gguf", ".tiktoken"}
+# What a loader looks for beside the weights; a checkpoint's copy takes these along.
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+"""Either holds or names a model's weights; the first wins, as in transformers."""
+_LOADED = (*SIDE_FILES, "*.safetensors", "*.safetensors.index.json", "adapter_*.json")
 Sha256 = Field(pattern="^[0-9a-f]{64}$")
 
 
@@ -114,8 +134,9 @@ class Artifact:
 def open_artifact(path: Path) -> Artifact:
     """Open what lies at `path`, checking its content against its manifest.
 
-    Files are hashed once and remembered by size and modification time, so that a second look costs
-    no reading. Raises InputError if nothing usable is there, or if it is damaged.
+    Files are hashed once and remembered while they don't change, so that a second look costs no
+    reading. A file that a loader would read, but the manifest doesn't name, counts as damage.
+    Raises InputError if nothing usable is there, or if it is damaged.
     """
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path)
@@ -152,8 +173,28 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def _strays(path: Path, manifest: Manifest) -> list[str]:
+    """Return the files that a loader would read, but that the manifest doesn't name."""
+    found = []
+    for file in path.iterdir():
+        names = [file.name]
+        if file.is_dir():  # transformers reads named templates from there
+            if file.name != "additional_chat_templates":
+                continue
+            names = [f"{file.name}/{f.name}" for f in file.iterdir()]
+        elif not any(fnmatchcase(file.name, pattern) for pattern in _LOADED):
+            continue
+        found += [name for name in names if name not in manifest.files]
+    return sorted(found)
+
+
 def _check_files(path: Path, manifest: Manifest) -> None:
     root = path.resolve()
+    if strays := _strays(path, manifest):
+        raise InputError(
+            f"{path} is damaged: it holds {strays[0]}, which its manifest doesn't name",
+            hint="move that file away",
+        )
     with hashes.HashCache() as cache:
         for name, entry in manifest.files.items():
             file = path / name
@@ -189,7 +230,7 @@ def differences(path: Path, manifest: Manifest) -> list[str]:
             entry.content is not None and entry.content != _without_place(file)
         ):
             wrong.append(f"{name} has other content")
-    return wrong
+    return wrong + [f"{name} is not in the manifest" for name in _strays(path, manifest)]
 
 
 _REBUILD = "build it again (the same command with --force), or fetch it again"
@@ -207,7 +248,7 @@ def _foreign_kind(path: Path) -> str:
             return "delta"
         raise InputError(f"{path}: adapter_model.safetensors is missing", hint=_no_pickle(path))
     if (path / "config.json").is_file():
-        if any(path.glob("*.safetensors")):
+        if any((path / name).is_file() for name in WEIGHTS):
             return "model"
         raise InputError(f"{path}: no model.safetensors", hint=_no_pickle(path))
     raise InputError(
@@ -299,6 +340,13 @@ def write_manifest(
     text = manifest.model_dump_json(indent=1, by_alias=True)
     (scratch / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return manifest
+
+
+def scan(folder: Path, pattern: str = "*") -> Iterator[tuple[Path, Manifest]]:
+    """Yield the artifacts in `folder` and their manifests; what can't be read is passed over."""
+    for file in sorted(folder.glob(f"{pattern}/{MANIFEST}")):
+        with suppress(InputError):
+            yield file.parent, read_manifest(file.parent)
 
 
 def remember(path: Path, manifest: Manifest) -> None:

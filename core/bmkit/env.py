@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import resource
@@ -55,22 +56,48 @@ def available_ram_bytes() -> int:
     import psutil
 
     free = int(psutil.virtual_memory().available)
+    limited = container_free_bytes(Path("/sys/fs/cgroup"))
+    return free if limited is None else min(free, limited)
+
+
+def container_free_bytes(group: Path) -> int | None:
+    """Return what a control group (version 2) still lets its processes take; None if unlimited.
+
+    Page cache that the kernel can drop at once counts as free.
+    """
     try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        droppable = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.M)
     except (OSError, ValueError):
-        return free
-    return min(free, max(limit - used, 0))
+        return None
+    return max(limit - used + (int(droppable[1]) if droppable else 0), 0)
 
 
 def has_nvidia_gpu() -> bool:
     """Tell, without torch, whether an NVIDIA GPU's device file is there (also under WSL)."""
-    return Path("/dev/nvidia0").exists() or Path("/dev/dxg").exists()
+    return any(Path("/dev").glob("nvidia[0-9]*")) or (
+        Path("/dev/dxg").exists() and Path("/usr/lib/wsl/lib/libcuda.so.1").exists()
+    )
 
 
-def will_use_gpu(device: str) -> bool:
-    """Tell whether a recipe's `device` means a GPU here."""
-    return device.startswith("cuda") or (device == "auto" and has_nvidia_gpu())
+def resolve_device(device: str) -> str:
+    """Return the device that a recipe's `device` means here: `auto` becomes `cuda` or `cpu`.
+
+    It is `cuda` where there is an NVIDIA GPU, it is not hidden, and the installed torch is built
+    for it. No torch is imported.
+    """
+    if device != "auto":
+        return device
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in {"", "-1", "NoDevFiles"}
+    return "cuda" if has_nvidia_gpu() and not hidden and not _torch_is_for_cpu() else "cpu"
+
+
+def _torch_is_for_cpu() -> bool:
+    try:
+        return importlib.metadata.version("torch").endswith("+cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return True
 
 
 def free_disk_bytes(path: Path) -> int:
@@ -79,6 +106,14 @@ def free_disk_bytes(path: Path) -> int:
     while not here.exists():
         here = here.parent
     return shutil.disk_usage(here).free
+
+
+def disk_of(path: Path) -> int:
+    """Return the number of the file system on which `path` lies or will lie."""
+    here = path.absolute()
+    while not here.exists():
+        here = here.parent
+    return here.stat().st_dev
 
 
 def peak_rss_bytes() -> int:

@@ -13,8 +13,11 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
+import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class BmkitError(Exception):
@@ -87,8 +90,64 @@ class LibraryRefusal:
     ) -> None:
         """Raise InputError in the place of a refusal."""
         refusals = (*self.KINDS, NotImplementedError)
+        if exc is not None and machine_refusal(exc) is not None:
+            return  # the machine refused, not the library
         if kind is not None and (kind is Exception or issubclass(kind, refusals)):
             raise InputError(f"{self.what}: {first_line(exc)}", hint=self.hint) from None
+
+
+_REFUSALS = {
+    getattr(errno, name)
+    for name in (
+        "ENOSPC",
+        "EROFS",
+        "EACCES",
+        "EPERM",
+        "EFBIG",
+        "EDQUOT",
+        "EIO",
+        "ENOTDIR",
+        "ENAMETOOLONG",
+        "ENOMEM",
+        "EMFILE",
+        "ENFILE",
+    )
+}
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "std::bad_alloc", "Cannot allocate")
+_TORCH_WRITER = ("PytorchStreamWriter failed", "unexpected pos ")
+
+
+def machine_refusal(exc: BaseException) -> str | None:
+    """Say what the machine refused (disk full, not permitted, out of memory), or None.
+
+    Libraries in Rust and C++ report a refusal of the system as text, in an error of their own or
+    as the cause of one; so the whole chain of causes is looked at.
+    """
+    return next((said for e in _chain(exc) if (said := _one_refusal(e))), None)
+
+
+def _chain(exc: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while exc is not None and id(exc) not in seen:
+        seen.add(id(exc))
+        yield exc
+        exc = exc.__cause__ or (None if exc.__suppress_context__ else exc.__context__)
+
+
+def _one_refusal(exc: BaseException) -> str | None:
+    text = str(exc)
+    if isinstance(exc, OSError) and exc.errno is not None and exc.errno in _REFUSALS:
+        return os.strerror(exc.errno)
+    if (found := _OS_ERROR.search(text)) and int(found[1]) in _REFUSALS:
+        return os.strerror(int(found[1]))
+    if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError":
+        return "out of memory"
+    if isinstance(exc, RuntimeError) and any(word in text for word in _NO_MEMORY):
+        return "out of memory"
+    if isinstance(exc, RuntimeError) and any(word in text for word in _TORCH_WRITER):
+        return "the disk is full, or can't be written"
+    return None
 
 
 def first_line(exc: BaseException | None) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import sqlite3
 import stat
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from bmkit import env
@@ -14,19 +14,23 @@ from bmkit.errors import InputError
 
 
 class HashCache:
-    """The SHA-256 of files, remembered by path, size and modification time under BMKIT_HOME.
+    """The SHA-256 of files, remembered under BMKIT_HOME until a file changes.
 
-    Without a writable BMKIT_HOME it still answers, by reading the file each time.
+    A file counts as unchanged while its path, inode, size, modification time and change time are
+    what they were: a copy that keeps the old modification time (`cp -p`, `rsync`) is still seen.
+    Each answer is stored at once, so no lock is held while a large file is read. Without a
+    writable BMKIT_HOME it still answers, by reading the file each time.
     """
 
     def __init__(self) -> None:
         self.database: sqlite3.Connection | None = None
         with suppress(OSError, sqlite3.Error):
             env.home().mkdir(parents=True, exist_ok=True)
-            database = sqlite3.connect(env.home() / "hashes.sqlite", timeout=10)
+            database = sqlite3.connect(
+                env.home() / "hashes.sqlite", timeout=10, isolation_level=None
+            )
             database.execute(
-                "CREATE TABLE IF NOT EXISTS files"
-                " (path TEXT PRIMARY KEY, bytes INTEGER, mtime_ns INTEGER, sha256 TEXT)"
+                "CREATE TABLE IF NOT EXISTS seen (path TEXT PRIMARY KEY, stamp TEXT, sha256 TEXT)"
             )
             self.database = database
 
@@ -35,8 +39,7 @@ class HashCache:
 
     def __exit__(self, *_: object) -> None:
         if self.database is not None:
-            with closing(self.database), suppress(sqlite3.Error):
-                self.database.commit()
+            self.database.close()
 
     def sha256(self, file: Path) -> str:
         """Return the hash of `file`, reading it only if it has changed since last time."""
@@ -45,8 +48,8 @@ class HashCache:
         if self.database is not None:
             with suppress(sqlite3.Error):
                 row = self.database.execute(
-                    "SELECT sha256 FROM files WHERE path = ? AND bytes = ? AND mtime_ns = ?",
-                    (str(real), info.st_size, info.st_mtime_ns),
+                    "SELECT sha256 FROM seen WHERE path = ? AND stamp = ?",
+                    (str(real), _stamp(info)),
                 ).fetchone()
                 if row:
                     return str(row[0])
@@ -63,9 +66,13 @@ class HashCache:
         if self.database is not None:
             with suppress(sqlite3.Error):
                 self.database.execute(
-                    "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)",
-                    (str(real), info.st_size, info.st_mtime_ns, sha256),
+                    "INSERT OR REPLACE INTO seen VALUES (?, ?, ?)",
+                    (str(real), _stamp(info), sha256),
                 )
+
+
+def _stamp(info: os.stat_result) -> str:
+    return f"{info.st_ino} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns}"
 
 
 def hash_file(file: Path) -> str:

@@ -13,30 +13,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bmkit.errors import InputError, LibraryRefusal, RecipeError, ResourceError, first_line
+from bmkit.artifact import SIDE_FILES
+from bmkit.errors import (
+    InputError,
+    LibraryRefusal,
+    RecipeError,
+    ResourceError,
+    first_line,
+    machine_refusal,
+)
 from bmkit.plan import Headers
 
+SMALLER = "close other programs, or take a smaller model"
 SHARD_BYTES = 2 * 2**30
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn `auto`, `cpu`, `cuda:1`, … into a device. Raises ResourceError if it isn't there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Turn `cpu`, `cuda:1`, … into a device. Raises ResourceError if it isn't there.
+
+    `auto` has become one of them before (`env.resolve_device`), without torch, since plan and key
+    depend on it.
+    """
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -44,8 +41,9 @@ def pick_device(name: str) -> torch.device:
             f"device: `{name}` is not a device", hint="write auto, cpu, cuda, cuda:1 or mps"
         ) from None
     if not _is_there(device):
+        found = ", ".join(devices())
         raise ResourceError(
-            f"this machine has no device `{name}`", hint="--device cpu works always"
+            f"torch can use no device `{name}` here", hint=f"there is: {found}; --device cpu"
         )
     return device
 
@@ -74,9 +72,14 @@ def compute_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch
     if name != "auto":
         chosen: torch.dtype = getattr(torch, name)
         return chosen
-    if device.type == "cuda" and (stored != torch.bfloat16 or torch.cuda.is_bf16_supported()):
+    if device.type == "cuda" and (stored != torch.bfloat16 or _has_bf16(device)):
         return stored
     return torch.float32
+
+
+def _has_bf16(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def stored_dtype(config: Any) -> torch.dtype:
@@ -130,9 +133,9 @@ def load_model(path: Path, *, device: torch.device, dtype: str = "auto") -> Any:
             output_loading_info=True,
             **options,
         )
-    except torch.OutOfMemoryError as exc:
-        raise ResourceError(f"{path}: {first_line(exc)}", hint="take a smaller model") from None
     except (SafetensorError, ValueError, OSError, KeyError, RuntimeError) as exc:
+        if said := machine_refusal(exc):
+            raise ResourceError(f"{path} can't be loaded: {said}", hint=SMALLER) from None
         raise InputError(f"{path} can't be loaded: {first_line(exc)}") from None
     if missing := sorted(info["missing_keys"]):
         raise InputError(
@@ -254,26 +257,12 @@ class ShardWriter:
         if not self.pending:
             return
         self.shards.append(list(self.pending))
-        try:
-            save_file(self.pending, self._part(len(self.shards)), metadata={"format": "pt"})
-        except SafetensorError as exc:
-            raise _disk_error(exc, self.folder) from None
+        save_file(self.pending, self._part(len(self.shards)), metadata={"format": "pt"})
         self.pending.clear()
         self.pending_bytes = 0
 
     def _part(self, i: int) -> Path:
         return self.folder / f"part-{i:05}.safetensors"
-
-
-def _disk_error(exc: SafetensorError, folder: Path) -> Exception:
-    """Tell a refusal of the file system, which safetensors reports as text, from a bug."""
-    text = str(exc)
-    if "os error" not in text.lower() and "I/O error" not in text:
-        return exc
-    return ResourceError(
-        f"cannot write in {folder}: {text.removeprefix('Error while serializing: ')}",
-        hint="free some space or name an --out on another disk; nothing was kept",
-    )
 
 
 def copy_side_files(source: Path, target: Path) -> None:

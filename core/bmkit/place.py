@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from bmkit.artifact import MANIFEST, Artifact, open_artifact, read_manifest
-from bmkit.errors import InputError, OutputTaken, ResourceError
+from bmkit.errors import BmkitError, InputError, OutputTaken, ResourceError, machine_refusal
 
 
 def occupied(out: Path, key: str, *, force: bool) -> Artifact | None:
@@ -76,7 +76,7 @@ def create(
             f"{out} is the working directory, or around it", hint="name another --out"
         )
     scratch = out.parent / f".{out.name}.partial"
-    with _refusals(out), hold(scratch, str(out), wait=wait):
+    with refusals(out), hold(scratch, str(out), wait=wait):
         for left in scratch.iterdir():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         try:
@@ -94,33 +94,70 @@ def create(
 
 
 @contextmanager
-def _refusals(out: Path) -> Iterator[None]:
+def refusals(out: Path) -> Iterator[None]:
+    """Make a ResourceError of what the machine refuses while `out` is written."""
     try:
         yield
-    except OSError as exc:
-        if not is_refusal(exc):
+    except BmkitError:
+        raise
+    except Exception as exc:
+        said = machine_refusal(exc)
+        if said is None:
             raise
-        where = exc.filename or out
+        where = getattr(exc, "filename", None) or out
         raise ResourceError(
-            f"cannot write {where}: {os.strerror(exc.errno or 0)}",
-            hint="free some space or name an --out on another disk; nothing was kept",
+            f"cannot write {where}: {said}",
+            hint="free some, or name an --out on another disk; nothing was kept",
         ) from None
 
 
-def is_refusal(exc: OSError) -> bool:
-    """Tell whether the file system refused: full, read-only, not permitted, too large, bad."""
-    names = (
-        "ENOSPC",
-        "EROFS",
-        "EACCES",
-        "EPERM",
-        "EFBIG",
-        "EDQUOT",
-        "EIO",
-        "ENOTDIR",
-        "ENAMETOOLONG",
-    )
-    return exc.errno in {getattr(errno, n) for n in names}
+@contextmanager
+def new_file(file: Path, *, force: bool = False) -> Iterator[IO[str]]:
+    """Give a text file to fill; when the block ends well, it becomes `file`.
+
+    It is locked while its writer lives. Raises OutputTaken if `file` is there (unless `force`), or
+    if another run is writing it; ResourceError if the machine refuses.
+    """
+    refuse_existing(file, force=force)
+    scratch = file.with_name(f".{file.name}.partial")
+    with refusals(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("a", encoding="utf-8") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputTaken(
+                    f"{file} is being written by another bmkit", hint="name another -o"
+                ) from None
+            try:
+                stream.truncate(0)
+                yield stream
+                stream.flush()
+                refuse_existing(file, force=force)
+                scratch.replace(file)
+            except BaseException:
+                scratch.unlink(missing_ok=True)
+                raise
+
+
+def refuse_existing(file: Path, *, force: bool) -> None:
+    """Raise OutputTaken if `file` is there (unless `force`), or a directory."""
+    if file.is_dir():
+        raise OutputTaken(f"{file} is a directory", hint="-o takes a file")
+    if file.exists() and not force:
+        raise OutputTaken(f"{file} is there already", hint="name another -o, or use --force")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a small file in one rename. Raises ResourceError if the machine refuses."""
+    with refusals(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_name(f".{file.name}.{os.getpid()}.partial")
+        try:
+            scratch.write_text(text, encoding="utf-8")
+            scratch.replace(file)
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 @contextmanager

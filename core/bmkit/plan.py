@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bmkit import env
-from bmkit.artifact import Artifact
+from bmkit.artifact import WEIGHTS, Artifact
 from bmkit.errors import InputError, ResourceError
 from bmkit.recipe import Recipe
 from bmkit.report import Reporter
@@ -92,13 +92,16 @@ class Headers:
 
 
 def read_headers(path: Path) -> Headers:
-    """Read the headers of every safetensors file of checkpoint `path`.
+    """Read the headers of the safetensors files that a loader would read in `path`.
 
-    Raises InputError naming the file that is truncated, foreign or missing.
+    Those are `model.safetensors`, else what its index names, else an adapter's file. Raises
+    InputError naming the file that is truncated, foreign or missing.
     """
     config = read_json(path / "config.json") if (path / "config.json").exists() else {}
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
+    whole, index = (path / name for name in WEIGHTS)
+    if whole.is_file():
+        files = [whole]
+    elif index.is_file():
         weight_map = read_json(index).get("weight_map")
         found = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
         named = [name for name in found if isinstance(name, str)]
@@ -109,7 +112,7 @@ def read_headers(path: Path) -> Headers:
                 raise InputError(f"{index} names {name}, which is not a file beside it")
         files = [path / name for name in sorted(set(named))]
     else:
-        files = sorted(path.glob("*.safetensors"))
+        files = [f for f in (path / "adapter_model.safetensors",) if f.is_file()]
     tensors = tuple(t for file in files for t in _file_headers(file))
     if not tensors:
         raise InputError(f"{path} holds no tensors")
@@ -177,6 +180,8 @@ class Peak:
     ram_bytes: int
     gpu_bytes: int
     disk_bytes: int
+    work_bytes: int = 0
+    """Disk under BMKIT_HOME/work: the checkpoints of a training run."""
 
 
 @dataclass(frozen=True)
@@ -220,15 +225,26 @@ class Outcome:
     loads_in: tuple[str, ...] = ()
 
 
-def check_fits(peak: Peak, out: Path, *, ram_limit: int | None, gpu_limit: int | None) -> None:
-    """Raise ResourceError if this machine, or a budget, can't hold `peak`."""
-    free = env.free_disk_bytes(out)
-    if peak.disk_bytes > free:
-        raise ResourceError(
-            f"{out} needs {env.format_bytes(peak.disk_bytes)} of disk, "
-            f"{env.format_bytes(free)} are free there",
-            hint="free some space, or name an --out on another disk",
-        )
+def check_fits(
+    peak: Peak, out: Path, work: Path, *, ram_limit: int | None, gpu_limit: int | None
+) -> None:
+    """Raise ResourceError if this machine, or a budget, can't hold `peak`.
+
+    `ram_limit` bounds what comes on top of the libraries: the peak minus RUNTIME_BYTES, as the
+    resident memory just before the model is opened isn't counted.
+    """
+    needs: dict[int, list[tuple[Path, int]]] = {}
+    for where, need in ((out, peak.disk_bytes), (work, peak.work_bytes)):
+        if need:
+            needs.setdefault(env.disk_of(where), []).append((where, need))
+    for parts in needs.values():
+        free = env.free_disk_bytes(parts[0][0])
+        if (need := sum(n for _, n in parts)) > free:
+            raise ResourceError(
+                f"{' and '.join(str(p) for p, _ in parts)} need {env.format_bytes(need)} of disk, "
+                f"{env.format_bytes(free)} are free there",
+                hint="free some space, or name an --out and a BMKIT_HOME on another disk",
+            )
     available = env.available_ram_bytes()
     if peak.ram_bytes > available:
         raise ResourceError(
@@ -237,7 +253,7 @@ def check_fits(peak: Peak, out: Path, *, ram_limit: int | None, gpu_limit: int |
             hint="close other programs, or take a smaller model",
         )
     for limit, need, flag in (
-        (ram_limit, peak.ram_bytes, "--cpu-memory"),
+        (ram_limit, peak.ram_bytes - RUNTIME_BYTES, "--cpu-memory"),
         (gpu_limit, peak.gpu_bytes, "--gpu-memory"),
     ):
         if limit is not None and need > limit:

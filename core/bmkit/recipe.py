@@ -6,11 +6,12 @@ duplicate key win silently. The loader here reads YAML 1.2 scalars and refuses d
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -73,6 +74,7 @@ def contradiction(key: str, text: str) -> PydanticCustomError:
 
 
 M = TypeVar("M", bound=Model)
+T = TypeVar("T")
 
 
 @dataclass
@@ -178,11 +180,11 @@ def _mark(node: yaml.Node, path: KeyPath, doc: Document, loader: _Loader) -> Non
         for i, item in enumerate(node.value):
             _mark(item, (*path, i), doc, loader)
     elif node.tag.endswith(":float") and not math.isfinite(loader.construct_object(node)):
-        raise RecipeError(_refused(doc, [_point(doc, node.start_mark, "a number must be finite")]))
+        raise RecipeError(refused(doc, [_point(doc, node.start_mark, "a number must be finite")]))
     if node.tag not in TAGS_OF_JSON:
         tag = node.tag.rpartition(":")[2]
         text = f"not valid YAML for a recipe: `{tag}` is not text, a number, true, false or null"
-        raise RecipeError(_refused(doc, [_point(doc, node.start_mark, text)]))
+        raise RecipeError(refused(doc, [_point(doc, node.start_mark, text)]))
 
 
 def scalar(text: str) -> Any:
@@ -193,9 +195,24 @@ def scalar(text: str) -> Any:
         return text
 
 
-def inline(data: Mapping[str, Any], source: str, *, folder: Path | None = None) -> Document:
-    """Make a document of a mapping that has no text of its own, as a pipeline's inline recipe."""
-    return Document(json.loads(json.dumps(data)), source, "recipe", folder or Path.cwd())
+def part(doc: Document, path: KeyPath = (), *, name: str | None = None) -> Document:
+    """Return a copy of what `doc` holds at `path`, which still points at the lines of `doc`."""
+    data = doc.data
+    for step in path:
+        data = data[step]
+
+    def inside(marks: Mapping[KeyPath, T]) -> dict[KeyPath, T]:
+        return {p[len(path) :]: mark for p, mark in marks.items() if p[: len(path)] == path}
+
+    return replace(
+        doc,
+        data=copy.deepcopy(data),
+        name=name or doc.name,
+        key_marks=inside(doc.key_marks),
+        value_marks=inside(doc.value_marks),
+        overrides=inside(doc.overrides),
+        problems=list(doc.problems) if not path else [],
+    )
 
 
 def override(doc: Document, assignments: Sequence[str], *, flag: str = "--set ") -> None:
@@ -278,24 +295,30 @@ def resolve_files(
 
 def validate(doc: Document, model: type[M]) -> M:
     """Check `doc` against `model`. Every problem is reported at once, each at its line."""
+    problems, checked = look_at(doc, model)
+    if problems or checked is None:
+        raise RecipeError(refused(doc, problems))
+    return checked
+
+
+def look_at(doc: Document, model: type[M]) -> tuple[list[str], M | None]:
+    """Check `doc` against `model`; return all problems, and what it means if there are none."""
     problems = list(doc.problems)
     if not isinstance(doc.data, dict):
         problems.append(at(doc, (), "a recipe is a mapping of `key: value` lines"))
-        raise RecipeError(_refused(doc, problems))
+        return problems, None
     wanted = get_args(model.model_fields["kind"].annotation) if "kind" in model.model_fields else ()
     found = doc.data.get("kind")
     if wanted and isinstance(found, str) and found not in wanted and found in KINDS:
         text = f"this is a `{found}` recipe; it runs with `bmkit {found}`"
-        raise RecipeError(_refused(doc, [*problems, at(doc, ("kind",), text)]))
+        return [*problems, at(doc, ("kind",), text)], None
     problems += _unknown_gates(doc, model)
     try:
         # JSON mode + strict is the data model of YAML: "4" is not 4, a list may become a tuple.
         checked = model.model_validate_json(json.dumps(doc.data), strict=True)
     except ValidationError as exc:
         problems += dict.fromkeys(_explain_all(doc, model, exc.errors(include_url=False)))
-    if problems:
-        raise RecipeError(_refused(doc, problems))
-    return checked
+    return problems, None if problems else checked
 
 
 KINDS = ("compress", "tune", "prompt", "infer", "spec-decode", "duplex")
@@ -306,7 +329,8 @@ TAGS_OF_JSON = {
 }
 
 
-def _refused(doc: Document, problems: Sequence[str]) -> str:
+def refused(doc: Document, problems: Sequence[str]) -> str:
+    """Return the message that names every problem of `doc`."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return "\n".join([f"{doc.source}: {count}", *problems])
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 
 class Task(Protocol):
@@ -62,14 +60,3 @@ class Silent:
 class _SilentTask:
     def advance(self, amount: float = 1, **shown: float) -> None:
         """Drop the progress."""
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a `--report` file, in one rename. Raises OSError if it can't."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.partial")
-    try:
-        scratch.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)

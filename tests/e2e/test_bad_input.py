@@ -204,6 +204,31 @@ def test_a_disk_that_fills_up_while_writing(
     assert not list(tmp_path.glob(".x*"))
 
 
+def test_a_disk_that_fills_up_in_any_stage(
+    sh: Callable[[str], Done], tiny: Path, chats: Path, tmp_path: Path
+) -> None:
+    before = sorted(p.name for p in tmp_path.iterdir())
+    small = "ulimit -f 16; export TMPDIR=/dev/shm; "
+    tune = f"bmkit tune lora -m tiny --data {chats} -o x -q -s train.num_train_epochs=1"
+    refused(sh(small + tune + " -s train.save_steps=1"), 4, "cannot write")
+    refused(sh(small + tune + " -s deltas.0.r=64 -s train.save_steps=1000"), 4, "cannot write")
+    refused(sh(small + "bmkit pull ./tiny -o x"), 4, "cannot write")
+    many = " ".join(f"-p word{i}" for i in range(40))
+    infer = f"bmkit infer -m tiny --max-new-tokens 40 {many} -q"
+    refused(sh("ulimit -f 1; " + infer + " -o x.jsonl"), 4, "x.jsonl", "too large")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*before, "bmkit-home"])
+
+
+def test_a_report_or_copy_that_can_not_be_written(sh: Callable[[str], Done], tiny: Path) -> None:
+    done = sh("ulimit -f 0; bmkit cp tune/lora x.yaml")
+    refused(done, 4, "x.yaml")
+    done = sh("ulimit -f 0; bmkit infer -m tiny -p x -q --max-new-tokens 2 --report r.json")
+    assert done.returncode == 4
+    assert "r.json" in done.stderr
+    refused(sh("bmkit ls > /dev/full"), 4, "stdout", "space")
+    refused(sh("bmkit infer -m tiny -p x -q --max-new-tokens 2 > /dev/full"), 4, "stdout")
+
+
 def test_a_place_that_can_not_be_written(bmkit: Run, tiny: Path) -> None:
     refused(bmkit("compress", "int8", "-m", "tiny", "-o", "/proc/x"), 4, "/proc")
 
@@ -214,9 +239,28 @@ def test_no_such_device(bmkit: Run, tiny: Path) -> None:
 
 
 def test_a_budget_that_is_too_small_names_the_smallest(bmkit: Run, tiny: Path) -> None:
-    done = bmkit("compress", "int8", "-m", "tiny", "-o", "x", "--cpu-memory", "10MiB")
+    done = bmkit("compress", "int8", "-m", "tiny", "-o", "x", "--cpu-memory", "10KiB")
     refused(done, 4, "--cpu-memory", "smallest")
     refused(bmkit("compress", "int8", "-m", "tiny", "-o", "x", "--cpu-memory", "6 gigs"), 2, "6GiB")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["compress", "-", "-m", "-"],
+        ["tune", "-", "-m", "-"],
+        ["infer", "-", "-m", "tiny", "-i", "-"],
+        ["infer", "-m", "-", "-i", "-"],
+    ],
+)
+def test_stdin_can_be_one_thing_only(bmkit: Run, tiny: Path, words: list[str]) -> None:
+    refused(bmkit(*words, stdin="x"), 2, "stdin")
+
+
+def test_a_recipe_from_stdin_is_told_its_lines(bmkit: Run, tiny: Path) -> None:
+    text = "kind: compress\nsteps:\n  - method: quantize\n    bitts: 4\nseed: 1\nseed: 2\n"
+    done = bmkit("compress", "-", "-m", "tiny", stdin=text)
+    refused(done, 2, "<stdin>:4:5", "did you mean `bits`", "<stdin>:6:1", "2 problems")
 
 
 def test_a_hub_id_offline(bmkit: Run) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,54 @@ def test_a_seed_decides_the_draws_and_the_batch_does_not(
     assert one != draw("--seed", 2)
 
 
+def test_an_answer_does_not_depend_on_its_neighbours(
+    bmkit: Run, tiny: Path, rows: Callable[..., Path], plain: tuple[Any, Any]
+) -> None:
+    file = rows(
+        "p.jsonl", {"prompt": "Hi"}, {"prompt": "Hi there, " * 49}
+    )  # near the context's end
+    words = ("infer", "-m", "tiny", "--json", "--max-new-tokens", "40", "--raw")
+    words = (*words, "-s", "repetition_penalty=1.5")
+    together = rows_of(bmkit(*words, "-i", file))
+    alone = rows_of(bmkit(*words, "-p", "Hi"))[0]
+    assert together[0]["token_ids"] == alone["token_ids"]
+    assert len(together[1]["token_ids"]) < 40, "the context ends the second answer early"
+    assert alone["token_ids"] == by_hand(plain, "Hi", 40, repetition_penalty=1.5)
+
+
+def test_the_end_of_a_prompt_does_not_stop_its_answer(
+    bmkit: Run, tiny: Path, rows: Callable[..., Path]
+) -> None:
+    words = ("infer", "-m", "tiny", "--json", "--max-new-tokens", "12", "--raw", "-p", "one\n\n")
+    free = rows_of(bmkit(*words))[0]
+    held = rows_of(bmkit(*words, "-s", r'stop_strings=["\n\n"]'))[0]
+    assert held["token_ids"] == free["token_ids"][: len(held["token_ids"])]
+    assert held["text"] == free["text"].partition("\n\n")[0]
+
+
+def test_answers_flow_before_the_last_row_is_read(tiny: Path, tmp_path: Path) -> None:
+    """The first answers are there while later batches of the window are still to be done."""
+    words = ["infer", "-m", "tiny", "-i", "-", "--json", "-q", "--max-new-tokens", "1"]
+    words += ["-s", "batch_size=1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bmkit_cli", *words],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ),
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process:
+        for number in range(8):  # one window
+            process.stdin.write(json.dumps({"prompt": "x" * (20 - number), "id": number}) + "\n")
+        process.stdin.flush()
+        assert [json.loads(process.stdout.readline())["id"] for _ in range(8)] == list(range(8))
+        process.stdin.close()
+    assert process.returncode == 0
+
+
 def test_top_k_1_is_greedy_whatever_the_temperature(
     bmkit: Run, tiny: Path, plain: tuple[Any, Any]
 ) -> None:
@@ -205,6 +255,18 @@ def test_out_takes_the_json_lines(bmkit: Run, tiny: Path, tmp_path: Path) -> Non
     assert done.stdout == "o.jsonl\n"
     found = [json.loads(x) for x in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert [r["prompt"] for r in found] == ["a", "b"]
+
+
+def test_out_that_is_there_is_replaced_only_by_force(
+    bmkit: Run, tiny: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "mine"}\n')
+    words = ("infer", "-m", "tiny", "--max-new-tokens", "2", "-o", "a.jsonl")
+    assert bmkit(*words, "-p", "x").returncode == 3
+    assert bmkit(*words, "-i", "a.jsonl", "--force").returncode == 2
+    assert "mine" in (tmp_path / "a.jsonl").read_text()
+    assert bmkit(*words, "-p", "x", "--force").returncode == 0
+    assert json.loads((tmp_path / "a.jsonl").read_text())["prompt"] == "x"
 
 
 def test_the_report_says_what_it_took(bmkit: Run, tiny: Path, tmp_path: Path) -> None:

@@ -257,10 +257,33 @@ def test_an_artifact_reached_through_a_link_is_whole(made: Path, tmp_path: Path)
     assert artifact.open_artifact(tmp_path / "link").digest == artifact.open_artifact(made).digest
 
 
-def test_files_that_the_manifest_does_not_name_are_ignored(made: Path) -> None:
+def test_files_of_the_users_own_are_no_part_of_an_artifact(made: Path) -> None:
     before = artifact.open_artifact(made).digest
     (made / "notes.txt").write_text("mine")
+    (made / "report.json").write_text("{}")
     assert artifact.open_artifact(made).digest == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "generation_config.json",
+        "chat_template.jinja",
+        "adapter_config.json",
+        "extra.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "additional_chat_templates/rag.jinja",
+    ],
+)
+def test_a_file_that_a_loader_would_read_must_be_in_the_manifest(made: Path, name: str) -> None:
+    (made / name).parent.mkdir(exist_ok=True)
+    (made / name).write_text("{}")
+    with pytest.raises(InputError, match=name):
+        artifact.open_artifact(made)
+    assert artifact.differences(made, artifact.read_manifest(made)) == [
+        f"{name} is not in the manifest"
+    ]
 
 
 def test_differences_reads_every_byte_and_names_every_fault(made: Path) -> None:
@@ -281,48 +304,96 @@ def test_differences_reads_every_byte_and_names_every_fault(made: Path) -> None:
 
 
 def secretly_change(file: Path, content: bytes) -> None:
-    """Change a file so that only reading it would tell."""
+    """Change a file, leaving its size and modification time as they were."""
     before = file.stat()
     assert len(content) == before.st_size
     file.write_bytes(content)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def test_a_second_open_reads_no_file(made: Path) -> None:
-    artifact.open_artifact(made)
-    secretly_change(made / "model.safetensors", b"WEIGHTS")
-    artifact.open_artifact(made)  # would fail if it read the file
-    assert artifact.differences(made, artifact.read_manifest(made)) != []
+_opened: list[str] | None = None
+
+
+def _watch(event: str, args: tuple[object, ...]) -> None:
+    if event == "open" and _opened is not None:
+        _opened.append(str(args[0]))
+
+
+sys.addaudithook(_watch)
+
+
+@contextmanager
+def opened() -> Iterator[list[str]]:
+    """Give the list of files that are opened in the block."""
+    global _opened
+    _opened = found = []
+    try:
+        yield found
+    finally:
+        _opened = None
+
+
+def reads_weights(path: Path) -> bool:
+    """Open the artifact; tell whether its weights were read for that."""
+    with opened() as found:
+        artifact.open_artifact(path)
+    return str((path / "model.safetensors").resolve()) in found
+
+
+def test_a_second_open_reads_no_weights(made: Path) -> None:
+    assert reads_weights(made)
+    assert not reads_weights(made)
 
 
 def test_an_artifact_that_was_just_written_is_opened_without_reading(made: Path) -> None:
     artifact.remember(made, artifact.read_manifest(made))
-    secretly_change(made / "model.safetensors", b"WEIGHTS")
-    artifact.open_artifact(made)
+    assert not reads_weights(made)
 
 
 def test_without_remembered_hashes_the_files_are_read(made: Path, home: Path) -> None:
     artifact.open_artifact(made)
-    secretly_change(made / "model.safetensors", b"WEIGHTS")
     (home / "hashes.sqlite").unlink()
+    assert reads_weights(made)
+
+
+def test_a_change_that_keeps_size_and_time_is_noticed(made: Path) -> None:
+    artifact.open_artifact(made)
+    secretly_change(made / "model.safetensors", b"WEIGHTS")
+    with pytest.raises(InputError, match=r"content of model\.safetensors"):
+        artifact.open_artifact(made)
+
+
+def test_another_file_of_the_same_size_and_time_is_noticed(made: Path, tmp_path: Path) -> None:
+    artifact.open_artifact(made)
+    (tmp_path / "new").write_bytes(b"WEIGHTS")
+    before = (made / "model.safetensors").stat()
+    os.utime(tmp_path / "new", ns=(before.st_atime_ns, before.st_mtime_ns))
+    (tmp_path / "new").replace(made / "model.safetensors")  # as `mv`, `cp -p` and `rsync -t` do
     with pytest.raises(InputError, match=r"content of model\.safetensors"):
         artifact.open_artifact(made)
 
 
 def test_a_remembered_hash_is_bound_to_its_path(made: Path, tmp_path: Path, home: Path) -> None:
     artifact.open_artifact(made)
-    rows = sqlite3.connect(home / "hashes.sqlite").execute("SELECT path, bytes, sha256 FROM files")
+    rows = sqlite3.connect(home / "hashes.sqlite").execute("SELECT path, sha256 FROM seen")
     assert set(rows) == {
-        (str(made / name), len(content), hashlib.sha256(content).hexdigest())
+        (str(made / name), hashlib.sha256(content).hexdigest())
         for name, content in {"model.safetensors": b"weights", "sub/config.json": b"{}"}.items()
     }
 
 
+def test_the_cache_is_free_for_others_while_a_file_is_read(made: Path, home: Path) -> None:
+    with hashes.HashCache() as first:
+        first.sha256(made / "model.safetensors")
+        other = sqlite3.connect(home / "hashes.sqlite", timeout=0)
+        other.execute("INSERT INTO seen VALUES ('x', 'y', 'z')")  # would fail under a lock
+        other.commit()
+
+
 def test_a_foreign_checkpoint_is_hashed_once_too(checkpoint: Path) -> None:
     digest = artifact.open_artifact(checkpoint).digest
+    assert not reads_weights(checkpoint)
     secretly_change(checkpoint / "model.safetensors", b"other00")
-    assert artifact.open_artifact(checkpoint).digest == digest
-    (checkpoint / "model.safetensors").touch()
     assert artifact.open_artifact(checkpoint).digest != digest
 
 
@@ -332,11 +403,8 @@ def test_an_artifact_opens_where_bmkit_home_is_a_file(
     (tmp_path / "file").write_text("not a directory")
     monkeypatch.setenv("BMKIT_HOME", str(tmp_path / "file"))
     artifact.remember(made, artifact.read_manifest(made))
-    for _ in range(2):
-        assert artifact.open_artifact(made).kind == "model"
-    secretly_change(made / "model.safetensors", b"WEIGHTS")
-    with pytest.raises(InputError, match=r"content of model\.safetensors"):
-        artifact.open_artifact(made)
+    assert reads_weights(made)
+    assert reads_weights(made)
 
 
 def test_a_damaged_hash_cache_costs_time_and_nothing_else(made: Path, home: Path) -> None:

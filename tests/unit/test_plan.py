@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from bmkit import env, plan
 from bmkit.errors import InputError, ResourceError, UsageError
-from bmkit.plan import Peak
+from bmkit.plan import RUNTIME_BYTES, Peak
 
 DTYPES = {
     "f64": torch.float64,
@@ -276,6 +276,15 @@ def test_a_config_that_is_no_json_object_is_an_input_error(folder: Path, content
         plan.read_headers(folder)
 
 
+def test_what_a_loader_would_not_read_is_not_counted(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(3)}, tmp_path / "model.safetensors")
+    save_file({"b": torch.zeros(5)}, tmp_path / "consolidated.safetensors")
+    assert [t.name for t in plan.read_headers(tmp_path).tensors] == ["a"]
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="no tensors"):
+        plan.read_headers(tmp_path)
+
+
 def test_a_folder_without_tensors_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no tensors"):
         plan.read_headers(tmp_path)
@@ -339,7 +348,10 @@ def test_a_size_is_written_in_binary_units(count: int, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("peak", "flag"),
-    [(Peak(3_000_001, 0, 0), "--cpu-memory"), (Peak(0, 3_000_001, 0), "--gpu-memory")],
+    [
+        (Peak(RUNTIME_BYTES + 3_000_001, 0, 0), "--cpu-memory"),
+        (Peak(0, 3_000_001, 0), "--gpu-memory"),
+    ],
 )
 def test_a_budget_that_is_too_small_names_the_smallest_that_works(
     tmp_path: Path, peak: Peak, flag: str
@@ -347,14 +359,47 @@ def test_a_budget_that_is_too_small_names_the_smallest_that_works(
     name = "ram_limit" if flag == "--cpu-memory" else "gpu_limit"
     other = {"ram_limit": None, "gpu_limit": None}
     with pytest.raises(ResourceError, match=f"{flag} .* is too small") as caught:
-        plan.check_fits(peak, tmp_path, **{**other, name: 3_000_000})
+        plan.check_fits(peak, tmp_path, tmp_path, **{**other, name: 3_000_000})
     assert caught.value.exit_code == 4
     smallest = env.parse_bytes(str(caught.value.hint).rpartition(" ")[2])
-    plan.check_fits(peak, tmp_path, **{**other, name: smallest})
-    plan.check_fits(peak, tmp_path, **{**other, name: 3_000_001})
+    plan.check_fits(peak, tmp_path, tmp_path, **{**other, name: smallest})
+    plan.check_fits(peak, tmp_path, tmp_path, **{**other, name: 3_000_001})
 
 
 def test_more_disk_or_memory_than_there_is_is_refused(tmp_path: Path) -> None:
     for peak, what in ((Peak(0, 0, 2**60), "disk"), (Peak(2**60, 0, 0), "memory")):
         with pytest.raises(ResourceError, match=f" of {what}, "):
-            plan.check_fits(peak, tmp_path / "not" / "yet", ram_limit=None, gpu_limit=None)
+            there = tmp_path / "not" / "yet"
+            plan.check_fits(peak, there, tmp_path, ram_limit=None, gpu_limit=None)
+
+
+def test_the_disk_of_the_work_folder_counts_too(tmp_path: Path) -> None:
+    free = env.free_disk_bytes(tmp_path)
+    both = Peak(0, 0, disk_bytes=free * 2 // 3, work_bytes=free * 2 // 3)
+    with pytest.raises(ResourceError, match=r"work .*of disk"):
+        plan.check_fits(both, tmp_path / "x", tmp_path / "work", ram_limit=None, gpu_limit=None)
+    if env.disk_of(Path("/dev/shm")) != env.disk_of(tmp_path):  # noqa: S108 - a second disk
+        half = Peak(0, 0, disk_bytes=free * 2 // 3, work_bytes=1)
+        plan.check_fits(half, tmp_path, Path("/dev/shm"), ram_limit=None, gpu_limit=None)  # noqa: S108
+
+
+def test_a_containers_page_cache_counts_as_free(tmp_path: Path) -> None:
+    assert env.container_free_bytes(tmp_path) is None
+    for name, text in {
+        "memory.max": "1000\n",
+        "memory.current": "900\n",
+        "memory.stat": "anon 300\ninactive_file 550\nactive_file 50\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    assert env.container_free_bytes(tmp_path) == 650
+    (tmp_path / "memory.max").write_text("max\n")
+    assert env.container_free_bytes(tmp_path) is None
+
+
+def test_auto_is_resolved_without_torch_and_other_names_are_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert env.resolve_device("cuda:1") == "cuda:1"
+    assert env.resolve_device("cpu") == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert env.resolve_device("auto") == "cpu"

@@ -706,9 +706,20 @@ def test_a_wrong_flag_is_named_as_it_was_written() -> None:
 
 
 def test_an_inline_recipe_is_checked_like_a_file() -> None:
+    text = "- compress:\n    steps:\n      - method: quantize\n        bitts: 4\n"
+    doc = recipe.part(recipe.parse(text, "p.yaml"), (0, "compress"))
+    doc.data["kind"] = "compress"
     with pytest.raises(RecipeError, match="did you mean `bits`") as caught:
-        load_recipe(Request("compress", {"steps": [{"method": "quantize", "bitts": 4}]}, ""))
-    assert "compress recipe" in str(caught.value)
+        load_recipe(Request("compress", doc, ""))
+    assert "p.yaml:4:9" in str(caught.value)
+
+
+def test_a_part_is_a_copy(tmp_path: Path) -> None:
+    doc = recipe.parse("a:\n  b: 1\n", "x")
+    recipe.part(doc, ("a",)).data["b"] = 2
+    recipe.override(recipe.part(doc), ["a.b=3"])
+    assert doc.data == {"a": {"b": 1}}
+    assert not doc.overrides
 
 
 def test_an_unknown_recipe_name_names_the_nearest() -> None:

@@ -6,10 +6,13 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from bmkit.runtime import sampling
+from bmkit.runtime.sampling import RepetitionPenalty
 
 LOGITS = [2.0, 1.0, 0.5, 0.0, -1.0, -2.5]
 NO_IDS = torch.zeros(1, 1, dtype=torch.long)
@@ -150,3 +153,16 @@ def test_what_is_excluded_is_never_drawn() -> None:
 def test_half_precision_scores_are_drawn_in_float32() -> None:
     steps = plain([1])
     assert steps(NO_IDS, torch.zeros(1, 4, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+@given(st.integers(0, 5), st.floats(0.5, 3.0))
+def test_the_repetition_penalty_is_transformers_own_but_for_padding(
+    gap: int, penalty: float
+) -> None:
+    generator = torch.Generator().manual_seed(gap)
+    scores = torch.randn(2, 20, generator=generator)
+    ids = torch.randint(0, 20, (2, 8), generator=generator)
+    own = RepetitionPenaltyLogitsProcessor(penalty)
+    assert torch.equal(RepetitionPenalty(penalty, [0, 0])(ids, scores), own(ids, scores))
+    padded = torch.cat([torch.full((2, gap), 7), ids], 1)
+    assert torch.equal(RepetitionPenalty(penalty, [gap, gap])(padded, scores), own(ids, scores))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bmkit.errors import ResourceError
+from bmkit import place
+from bmkit.errors import ResourceError, machine_refusal
 from bmkit.model import ShardWriter
 
 
@@ -115,9 +119,57 @@ def test_no_more_than_a_shard_is_kept_in_memory(tmp_path: Path) -> None:
     assert len(stored(tmp_path)) == 10
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_of_the_machine(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path / "gone")
-    writer.add("a", torch.zeros(1))
-    with pytest.raises(ResourceError) as caught:
-        writer.close()
+@contextmanager
+def files_of_at_most(count: int) -> Iterator[None]:
+    """Let no file grow beyond `count` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def by_shards(folder: Path) -> None:
+    writer = ShardWriter(folder)
+    writer.add("a", torch.zeros(100_000))
+    writer.close()
+
+
+WRITERS = {
+    "shards": by_shards,
+    "safetensors": lambda folder: save_file({"a": torch.zeros(100_000)}, folder / "x"),
+    "torch": lambda folder: torch.save(torch.zeros(100_000), folder / "x"),
+    "text": lambda folder: (folder / "x").write_text("x" * 100_000),
+    "cause": lambda folder: wrapped(folder / "x"),
+}
+
+
+def wrapped(file: Path) -> None:
+    try:
+        file.write_text("x" * 100_000)
+    except OSError as exc:
+        raise RuntimeError("saving failed") from exc
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_disk_that_is_full_is_an_error_of_the_machine(tmp_path: Path, name: str) -> None:
+    with (
+        pytest.raises(ResourceError, match="cannot write") as caught,
+        place.create(tmp_path / "out") as scratch,
+        files_of_at_most(4096),
+    ):
+        WRITERS[name](scratch)
     assert caught.value.exit_code == 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_our_own_stays_one(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="a bug"), place.create(tmp_path / "out"):
+        raise RuntimeError("a bug")
+
+
+def test_a_refused_allocation_is_an_error_of_the_machine() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    assert machine_refusal(caught.value) == "out of memory"

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bmkit.runtime import stream
+from bmkit.runtime.generate import StopStrings
 from bmkit.runtime.stream import TextStream
 
 ALPHABET = st.sampled_from("abc \n\xe9\u20ac\U0001f600\ufffd")
@@ -134,3 +135,39 @@ def test_held_back_is_the_longest_beginning_of_a_stop_string(
     text: str, stops: list[str], count: int
 ) -> None:
     assert stream.held_back(text, stops) == count
+
+
+# --- what an answer shows ------------------------------------------------------------------------
+
+
+def test_a_stop_string_may_name_a_special_token(tokenizer: Any) -> None:
+    special = tokenizer.eos_token
+    ids = [*bytes_of("Hi you", tokenizer), tokenizer.eos_token_id, *bytes_of("more", tokenizer)]
+    assert stream.visible(ids, tokenizer, [special]) == ("Hi you", 7)
+    assert stream.visible(ids, tokenizer, [f"you{special}"]) == ("Hi ", 7)
+    assert stream.visible(ids, tokenizer, ["more"]) == ("Hi you", len(ids))
+    assert stream.visible(ids, tokenizer, ["nothing"]) == ("Hi youmore", None)
+    assert run(tokenizer, ids, [special])[-1] == "Hi you"
+
+
+def test_a_stop_string_in_the_prompt_does_not_end_the_answer(tokenizer: Any) -> None:
+    prompt = bytes_of("one\n\n", tokenizer)
+    stop = StopStrings(tokenizer, ["\n\n"], len(prompt))
+    for text, done in (("", False), ("two\n", False), ("two\n\n", True)):
+        ids = torch.tensor([prompt + bytes_of(text, tokenizer)])
+        assert stop(ids, torch.zeros(1)).tolist() == [done]
+
+
+# What is decoded of half a character is U+FFFD, so that one can't be a stop string here.
+@given(st.text(ALPHABET, max_size=40), STOPS.filter(lambda s: s and "\ufffd" not in "".join(s)))
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_a_row_ends_with_the_token_that_completes_a_stop_string(
+    tokenizer: Any, text: str, stops: list[str]
+) -> None:
+    ids = bytes_of(text, tokenizer)
+    stop = StopStrings(tokenizer, stops, 0)
+    ends = [n for n in range(1, len(ids) + 1) if stop(torch.tensor([ids[:n]]), torch.zeros(1))[0]]
+    count = stream.visible(ids, tokenizer, stops)[1]
+    assert (ends[0] if ends else None) == count

@@ -157,6 +157,7 @@ def cp(
     ] = False,
 ) -> None:
     """Copy a built-in recipe, to change it."""
+    from bmkit import place
     from bmkit.errors import OutputTaken
     from bmkit_cli.output import out as stdout
 
@@ -165,9 +166,9 @@ def cp(
         target = target / f"{short}.yaml"
     if target.exists() and not force:
         raise OutputTaken(f"{target} is there already", hint="name another, or use --force")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text, encoding="utf-8")
-    sys.stderr.write(f"{stage}/{short} copied; run it with: bmkit {stage} {target}\n")
+    place.write_text(target, text)
+    command = "run" if stage == "pipelines" else stage
+    sys.stderr.write(f"{stage}/{short} copied; run it with: bmkit {command} {target}\n")
     stdout().text(str(target))
 
 
@@ -177,21 +178,18 @@ def validate(
     as_json: JsonOpt = False,
 ) -> None:
     """Check a recipe or pipeline without running it."""
-    from bmkit.errors import InputError
     from bmkit.pipeline import chain, stage
     from bmkit_cli.output import out as stdout
 
-    text, kind, _ = _recipe(name)
+    _, kind, _ = _recipe(name)
     if kind == "pipelines":
         items = chain.read(name.removeprefix("pipelines/"))
         chain.check(items)
-        values: Any = [{"stage": i.stage, "recipe": i.recipe} for i in items]
+        values: Any = [{"stage": i.stage, "recipe": i.shown} for i in items]
     else:
         source = name.removeprefix(f"{kind}/") if not Path(name).is_file() else name
         request = stage.Request(kind, source, "", assign=tuple(assign or ()))
         values = stage.load_recipe(request)[1].model_dump(mode="json")
-    if not text.strip():
-        raise InputError(f"{name} is empty")
     if as_json:
         stdout().json(values)
     else:
@@ -316,10 +314,12 @@ def cache_prune(
 def _recipe(name: str) -> tuple[str, str, str]:
     """Return a recipe's text, its stage (`pipelines` for a pipeline) and its short name."""
     from bmkit import builtin, recipe
-    from bmkit.errors import RecipeError, did_you_mean
+    from bmkit.errors import InputError, RecipeError, did_you_mean
 
     path = Path(name)
-    if path.is_file() or path.suffix in {".yaml", ".yml"}:
+    if path.suffix in {".yaml", ".yml"} and not path.is_file():
+        raise InputError(f"no recipe file `{name}`", hint="`bmkit ls` lists the built-in ones")
+    if path.is_file():
         text, source, short, _ = builtin.read("compress", name)
         data = recipe.parse(text, source).data
         if isinstance(data, list):

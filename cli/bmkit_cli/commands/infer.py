@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -65,28 +66,32 @@ def infer(
     plan: PlanOpt = False,
     as_json: JsonOpt = False,
     report: ReportOpt = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the file that -o names, if it is there.")
+    ] = False,
     how: ProgressOpt = Progress.auto,
     verbose: VerboseOpt = False,
     quiet: QuietOpt = False,
 ) -> None:
     """Generate text."""
     reporter = session.start(how, quiet=quiet, loud=verbose)
-    from bmkit.errors import OutputTaken, UsageError
+    from bmkit import place
+    from bmkit.errors import UsageError
     from bmkit.pipeline import stage as stages
     from bmkit_cli.commands.stages import show_plan
     from bmkit_cli.output import out as stdout
 
     stdout()
-    if out is not None and out.is_dir():
-        raise OutputTaken(f"{out} is a directory", hint="-o takes a file")
-    if out is not None and out.exists():
-        raise OutputTaken(f"{out} is there already", hint="name another -o, or remove it")
+    if out is not None and source not in {None, "-"} and out.resolve() == Path(source).resolve():
+        raise UsageError(f"-o and -i both name {out}")
+    if out is not None and not plan:
+        place.refuse_existing(out, force=force)
     if prompt and source:
         raise UsageError("-p and -i exclude each other")
     if not prompt and not source and not plan:
         raise UsageError("there is nothing to answer", hint="give -p TEXT or -i FILE.jsonl")
-    if model == "-" and (source == "-" or recipe == "-"):
-        raise UsageError("-m - and -i - both want stdin", hint="name one of them")
+    if [model, source, recipe].count("-") > 1:
+        raise UsageError("only one of the recipe, -m and -i can be stdin")
     request = stages.Request(
         stage="infer",
         recipe=recipe,
@@ -107,7 +112,8 @@ def infer(
         show_plan(stages.describe_plan(prepared, reporter), as_json=as_json)
         stages.check_fits(prepared, reporter)
         return
-    options = {"prompt": prompt, "input": source, "as_json": as_json, "report": report, "out": out}
+    options = {"prompt": prompt, "input": source, "as_json": as_json, "report": report}
+    options |= {"out": out, "force": force}
     answer(request, options, reporter)
 
 
@@ -152,7 +158,7 @@ def _write(
     source: str,
     reporter: Reporter,
 ) -> None:
-    from bmkit import report
+    from bmkit import place, report
     from bmkit.errors import InputError
     from bmkit.pipeline import generate
     from bmkit.pipeline import stage as stages
@@ -166,7 +172,8 @@ def _write(
     count = 0
     several = total > 1 and not live
     task = report.task(reporter, "infer", total, "prompts") if several else nullcontext()
-    with _file(out) as file, task as bar:
+    new = place.new_file(out, force=bool(options.get("force"))) if out else nullcontext()
+    with new as file, task as bar:
         for found in answers:
             count += 1
             if file is not None:
@@ -180,7 +187,8 @@ def _write(
     if out is not None:
         stream.text(str(out))
     if options.get("report"):
-        report.write_json(Path(options["report"]), answers.report(plan))
+        figures = json.dumps(answers.report(plan), indent=1)
+        place.write_text(Path(options["report"]), figures + "\n")
     if answers.bad:
         for row in answers.bad[1:]:
             reporter.warn(f"{source}:{row.line}: {row.problem}")
@@ -192,22 +200,4 @@ def _write(
 
 
 def _line(found: Mapping[str, Any]) -> str:
-    import json
-
     return json.dumps(found, ensure_ascii=False) + "\n"
-
-
-@contextmanager
-def _file(out: Path | None) -> Iterator[IO[str] | None]:
-    """Give a file that becomes `out` when the block ends well, or None."""
-    if out is None:
-        yield None
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(f".{out.name}.partial")
-    try:
-        with scratch.open("w", encoding="utf-8") as file:
-            yield file
-        scratch.replace(out)
-    finally:
-        scratch.unlink(missing_ok=True)

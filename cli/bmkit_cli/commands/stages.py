@@ -119,6 +119,7 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
     reporter = session.start(given["how"], quiet=given["quiet"], loud=given["verbose"])
     from dataclasses import replace
 
+    from bmkit.errors import UsageError
     from bmkit.pipeline import stage as stages
     from bmkit_cli.output import out as stdout
 
@@ -137,6 +138,8 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
         cpu_memory=given["cpu_memory"],
         force=given["force"],
     )
+    if given["recipe"] == "-" and given["model"] == "-":
+        raise UsageError("the recipe and -m both want stdin", hint="name one of them")
     checked = stages.check(request)  # a typo is told before the stage before this one is done
     request = replace(checked, model=session.model_path(given["model"]))
     if given["plan"]:
@@ -176,9 +179,12 @@ def describe(result: Any, path: str) -> dict[str, Any]:
 
 def write_report(path: Path, values: dict[str, Any]) -> None:
     """Write a `--report` file, with the memory that the process took."""
-    from bmkit import env, report
+    import json
 
-    report.write_json(path, {**values, "peak_rss_bytes": env.peak_rss_bytes()})
+    from bmkit import env, place
+
+    values = {**values, "peak_rss_bytes": env.peak_rss_bytes()}
+    place.write_text(path, json.dumps(values, indent=1) + "\n")
 
 
 def show_plan(values: dict[str, Any], *, as_json: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bmkit import env
 from bmkit.compress.recipe import CompressRecipe
 from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers
 
@@ -22,7 +21,7 @@ def estimate(job: Job) -> Estimate:
     written = kept + packed + scales
     largest = max((t.numel for t in headers.tensors), default=0)
     ram = RUNTIME_BYTES + min(written, SHARD_BYTES) + 4 * 4 * largest
-    gpu = 4 * 4 * largest if env.will_use_gpu(recipe.device) else 0
+    gpu = 4 * 4 * largest if recipe.device != "cpu" else 0
     group = "per output channel" if step.group_size == "channel" else f"per {step.group_size}"
     text = f"quantize {len(linear)} linear layers to {step.bits} bits, one scale {group}"
     return Estimate([text], Peak(ram_bytes=ram, gpu_bytes=gpu, disk_bytes=written + 2**24))

@@ -52,10 +52,16 @@ def _quantize(job: Job, headers: Headers, step: Quantize) -> Outcome:
             f"{job.checkpoint} has no linear layers that can be quantised",
             hint="models whose layers are Conv1D (GPT-2) are not covered",
         )
+    if absent := sorted(chosen - stored):
+        raise InputError(
+            f"{job.checkpoint}: {len(absent)} linear layers have no weight of their own in the "
+            f"checkpoint, as {absent[0]}",
+            hint="name them in exclude_modules, to leave them as they are",
+        )
     group = _group_size(step, [m.in_features for n, m in linears.items() if n not in left])
     device = model.pick_device(job.recipe.device)
     writer = model.ShardWriter(job.out)
-    before = after = 0
+    layers = before = after = 0
     error = energy = 0.0
     with task(
         job.reporter, f"quantize to {step.bits} bits", len(headers.tensors), "tensors"
@@ -73,6 +79,7 @@ def _quantize(job: Job, headers: Headers, step: Quantize) -> Outcome:
             difference = dequantize(values, scale) - weight.float()
             error += float(difference.square().sum())
             energy += float(weight.float().square().sum())
+            layers += 1
             before += weight.numel() * 4
             for suffix, part in pack.pack(values, scale, step.bits).items():
                 after += part.numel() * part.element_size()
@@ -85,7 +92,7 @@ def _quantize(job: Job, headers: Headers, step: Quantize) -> Outcome:
     config["quantization_config"] = pack.config(step.bits, group, ignore)
     (job.out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     metrics = {
-        "layers": len(chosen),
+        "layers": layers,
         "bytes_before": before,
         "bytes_after": after,
         "bytes_ratio": round(after / before, 6),

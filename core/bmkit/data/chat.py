@@ -54,7 +54,7 @@ def encode_file(path: Path, tokenizer: Any, *, max_length: int, raw: bool) -> En
         ids = [i for part, _ in segments for i in part]
         labels = [i if learn else IGNORED for part, learn in segments for i in part]
         pieces = [(0, max_length)]
-        if "text" in row.values and "messages" not in row.values:
+        if not ("messages" in row.values or {"prompt", "completion"} <= row.values.keys()):
             pieces = [(at, at + max_length) for at in range(0, len(ids), max_length)]
         elif len(ids) > max_length:
             truncated += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bmkit import env
 from bmkit.infer.recipe import InferRecipe
 from bmkit.plan import RUNTIME_BYTES, Estimate, Job, Peak, read_headers
 
@@ -13,7 +12,7 @@ def estimate(job: Job) -> Estimate:
     assert isinstance(recipe, InferRecipe)  # the registry pairs recipe and plan
     headers = read_headers(job.checkpoint)
     config = headers.config
-    on_gpu = env.will_use_gpu(recipe.device)
+    on_gpu = recipe.device != "cpu"
     width = 2 if "16" in recipe.dtype or (recipe.dtype == "auto" and on_gpu) else 4
     heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
     hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)

@@ -81,29 +81,42 @@ class Session:
                     done[number] = found
                 else:
                     prompts.append(found)
-            prompts.sort(key=lambda p: -len(p.ids))
-            order = iter([number for number, _ in taken])
-            waiting = next(order, None)
-            for start in range(0, len(prompts), size):
-                for prompt, answer in self._batch(prompts[start : start + size], write):
+            waiting = [number for number, _ in reversed(taken)]
+            for batch in [*self._batches(prompts, size), []]:
+                while waiting and waiting[-1] in done:
+                    yield done.pop(waiting.pop())
+                for prompt, answer in self._batch(batch, write):
                     done[prompt.number] = Answered(prompt.id, prompt.text, answer)
-            while waiting is not None:
-                yield done.pop(waiting)
-                waiting = next(order, None)
 
     def peak_gpu_bytes(self) -> int:
         """Return the most GPU memory that torch has held, 0 on the CPU."""
         device = self.model.device
         return int(torch.cuda.max_memory_reserved(device)) if device.type == "cuda" else 0
 
+    def _batches(self, prompts: list[_Prompt], size: int) -> list[list[_Prompt]]:
+        """Group prompts by length, those that are due first coming first.
+
+        A prompt near the end of the context is answered alone: what it leaves room for must not
+        bound the answers of others.
+        """
+        most = self.recipe.max_new_tokens
+        groups = [[p] for p in prompts if self._room(p) < most]
+        roomy = sorted((p for p in prompts if self._room(p) == most), key=lambda p: -len(p.ids))
+        groups += [roomy[i : i + size] for i in range(0, len(roomy), size)]
+        return sorted(groups, key=lambda group: min(p.number for p in group))
+
+    def _room(self, prompt: _Prompt) -> int:
+        most = self.recipe.max_new_tokens
+        return most if self.context is None else min(most, self.context - len(prompt.ids))
+
     def _batch(
         self, prompts: list[_Prompt], write: Callable[[str], None] | None
     ) -> list[tuple[_Prompt, Answer]]:
         r = self.recipe
-        longest = max(len(p.ids) for p in prompts)
-        room = r.max_new_tokens if self.context is None else self.context - longest
+        if not prompts:
+            return []
         how = Generation(
-            max_new_tokens=min(r.max_new_tokens, room),
+            max_new_tokens=min(map(self._room, prompts)),
             sampled=r.sampled,
             temperature=1.0 if r.temperature is None else r.temperature,
             top_k=r.top_k,

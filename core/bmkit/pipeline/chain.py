@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import Field
 
 from bmkit import builtin, recipe, registry
 from bmkit.artifact import Artifact, Step
@@ -17,25 +18,48 @@ from bmkit.errors import InputError, RecipeError
 from bmkit.pipeline import stage
 from bmkit.pipeline.stage import Request
 from bmkit.pull import run as pulls
-from bmkit.recipe import Document
+from bmkit.recipe import Document, Model
 from bmkit.report import Reporter
 
-WORDS = {
-    "pull": ("out",),
-    "compress": ("model", "out", "set", "device", "seed"),
-    "tune": ("model", "out", "set", "device", "seed", "data"),
-    "infer": (
-        "model",
-        "set",
-        "device",
-        "seed",
-        "prompt",
-        "input",
-        "system",
-        "raw",
-        "max_new_tokens",
-        "adapters",
-    ),
+
+class _Pull(Model):
+    pull: str
+    out: str | None = None
+
+
+class _Stage(Model):
+    model: str | None = None
+    set: dict[str, Any] = Field(default_factory=dict)
+    device: str | None = None
+    seed: int | None = Field(default=None, ge=0, lt=2**32)
+
+
+class _Compress(_Stage):
+    compress: str | dict[str, Any]
+    out: str | None = None
+
+
+class _Tune(_Stage):
+    tune: str | dict[str, Any]
+    out: str | None = None
+    data: str | None = None
+
+
+class _Infer(_Stage):
+    infer: str | dict[str, Any]
+    prompt: str | list[str] | None = None
+    input: str | None = None
+    system: str | None = None
+    raw: bool | None = None
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    adapters: list[str] = Field(default_factory=list)
+
+
+WORDS: dict[str, type[Model]] = {
+    "pull": _Pull,
+    "compress": _Compress,
+    "tune": _Tune,
+    "infer": _Infer,
 }
 
 
@@ -44,10 +68,15 @@ class Item:
     """One stage of a pipeline."""
 
     stage: str
-    recipe: str | Mapping[str, Any]
+    recipe: str | Document
     options: Mapping[str, Any]
     where: str
     folder: Path
+
+    @property
+    def shown(self) -> Any:
+        """Return the recipe as JSON shows it: its name, or its keys."""
+        return self.recipe if isinstance(self.recipe, str) else self.recipe.data
 
 
 def read(name: str) -> list[Item]:
@@ -60,16 +89,17 @@ def read(name: str) -> list[Item]:
         )
     problems = list(doc.problems)
     items = [item for i, entry in enumerate(doc.data) if (item := _item(doc, i, entry, problems))]
-    for i, item in enumerate(items):
+    for i, item in enumerate(items if len(items) == len(doc.data) else ()):
         if item.stage == "infer" and i < len(items) - 1:
             problems.append(_said(doc, i, "infer", "`infer` writes text, so it comes last"))
         if item.stage == "pull" and i > 0:
             problems.append(_said(doc, i, "pull", "`pull` comes first"))
         if i == 0 and item.stage != "pull" and "model" not in item.options:
             problems.append(_said(doc, i, item.stage, "the first stage needs `pull` or `model`"))
+        if item.stage == "infer" and ("prompt" in item.options) == ("input" in item.options):
+            problems.append(_said(doc, i, "infer", "`infer` needs one of `prompt` and `input`"))
     if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise RecipeError("\n".join([f"{source}: {count}", *problems]))
+        raise RecipeError(recipe.refused(doc, problems))
     return items
 
 
@@ -86,29 +116,32 @@ def _item(doc: Document, i: int, entry: Any, problems: list[str]) -> Item | None
         problems.append(_said(doc, i, odd[0] if odd else None, text))
         return None
     name = names[0]
-    for key in entry:
-        if key != name and key not in WORDS[name]:
-            close = difflib.get_close_matches(str(key), WORDS[name], n=1)
-            hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(WORDS[name])}"
-            problems.append(_said(doc, i, key, f"unknown key `{key}`; {hint}"))
-    value = entry[name]
-    if not isinstance(value, str) and (name == "pull" or not isinstance(value, dict)):
-        problems.append(_said(doc, i, name, f"`{name}` takes a name or a recipe's keys"))
+    found, checked = recipe.look_at(recipe.part(doc, (i,)), WORDS[name])
+    problems += found
+    if checked is None:
         return None
-    options = {k: v for k, v in entry.items() if k != name}
-    _from_file(doc.folder, name, options)
-    if isinstance(value, str) and (doc.folder / value).is_file():
+    options = checked.model_dump(exclude={name}, exclude_none=True, exclude_unset=True)
+    _from_file(doc.folder, options)
+    value = entry[name]
+    if not isinstance(value, str):
+        value = recipe.part(doc, (i, name), name="recipe")
+        value.data = {"kind": name, **value.data}
+    elif (doc.folder / value).is_file() or (name == "pull" and (doc.folder / value).is_dir()):
         value = str(doc.folder / value)
     return Item(name, value, options, f"{doc.source}, stage {i + 1}", doc.folder)
 
 
-def _from_file(folder: Path, name: str, options: dict[str, Any]) -> None:
+def _from_file(folder: Path, options: dict[str, Any]) -> None:
     """Make the paths of a pipeline file relative to the file, where something lies there."""
-    for key in ("model", "data", "input"):
-        value = options.get(key)
-        if isinstance(value, str) and (folder / value).exists():
-            options[key] = str(folder / value)
-    if isinstance(options.get("out"), str):
+
+    def there(value: str) -> str:
+        return str(folder / value) if (folder / value).exists() else value
+
+    for key in {"model", "data", "input"} & options.keys():
+        options[key] = there(options[key])
+    if "adapters" in options:
+        options["adapters"] = [there(value) for value in options["adapters"]]
+    if "out" in options:
         options["out"] = str(folder / options["out"])
 
 
@@ -150,10 +183,17 @@ def run(
 
 
 def check(items: Sequence[Item]) -> None:
-    """Validate every stage's recipe without running anything. Raises RecipeError."""
+    """Validate every stage's recipe without running anything. Raises RecipeError for all faults."""
+    said = []
     for item in items:
         if item.stage != "pull":
-            stage.load_recipe(_request(item, ""))
+            try:
+                stage.load_recipe(_request(item, ""))
+            except RecipeError as exc:
+                hint = f"\n   = {exc.hint}" if exc.hint else ""
+                said.append(f"{item.where}: {exc}{hint}")
+    if said:
+        raise RecipeError("\n".join(said))
 
 
 def describe(items: Sequence[Item], reporter: Reporter) -> list[dict[str, Any]]:
@@ -169,8 +209,7 @@ def describe(items: Sequence[Item], reporter: Reporter) -> list[dict[str, Any]]:
             continue
         model = item.options.get("model") or last
         if model is None:
-            name = item.recipe if isinstance(item.recipe, str) else "recipe"
-            plans.append({"stage": item.stage, "recipe": name, "path": None, "reused": False})
+            plans.append({"stage": item.stage, "recipe": item.shown, "path": None, "reused": False})
             continue
         prepared = stage.prepare(_request(item, str(model)), reporter, bring=False)
         plans.append(stage.describe_plan(prepared, reporter))

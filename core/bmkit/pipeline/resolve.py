@@ -8,7 +8,7 @@ from bmkit import artifact, env, plan
 from bmkit.artifact import Artifact
 from bmkit.errors import InputError
 from bmkit.pull import run as pulls
-from bmkit.pull.source import understand
+from bmkit.pull.source import can_be_fetched, understand
 from bmkit.report import Reporter
 
 
@@ -50,10 +50,10 @@ def find_base(delta: Artifact, reporter: Reporter, *, bring: bool = True) -> Art
         except InputError as exc:
             said = f"the base of {delta.path} has changed: {exc}"
     for folder in ("models", "artifacts"):
-        for manifest in sorted((env.home() / folder).glob(f"*/{artifact.MANIFEST}")):
-            if artifact.read_manifest(manifest.parent).digest == entry.digest:
-                return artifact.open_artifact(manifest.parent)
-    if entry.name is not None and bring and understand(entry.name).kind != "directory":
+        for place, manifest in artifact.scan(env.home() / folder):
+            if manifest.digest == entry.digest:
+                return artifact.open_artifact(place)
+    if entry.name is not None and bring and can_be_fetched(entry.name):
         found = pulls.pull(entry.name, reporter)[0]
         if found.digest == entry.digest:
             return found

@@ -14,7 +14,7 @@ import bmkit
 from bmkit import artifact, builtin, env, hashes, place, plan, registry
 from bmkit import recipe as recipes
 from bmkit.artifact import Artifact, InputEntry, Step
-from bmkit.errors import GateError, InputError, OutputTaken, RecipeError, UsageError
+from bmkit.errors import GateError, InputError, OutputTaken, UsageError
 from bmkit.pipeline.resolve import find_base, find_model, warn_foreign_base
 from bmkit.plan import Estimate, Job, Outcome
 from bmkit.recipe import Document, Recipe
@@ -26,7 +26,7 @@ class Request:
     """One stage as the user asked for it: the words of a command line, or of a pipeline's item."""
 
     stage: str
-    recipe: str | Mapping[str, Any]
+    recipe: str | Document
     model: str
     out: Path | None = None
     assign: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ class Request:
     """Further recipe keys that have a flag of their own, as `max_new_tokens`."""
     force: bool = False
     folder: Path | None = None
-    """What paths in an inline recipe and `assign` are relative to, if not the working directory."""
+    """What paths in `assign` are relative to, if not the working directory."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,7 @@ def load_recipe(request: Request) -> tuple[Document, Recipe]:
         text, source, name, folder = builtin.read(request.stage, request.recipe)
         doc = recipes.parse(text, source, name=name, folder=folder)
     else:
-        values = {"kind": stage.name, **request.recipe}
-        doc = recipes.inline(values, f"the {stage.name} recipe", folder=request.folder)
+        doc = recipes.part(request.recipe)
     recipes.override(doc, request.assign)
     if request.data is not None:
         _take_data(doc, kind, request.data)
@@ -117,13 +116,7 @@ def check(request: Request) -> Request:
     if request.recipe == "-":
         text, source, name, folder = builtin.read(request.stage, "-")
         doc = recipes.parse(text, source, name=name, folder=folder)
-        if doc.problems:
-            raise RecipeError(
-                "\n".join([f"{source}: a key is set twice or is no text", *doc.problems])
-            )
-        if not isinstance(doc.data, dict):
-            raise RecipeError(f"{source}: a recipe is a mapping of `key: value` lines")
-        request = replace(request, recipe=doc.data)
+        request = replace(request, recipe=doc)
     load_recipe(request)
     return request
 
@@ -157,6 +150,7 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
     With `bring`, a model that is named but not here yet is pulled. No torch is imported.
     """
     doc, recipe = load_recipe(request)
+    recipe = recipe.model_copy(update={"device": env.resolve_device(recipe.device)})
     stage = registry.STAGES[request.stage]
     files = _files(doc, recipe)
     model = find_model(request.model, reporter, bring=bring)
@@ -171,8 +165,9 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
     for found in adapters:
         if found.kind != "delta":
             raise InputError(f"--adapter {found.path} is a {found.kind}, not a delta")
-        warn_foreign_base(found, model, reporter)
     base = find_base(model, reporter, bring=bring) if model.kind == "delta" else None
+    for found in adapters:
+        warn_foreign_base(found, base or model, reporter)
     plan.read_headers((base or model).path)
     inputs = {"model": model.entry()}
     for i, found in enumerate(adapters):
@@ -276,6 +271,7 @@ def check_fits(prepared: Prepared, reporter: Reporter) -> None:
     plan.check_fits(
         estimate(prepared, reporter).peak,
         prepared.out,
+        env.home() / "work",
         ram_limit=env.parse_bytes(request.cpu_memory) if request.cpu_memory else None,
         gpu_limit=env.parse_bytes(request.gpu_memory) if request.gpu_memory else None,
     )
@@ -323,6 +319,7 @@ def _files(doc: Document, recipe: Recipe) -> dict[str, Path]:
 def _without_paths(recipe: Recipe) -> dict[str, Any]:
     """Return the resolved recipe as it enters the key: content counts, places don't."""
     values = recipe.model_dump(mode="json", exclude={"gates"})
+    values["device"] = recipe.device.partition(":")[0]  # which of two GPUs doesn't matter
     _map_files(recipe, values, lambda _: None)
     return values
 
@@ -362,8 +359,8 @@ def _destination(
     folder = env.home() / "artifacts"
     out = folder / f"{stage.name}-{name}-{key[:8]}"
     if not request.force:
-        for other in sorted(folder.glob(f"{stage.name}-*-{key[:8]}")):
-            if (other / artifact.MANIFEST).is_file() and artifact.read_manifest(other).key == key:
+        for other, manifest in artifact.scan(folder, f"{stage.name}-*-{key[:8]}"):
+            if manifest.key == key:
                 return other, artifact.open_artifact(other)
     return out, place.occupied(out, key, force=request.force)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import bmkit
 from bmkit import artifact, env, place, plan
 from bmkit.artifact import Artifact, InputEntry, Kind, Step
-from bmkit.errors import InputError
+from bmkit.errors import InputError, first_line, machine_refusal
 from bmkit.pull import gguf, wheel
 from bmkit.pull.source import NAMED, Source, understand
 from bmkit.report import Reporter
@@ -36,11 +36,11 @@ def pull(
     with place.create(target, key=key, force=force, wait=out is None) as scratch:
         if not force and out is None and (target / artifact.MANIFEST).is_file():
             return artifact.open_artifact(target), True  # another process was quicker
-        kind, base = _fill(source, scratch, reporter)
+        kind, base, commit = _fill(source, scratch, reporter)
         headers = plan.read_headers(scratch)
-        step = Step(
-            stage="pull", name=_short(source), key=key, recipe={"name": text, "source": content}
-        )
+        name = text if source.path is None else str(source.path.absolute())
+        recipe = {"name": name, "source": content, **commit}
+        step = Step(stage="pull", name=_short(source), key=key, recipe=recipe)
         manifest = artifact.write_manifest(
             scratch,
             version=bmkit.__version__,
@@ -88,13 +88,16 @@ def _overlap(a: Path, b: Path) -> bool:
 
 
 def _pulled_before(text: str) -> Artifact | None:
-    for manifest in sorted((env.home() / "models").glob(f"*/{artifact.MANIFEST}")):
-        if artifact.read_manifest(manifest.parent).steps[0].recipe.get("name") == text:
-            return artifact.open_artifact(manifest.parent)
+    for folder, manifest in artifact.scan(env.home() / "models"):
+        if manifest.steps[0].recipe.get("name") == text:
+            return artifact.open_artifact(folder)
     return None
 
 
-def _fill(source: Source, scratch: Path, reporter: Reporter) -> tuple[Kind, InputEntry | None]:
+def _fill(
+    source: Source, scratch: Path, reporter: Reporter
+) -> tuple[Kind, InputEntry | None, dict[str, str]]:
+    """Bring the model; return its kind, its base, and the hub's commit if it comes from there."""
     if source.kind == "named":
         model = NAMED[source.text]
         downloads = scratch / ".download"
@@ -103,20 +106,20 @@ def _fill(source: Source, scratch: Path, reporter: Reporter) -> tuple[Kind, Inpu
         reporter.info(f"converting {file.name} to a bfloat16 checkpoint")
         gguf.convert(file, scratch, chat_template=model.chat_template)
         shutil.rmtree(downloads)
-        return "model", None
+        return "model", None, {}
     if source.kind == "hub":
-        _from_hub(source.text, scratch, reporter)
-        return _kind_of(scratch), None
+        commit = _from_hub(source.text, scratch, reporter)
+        return _kind_of(scratch), None, {"commit": commit}
     assert source.path is not None
     if source.kind == "gguf":
         reporter.info(f"converting {source.path.name} to a bfloat16 checkpoint")
         gguf.convert(source.path, scratch)
-        return "model", None
+        return "model", None, {}
     given = artifact.open_artifact(source.path)
     plan.read_headers(source.path)  # refuses truncated and foreign files before copying
     for name, file in artifact.content_files(source.path).items():
         shutil.copyfile(file, scratch / name)
-    return _kind_of(scratch), given.manifest.base if given.manifest else None
+    return _kind_of(scratch), given.manifest.base if given.manifest else None, {}
 
 
 def _kind_of(folder: Path) -> Kind:
@@ -124,7 +127,8 @@ def _kind_of(folder: Path) -> Kind:
     return "delta" if found == "delta" else "model"
 
 
-def _from_hub(name: str, scratch: Path, reporter: Reporter) -> None:
+def _from_hub(name: str, scratch: Path, reporter: Reporter) -> str:
+    """Download a snapshot of `name` into `scratch`, and return the commit that it is of."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -139,10 +143,13 @@ def _from_hub(name: str, scratch: Path, reporter: Reporter) -> None:
             "`bmkit pull smollm2-135m` needs no hub",
         ) from None
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as exc:
-        if isinstance(exc, OSError) and place.is_refusal(exc):
+        if machine_refusal(exc):
             raise
         raise InputError(
-            f"the hub gave no {name}: {str(exc).strip().splitlines()[0]}",
+            f"the hub gave no {name}: {first_line(exc)}",
             hint="is the name right, and does your token reach it?",
         ) from None
+    notes = sorted(scratch.glob(".cache/huggingface/download/**/*.metadata"))
+    commits = {note.read_text(encoding="utf-8").split("\n")[0].strip() for note in notes}
     shutil.rmtree(scratch / ".cache", ignore_errors=True)
+    return commits.pop() if len(commits) == 1 else "unknown"

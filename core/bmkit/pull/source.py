@@ -59,6 +59,11 @@ class Source:
     path: Path | None = None
 
 
+def can_be_fetched(text: str) -> bool:
+    """Tell whether `text` names something that comes from an index or the hub."""
+    return text in NAMED or (HUB_ID.fullmatch(text) is not None and not Path(text).exists())
+
+
 def understand(text: str) -> Source:
     """Tell what `text` names; a path that exists wins. Raises InputError if it is nothing."""
     path = Path(text).expanduser()

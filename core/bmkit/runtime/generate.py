@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from bmkit.runtime import sampling
-from bmkit.runtime.stream import TextStream, cut_at
+from bmkit.runtime.stream import TextStream, cut_at, visible
 
 
 @dataclass(frozen=True)
@@ -64,21 +66,26 @@ def generate(
     options: dict[str, Any] = {
         "max_new_tokens": how.max_new_tokens,
         "do_sample": False,
-        "repetition_penalty": how.repetition_penalty,
         "eos_token_id": eos or None,
         "pad_token_id": pad,
         "use_cache": True,
     }
+    steps = LogitsProcessorList()
+    if how.repetition_penalty != 1.0:
+        padding = [longest - len(p) for p in prompts]
+        steps.append(sampling.RepetitionPenalty(how.repetition_penalty, padding))
     if how.sampled:
-        options["logits_processor"] = sampling.processors(
+        steps += sampling.processors(
             [sampling.row_seed(how.seed, n) for n in numbers],
             temperature=how.temperature,
             top_k=how.top_k,
             top_p=how.top_p,
             min_p=how.min_p,
         )
+    options["logits_processor"] = steps
     if how.stop_strings:
-        options |= {"stop_strings": list(how.stop_strings), "tokenizer": tokenizer}
+        stop = StopStrings(tokenizer, how.stop_strings, longest)
+        options["stopping_criteria"] = StoppingCriteriaList([stop])
     if write is not None and len(prompts) == 1:
         options["streamer"] = TextStream(tokenizer, how.stop_strings, write)
     start = time.perf_counter()
@@ -115,18 +122,28 @@ def _answer(
 ) -> Answer:
     end = next((i + 1 for i, token in enumerate(row) if token in eos), None)
     ids = row[:end]
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    cut = cut_at(text, how.stop_strings)
-    if cut != text:
-        ids = _shortest_with_stop(ids, tokenizer, how.stop_strings)
-        return Answer(cut, ids, "stop", seconds)
+    text, stopped = visible(ids, tokenizer, how.stop_strings)
+    if stopped is not None:  # what follows is padding, in a batch
+        return Answer(text, ids[:stopped], "stop", seconds)
     return Answer(text, ids, "length" if end is None else "eos", seconds)
 
 
-def _shortest_with_stop(ids: list[int], tokenizer: Any, stop_strings: Sequence[str]) -> list[int]:
-    """Cut what follows the token that completed a stop string: padding, in a batch."""
-    for count in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:count], skip_special_tokens=True)
-        if cut_at(text, stop_strings) != text:
-            return ids[:count]
-    return ids
+class StopStrings(StoppingCriteria):  # type: ignore[misc]
+    """End a row when what it has generated holds a stop string.
+
+    Only new tokens count: the end of a prompt can't stop its answer.
+    """
+
+    def __init__(self, tokenizer: Any, stop_strings: Sequence[str], start: int) -> None:
+        self.tokenizer, self.stop_strings, self.start = tokenizer, stop_strings, start
+        # A token may hold as little as one of a character's four bytes.
+        self.window = 4 * max(map(len, stop_strings)) + 8
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        """Tell for each row of `input_ids` [batch, time] whether it is done."""
+        tail = input_ids[:, max(self.start, input_ids.shape[1] - self.window) :].tolist()
+        done = []
+        for ids in tail:
+            texts = (self.tokenizer.decode(ids, skip_special_tokens=s) for s in (True, False))
+            done.append(any(cut_at(text, self.stop_strings) != text for text in texts))
+        return torch.tensor(done, device=input_ids.device)

@@ -34,6 +34,26 @@ class SeededDraw(LogitsProcessor):  # type: ignore[misc]
         return scores.float() + noise.to(scores.device)
 
 
+class RepetitionPenalty(LogitsProcessor):  # type: ignore[misc]
+    """Make tokens that were there before less likely, as CTRL does (arXiv 1909.05858).
+
+    Unlike transformers' own it does not count padding: else a short prompt's answer would depend
+    on the longest prompt of its batch.
+    """
+
+    def __init__(self, penalty: float, padding: Sequence[int]) -> None:
+        self.penalty, self.padding = penalty, torch.tensor(padding)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return `scores` [batch, vocabulary] with those of tokens in `input_ids` lowered."""
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)  # [time]
+        counts = places[None] >= self.padding.to(input_ids.device)[:, None]  # [batch, time]
+        seen = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)
+        seen.scatter_reduce_(1, input_ids, counts.to(torch.int8), "amax")
+        lowered = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
+        return torch.where(seen.bool(), lowered, scores)
+
+
 def processors(
     seeds: Sequence[int], *, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> LogitsProcessorList:

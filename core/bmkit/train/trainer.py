@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SaveStrategy
 
 from bmkit.data.chat import Example
-from bmkit.errors import DivergedError, ResourceError
+from bmkit.errors import DivergedError, ResourceError, first_line, machine_refusal
 from bmkit.report import Reporter, Task
 from bmkit.train.loss import next_token_loss
 from bmkit.train.recipe import Train
@@ -56,6 +57,20 @@ def train(
     the same batches, random draws and final loss as if it had never stopped. Raises DivergedError
     when a loss is not a number, leaving the last good checkpoint in `work`.
     """
+    with _alone_on(device):
+        return _train(model, examples, collate, spec, seed, work, device, reporter)
+
+
+def _train(
+    model: Any,
+    examples: Sequence[Example],
+    collate: Callable[[Sequence[Example]], dict[str, Tensor]],
+    spec: Train,
+    seed: int,
+    work: Path,
+    device: torch.device,
+    reporter: Reporter,
+) -> Trained:
     last = _last_whole_checkpoint(work)
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -84,14 +99,15 @@ def train(
         seed=seed,
         data_seed=seed,
     )
-    arguments._setup_devices  # noqa: B018 - a cached property: it counts the GPUs
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one device; more come from accelerate
+    arguments._setup_devices  # noqa: B018 - a cached property: it takes the first GPU
+    vars(arguments)["_setup_devices"] = device
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one device
     set_seed(seed)
     trainer = _Trainer(
         model=model, args=arguments, train_dataset=list(examples), data_collator=collate
     )
     trainer.model_accepts_loss_kwargs = True  # our loss takes the number of labelled tokens
-    total = _steps(spec, len(examples), arguments.world_size)
+    total = _steps(spec, len(examples))
     watch = _Watch(reporter, total, work, start=int(last.name.rpartition("-")[2]) if last else 0)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
@@ -99,9 +115,11 @@ def train(
         reporter.info(f"going on from step {watch.start}, where the last run was stopped")
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-    except torch.OutOfMemoryError as exc:
+    except (torch.OutOfMemoryError, RuntimeError) as exc:
+        if machine_refusal(exc) != "out of memory":
+            raise
         raise ResourceError(
-            f"training ran out of GPU memory: {str(exc).splitlines()[0]}",
+            f"training ran out of memory: {first_line(exc)}",
             hint="lower train.per_device_train_batch_size, or set train.gradient_checkpointing",
         ) from None
     finally:
@@ -110,10 +128,30 @@ def train(
     return Trained(trainer.state.global_step, losses, watch.start)
 
 
-def _steps(spec: Train, rows: int, processes: int) -> int:
+@contextmanager
+def _alone_on(device: torch.device) -> Iterator[None]:
+    """Let the trainer see one process on `device`, whatever accelerate's launcher has exported.
+
+    Without this it trains on the first GPU, and the environment, which no recipe and no key
+    knows, could change precision or accumulation.
+    """
+    launched = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"}
+    foreign = [n for n in os.environ if n in launched or n.startswith(("ACCELERATE_", "FSDP_"))]
+    saved = {name: os.environ.pop(name) for name in foreign}
+    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        yield
+    finally:
+        del os.environ["ACCELERATE_TORCH_DEVICE"]
+        os.environ.update(saved)
+
+
+def _steps(spec: Train, rows: int) -> int:
     if spec.max_steps > 0:
         return spec.max_steps
-    batches = math.ceil(rows / (spec.per_device_train_batch_size * processes))
+    batches = math.ceil(rows / spec.per_device_train_batch_size)
     return math.ceil(
         max(math.ceil(batches / spec.gradient_accumulation_steps), 1) * spec.num_train_epochs
     )
@@ -145,10 +183,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
         """Return the loss of one batch: a mean over the labelled tokens of the whole step."""
         loss, count = next_token_loss(model, inputs)
         items = count if num_items_in_batch is None else num_items_in_batch
-        scaled: Tensor = loss / items
-        if num_items_in_batch is not None and self.args.world_size > 1:
-            scaled = scaled * self.args.world_size  # processes average their gradients
-        return scaled
+        return loss / items
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]
@@ -178,7 +213,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark the checkpoint that was just written as whole."""
         folder = self.work / f"checkpoint-{state.global_step}"
-        if folder.is_dir() and os.environ.get("RANK", "0") == "0":
+        if folder.is_dir():
             (folder / WHOLE).touch()
 
     def close(self) -> None:

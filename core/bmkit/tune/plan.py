@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bmkit import env
 from bmkit.deltas import address
 from bmkit.errors import InputError
 from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers
@@ -33,8 +32,9 @@ def estimate(job: Job) -> Estimate:
     disk = (2 * headers.dense_numel if recipe.merge else 4 * trained) + 2**24
     step = f"train {delta.type} on {len(found)} modules ({trained} parameters)"
     steps = [step, *(["merge it into the model"] if recipe.merge else [])]
-    gpu = ram - RUNTIME_BYTES if env.will_use_gpu(recipe.device) else 0
-    return Estimate(steps, Peak(ram_bytes=ram, gpu_bytes=gpu, disk_bytes=disk))
+    gpu = ram - RUNTIME_BYTES if recipe.device != "cpu" else 0
+    work = 3 * (12 * trained + 2**22)  # two checkpoints are kept while a third is written
+    return Estimate(steps, Peak(ram, gpu, disk_bytes=disk, work_bytes=work))
 
 
 def _longest(job: Job, max_length: int) -> int:

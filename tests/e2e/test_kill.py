@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 Done = subprocess.CompletedProcess[str]
 Run = Callable[..., Done]
@@ -98,6 +100,69 @@ def test_a_stopped_stage_leaves_nothing_and_runs_again(
         assert not (tmp_path / ".x.partial").exists()
 
 
+@pytest.fixture(scope="module")
+def wide(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with layers so wide that compressing them takes a while."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = tmp_path_factory.mktemp("wide") / "wide"
+    shutil.copytree(tiny_checkpoint, path)
+    config = AutoConfig.from_pretrained(path)
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 512, 2048, 8
+    config.head_dim = 128
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.to_empty(device="cpu")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize("stage", ["compress", "tune", "infer"])
+def test_a_stage_that_is_stopped_in_the_middle_of_its_work(
+    start: Callable[..., Popen],
+    bmkit: Run,
+    tiny: Path,
+    wide: Path,
+    chats: Path,
+    home: Path,
+    tmp_path: Path,
+    stage: str,
+    number: signal.Signals,
+    code: int,
+) -> None:
+    """Not while libraries are being imported: a tenth of the work is done, or something written."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "hello"}\n' * 80)
+    words: tuple[object, ...] = {
+        "compress": ("compress", "int8", "-m", wide, "-o", "x", "-s", "steps.0.scale_search=10"),
+        "tune": ("tune", "lora", "-m", "tiny", "--data", chats, "-o", "x"),
+        "infer": ("infer", "-m", "tiny", "-i", "p.jsonl", "-o", "x", "--max-new-tokens", "400"),
+    }[stage]
+    if stage == "tune":
+        words = (*words, "-s", "train.max_steps=400", "-s", "train.save_steps=20")
+    process = start(*words)
+    assert process.stderr is not None
+    if stage == "tune":
+        until(lambda: list((home / "work").glob("*/checkpoint-*/bmkit-whole")))
+    elif stage == "infer":
+        until(lambda: any(f.stat().st_size for f in tmp_path.glob(".x.partial")))
+    else:
+        assert "quantize to 8 bits: " in process.stderr.readline()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert out == ""
+    assert "Traceback" not in err
+    assert not (tmp_path / "x").exists()
+    assert (tmp_path / ".x.partial").exists() == (number == signal.SIGKILL)
+    if stage != "compress" or number == signal.SIGKILL:
+        again = bmkit(*words)
+        assert again.returncode == 0, again.stderr
+        assert (tmp_path / "x").exists()
+        assert not (tmp_path / ".x.partial").exists()
+
+
 def test_training_resumes_after_a_kill_with_the_same_result(
     start: Callable[..., Popen], bmkit: Run, tiny: Path, chats: Path, home: Path, tmp_path: Path
 ) -> None:
@@ -174,6 +239,55 @@ def test_a_loss_that_is_not_a_number_exits_5_and_keeps_the_last_checkpoint(
     assert done.returncode == 5, done.stderr
     assert "not a number at step" in done.stderr and done.stdout == ""
     assert not (tmp_path / "x").exists()
+    said = re.search(r"last good checkpoint is (\S+)", done.stderr)
+    assert said is not None, done.stderr
+    with safe_open(Path(said[1]) / "adapter_model.safetensors", framework="pt") as stream:
+        tensors = [stream.get_tensor(name) for name in stream.keys()]  # noqa: SIM118
+    assert tensors
+    assert all(t.isfinite().all() for t in tensors)
+
+
+def test_force_trains_from_the_start_and_resume_does_not(
+    start: Callable[..., Popen], bmkit: Run, tiny: Path, chats: Path, home: Path
+) -> None:
+    words = ("tune", "lora", "-m", "tiny", "--data", chats, "-o", "x", "--json")
+    words = (*words, "-s", "train.max_steps=60", "-s", "train.save_steps=3")
+    process = start(*words)
+    until(lambda: list((home / "work").glob("*/checkpoint-*/bmkit-whole")))
+    process.kill()
+    process.communicate()
+    again = bmkit(*words, "--force")
+    assert again.returncode == 0, again.stderr
+    assert "going on from step" not in again.stderr
+    assert not any((home / "work").iterdir())
+
+
+def test_two_trainings_of_the_same_key_do_not_share_their_checkpoints(
+    start: Callable[..., Popen], bmkit: Run, tiny: Path, chats: Path, home: Path
+) -> None:
+    words = ("tune", "lora", "-m", "tiny", "--data", chats, "-s", "train.max_steps=150")
+    first = start(*words, "-o", "x")
+    until(lambda: list((home / "work").glob("*/checkpoint-*")))
+    second = bmkit(*words, "-o", "y")  # another place, the same work folder
+    assert second.returncode == 3 and "another bmkit" in second.stderr, second.stderr
+    out, err = first.communicate(timeout=120)
+    assert (first.returncode, out) == (0, "x\n"), err
+
+
+def test_launchers_variables_change_nothing(bmkit: Run, tiny: Path, chats: Path) -> None:
+    words = ("tune", "lora", "-m", "tiny", "--data", chats, "--json", "-s", "train.max_steps=5")
+    plain = json.loads(bmkit(*words, "-o", "x").stdout)
+    foreign = {
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+        "ACCELERATE_USE_CPU": "false",
+        "WORLD_SIZE": "2",
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+    }
+    other = bmkit(*words, "-o", "y", **foreign)
+    assert other.returncode == 0, other.stderr
+    assert json.loads(other.stdout)["digest"] == plain["digest"]
 
 
 @pytest.mark.parametrize("delay", [0.6, 2.0, 5.0])

@@ -463,6 +463,31 @@ def test_what_was_there_stays_whole_until_it_is_replaced(tmp_path: Path) -> None
     assert listing(tmp_path) == {"out/a": b"new"}
 
 
+def test_what_came_to_out_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputTaken),
+        place.create(tmp_path / "out", key="b" * 64) as scratch,
+    ):
+        (scratch / "a").write_text("ours")
+        make(tmp_path / "elsewhere", {"a": b"theirs"})
+        (tmp_path / "elsewhere").rename(tmp_path / "out")
+    assert (tmp_path / "out" / "a").read_bytes() == b"theirs"
+
+
+def test_force_leaves_alone_what_can_not_be_told_from_a_users_files(made: Path) -> None:
+    (made / "bmkit.json").write_text("{")
+    (made / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputTaken, match="your own files"):
+        place.occupied(made, KEY, force=True)
+    assert (made / "thesis.txt").read_text() == "mine"
+
+
+def test_a_damaged_artifact_is_passed_over_in_a_scan(made: Path) -> None:
+    make(made.with_name("other"), {"a": b"1"})
+    (made / "bmkit.json").write_text("{")
+    assert [path.name for path, _ in artifact.scan(made.parent)] == ["other"]
+
+
 def test_an_empty_directory_is_filled(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with place.create(tmp_path / "out") as scratch:

@@ -378,9 +378,9 @@ def test_the_disk_of_the_work_folder_counts_too(tmp_path: Path) -> None:
     both = Peak(0, 0, disk_bytes=free * 2 // 3, work_bytes=free * 2 // 3)
     with pytest.raises(ResourceError, match=r"work .*of disk"):
         plan.check_fits(both, tmp_path / "x", tmp_path / "work", ram_limit=None, gpu_limit=None)
-    if env.disk_of(Path("/dev/shm")) != env.disk_of(tmp_path):  # noqa: S108 - a second disk
+    if env.disk_of(Path("/dev/shm")) != env.disk_of(tmp_path):
         half = Peak(0, 0, disk_bytes=free * 2 // 3, work_bytes=1)
-        plan.check_fits(half, tmp_path, Path("/dev/shm"), ram_limit=None, gpu_limit=None)  # noqa: S108
+        plan.check_fits(half, tmp_path, Path("/dev/shm"), ram_limit=None, gpu_limit=None)
 
 
 def test_a_containers_page_cache_counts_as_free(tmp_path: Path) -> None:

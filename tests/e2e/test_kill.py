@@ -106,15 +106,13 @@ def wide(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    torch.manual_seed(0)
     path = tmp_path_factory.mktemp("wide") / "wide"
     shutil.copytree(tiny_checkpoint, path)
     config = AutoConfig.from_pretrained(path)
     config.hidden_size, config.intermediate_size, config.num_hidden_layers = 512, 2048, 8
     config.head_dim = 128
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.to_empty(device="cpu")
-    model.save_pretrained(path)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
     return path
 
 

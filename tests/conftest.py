@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Each test has a BMKIT_HOME of its own, and would compile the kernels again.
+KERNELS = Path(os.environ.get("BMKIT_TEST_HOME") or tempfile.gettempdir()) / "bmkit-test-kernels"
+os.environ["NUMBA_CACHE_DIR"] = str(KERNELS)
 
 Done = subprocess.CompletedProcess[str]
 Run = Callable[..., Done]
@@ -29,6 +33,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A BMKIT_HOME of the test's own."""
     path = tmp_path / "bmkit-home"
     monkeypatch.setenv("BMKIT_HOME", str(path))
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(KERNELS))
     return path
 
 

@@ -97,6 +97,16 @@ def load_config(path: Path) -> Any:
         return AutoConfig.from_pretrained(path, local_files_only=True)
 
 
+def load_generation_config(path: Path) -> Any:
+    """Read what a checkpoint says about generating, else what its config does."""
+    from transformers import GenerationConfig
+
+    if not (path / "generation_config.json").is_file():
+        return GenerationConfig.from_model_config(load_config(path))
+    with LibraryRefusal(f"{path}/generation_config.json can't be read"):
+        return GenerationConfig.from_pretrained(path, local_files_only=True)
+
+
 def load_tokenizer(path: Path) -> Any:
     """Load a checkpoint's tokenizer. Raises InputError if it has none."""
     from transformers import AutoTokenizer

@@ -71,7 +71,7 @@ METHODS = (
     Method(
         "compress",
         "quantize",
-        "bmkit.compress.quantize:quantize",
+        "bmkit.nn.rounding:quantize",
         "int8",
         "Round weights to 8 or 4 bits, a scale per output channel or per group of inputs.",
         "round to nearest, symmetric; compressed-tensors `pack-quantized` on disk",

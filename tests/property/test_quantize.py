@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bmkit.compress import pack
-from bmkit.compress.quantize import dequantize, quantize
+from bmkit.nn.rounding import dequantize, quantize
 
 BITS = st.sampled_from([2, 3, 4, 8])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -137,7 +137,7 @@ def _rows(prompts: list[str] | None, source: str | None) -> Iterator[tuple[Itera
         given = [rows.Row(i, {"prompt": text}) for i, text in enumerate(prompts, 1)]
         yield given, len(given)
     elif source == "-":
-        yield rows.read(sys.stdin.buffer), 0
+        yield rows.read(_lines_of(0)), 0
     else:
         path = Path(source or "")
         try:
@@ -148,6 +148,20 @@ def _rows(prompts: list[str] | None, source: str | None) -> Iterator[tuple[Itera
             total = sum(bool(line.strip()) for line in stream)
             stream.seek(0)
             yield rows.read(stream), total
+
+
+def _lines_of(number: int) -> Iterator[bytes]:
+    """Yield the lines of an open file by its number, as they come.
+
+    Python's own buffered reader would be locked by the thread that waits in it, and a run that is
+    stopped meanwhile couldn't end in peace.
+    """
+    rest = b""
+    while piece := os.read(number, 2**16):
+        *lines, rest = (rest + piece).split(b"\n")
+        yield from lines
+    if rest:
+        yield rest
 
 
 def _write(

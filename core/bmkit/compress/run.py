@@ -10,10 +10,10 @@ import torch
 
 from bmkit import model, plan
 from bmkit.compress import pack
-from bmkit.compress.quantize import dequantize, quantize
 from bmkit.compress.recipe import CompressRecipe, Quantize
 from bmkit.errors import InputError, RecipeError
 from bmkit.nn import walk
+from bmkit.nn.rounding import dequantize, quantize
 from bmkit.plan import Headers, Job, Outcome
 from bmkit.report import task
 

@@ -17,7 +17,7 @@ from bmkit.data.rows import BadRow, Row
 from bmkit.errors import InputError
 from bmkit.infer.recipe import InferRecipe
 from bmkit.plan import Job
-from bmkit.runtime.generate import Answer, Generation, generate, plain_defaults
+from bmkit.runtime.generate import Answer, Generation, eos_ids, generate, plain_defaults
 
 WINDOW_BATCHES = 8
 """Rows of this many batches are sorted by length together: less padding, answers still flow."""
@@ -40,6 +40,15 @@ class _Prompt:
     ids: list[int]
 
 
+@dataclass(frozen=True)
+class _Bad:
+    number: int
+    row: BadRow
+
+
+_NOTHING: tuple[Any, Any] = (None, None)
+
+
 class Session:
     """A model, loaded with its adapters, that answers rows."""
 
@@ -49,17 +58,43 @@ class Session:
         self.recipe = recipe
         if job.threads:
             torch.set_num_threads(job.threads)
-        device = models.pick_device(recipe.device)
+        self.device = models.pick_device(recipe.device)
         self.tokenizer = models.load_tokenizer(job.checkpoint)
-        self.rss_before_bytes = env.rss_bytes()
-        model = models.load_model(job.checkpoint, device=device, dtype=recipe.dtype)
-        plain_defaults(model)
-        self.context: int | None = getattr(model.config, "max_position_embeddings", None)
-        deltas = [*([job.model] if job.base else []), *job.adapters]
-        self.model = models.attach(model, [delta.path for delta in deltas])
+        config = models.load_config(job.checkpoint)
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
         self.tokens = 0
         self.seconds = 0.0
         self.raw = recipe.raw or self.tokenizer.chat_template is None
+        self.server = self._server(job, config)
+        if self.server is None:
+            self.rss_before_bytes = env.rss_bytes()
+            model = models.load_model(job.checkpoint, device=self.device, dtype=recipe.dtype)
+            plain_defaults(model)
+            deltas = [*([job.model] if job.base else []), *job.adapters]
+            self.model = models.attach(model, [delta.path for delta in deltas])
+
+    def _server(self, job: Job, config: Any) -> Any:
+        """Return what answers on packed weights, where the device and the model allow it."""
+        packed = self.device.type == "cpu" and self.recipe.dtype in {"auto", "float32"}
+        if not packed or job.base or job.adapters:
+            return None
+        from bmkit.runtime.cpu import load
+        from bmkit.runtime.cpu.serve import Server
+
+        if not load.readable(job.checkpoint, config):
+            return None
+        threads = torch.get_num_threads()
+        load.warm(threads)
+        self.rss_before_bytes = env.rss_bytes()
+        decoder = load.load_decoder(job.checkpoint, threads=threads)
+        if (found := load.largest_difference(decoder)) > load.TOLERANCE:
+            job.reporter.warn(
+                f"the fused blocks differ from the model's own code by {found:.1e}; not used"
+            )
+            return None
+        eos = eos_ids(models.load_generation_config(job.checkpoint), self.tokenizer)
+        how = self._how(self.recipe.max_new_tokens)
+        return Server(decoder, self.tokenizer, eos, how, rows=self.recipe.batch_size)
 
     def answer(
         self, given: Iterable[Row | BadRow], *, write: Callable[[str], None] | None = None
@@ -69,6 +104,9 @@ class Session:
         A row that can't be used comes back as a BadRow in its place. `write` gets the text of each
         answer while it is made; rows are then answered one at a time.
         """
+        if self.server is not None:
+            yield from self._serve(given, write)
+            return
         size = 1 if write else self.recipe.batch_size
         window = size if write else size * WINDOW_BATCHES
         numbered = enumerate(given)
@@ -77,8 +115,8 @@ class Session:
             prompts = []
             for number, row in taken:
                 found = self._read(number, row)
-                if isinstance(found, BadRow):
-                    done[number] = found
+                if isinstance(found, _Bad):
+                    done[number] = found.row
                 else:
                     prompts.append(found)
             waiting = [number for number, _ in reversed(taken)]
@@ -88,10 +126,34 @@ class Session:
                 for prompt, answer in self._batch(batch, write):
                     done[prompt.number] = Answered(prompt.id, prompt.text, answer)
 
+    def _serve(
+        self, given: Iterable[Row | BadRow], write: Callable[[str], None] | None
+    ) -> Iterator[Answered | BadRow]:
+        """Answer on packed weights: rows begin and end when they can, and come back in order."""
+        self.server.rows = 1 if write else self.recipe.batch_size
+        prompts = (self._read(number, row) for number, row in enumerate(given))
+        found = self.server.answer(prompts, write=write)
+        done: dict[int, Answered | BadRow] = {}
+        due = 0
+        while True:
+            start = time.perf_counter()
+            prompt, answer = next(found, _NOTHING)
+            self.seconds += time.perf_counter() - start
+            if prompt is None:
+                return
+            if isinstance(prompt, _Prompt):
+                self.tokens += len(answer.token_ids)
+                done[prompt.number] = Answered(prompt.id, prompt.text, answer)
+            else:
+                done[prompt.number] = prompt.row
+            while due in done:
+                yield done.pop(due)
+                due += 1
+
     def peak_gpu_bytes(self) -> int:
         """Return the most GPU memory that torch has held, 0 on the CPU."""
-        device = self.model.device
-        return int(torch.cuda.max_memory_reserved(device)) if device.type == "cuda" else 0
+        on_gpu = self.device.type == "cuda"
+        return int(torch.cuda.max_memory_reserved(self.device)) if on_gpu else 0
 
     def _batches(self, prompts: list[_Prompt], size: int) -> list[list[_Prompt]]:
         """Group prompts by length, those that are due first coming first.
@@ -112,20 +174,9 @@ class Session:
     def _batch(
         self, prompts: list[_Prompt], write: Callable[[str], None] | None
     ) -> list[tuple[_Prompt, Answer]]:
-        r = self.recipe
         if not prompts:
             return []
-        how = Generation(
-            max_new_tokens=min(map(self._room, prompts)),
-            sampled=r.sampled,
-            temperature=1.0 if r.temperature is None else r.temperature,
-            top_k=r.top_k,
-            top_p=r.top_p,
-            min_p=r.min_p,
-            repetition_penalty=r.repetition_penalty,
-            stop_strings=tuple(r.stop_strings),
-            seed=r.seed,
-        )
+        how = self._how(min(map(self._room, prompts)))
         start = time.perf_counter()
         answers = generate(
             self.model,
@@ -139,19 +190,34 @@ class Session:
         self.tokens += sum(len(a.token_ids) for a in answers)
         return list(zip(prompts, answers, strict=True))
 
-    def _read(self, number: int, row: Row | BadRow) -> _Prompt | BadRow:
+    def _how(self, max_new_tokens: int) -> Generation:
+        r = self.recipe
+        return Generation(
+            max_new_tokens=max_new_tokens,
+            sampled=r.sampled,
+            temperature=1.0 if r.temperature is None else r.temperature,
+            top_k=r.top_k,
+            top_p=r.top_p,
+            min_p=r.min_p,
+            repetition_penalty=r.repetition_penalty,
+            stop_strings=tuple(r.stop_strings),
+            seed=r.seed,
+        )
+
+    def _read(self, number: int, row: Row | BadRow) -> _Prompt | _Bad:
+        def bad(text: str) -> _Bad:
+            return _Bad(number, BadRow(row.line, text))
+
         if isinstance(row, BadRow):
-            return row
+            return _Bad(number, row)
         try:
             text, ids = self._tokenise(row.values)
         except ValueError as exc:
-            return BadRow(row.line, str(exc))
+            return bad(str(exc))
         if not ids:
-            return BadRow(row.line, "the prompt is empty")
+            return bad("the prompt is empty")
         if self.context is not None and len(ids) >= self.context:
-            return BadRow(
-                row.line, f"the prompt has {len(ids)} tokens, the model reads {self.context}"
-            )
+            return bad(f"the prompt has {len(ids)} tokens, the model reads {self.context}")
         return _Prompt(number, row.values.get("id", number), text, ids)
 
     def _tokenise(self, values: dict[str, Any]) -> tuple[str, list[int]]:

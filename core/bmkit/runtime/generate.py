@@ -56,7 +56,7 @@ def generate(
     that batching changes no draw. `write` gets the text of a single prompt while it is made.
     Memory grows with the batch's longest prompt plus `max_new_tokens`.
     """
-    eos = eos_ids(model, tokenizer)
+    eos = eos_ids(model.generation_config, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos or [0])[0]
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
@@ -95,9 +95,9 @@ def generate(
     return [_answer(row, tokenizer, eos, how, seconds) for row in rows]
 
 
-def eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end an answer: the checkpoint's, and the tokenizer's."""
-    found = getattr(model.generation_config, "eos_token_id", None)
+def eos_ids(config: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end an answer: a GenerationConfig's, and the tokenizer's."""
+    found = getattr(config, "eos_token_id", None)
     ids = [] if found is None else [found] if isinstance(found, int) else list(found)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
         ids.append(tokenizer.eos_token_id)

@@ -1,0 +1,344 @@
+"""One decoder block, the head and packed products, as compiled functions over slabs of weights.
+
+A slab is a contiguous uint8 array; a matrix in it is a row of `int64` numbers, by the names M_*.
+Everything here works on a few tokens at once, of one or several sequences, each with its own cache;
+inside a forward pass a token sees those that `sees` says: a causal chain, or a tree of guesses.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import carray, cfunc, float32, int64, njit, prange
+
+from bmkit.runtime.cpu import KEPT
+from bmkit.runtime.cpu.dots import (
+    BFLOAT16,
+    FLOAT32,
+    INT8,
+    ROWS,
+    call_rows,
+    dot_1,
+    dot_4,
+    dot_8,
+    float_of_bits,
+)
+
+M_KIND, M_WEIGHTS, M_SCALES, M_BIAS, M_ROWS, M_WIDTH, M_GROUP, M_ROW_BYTES, M_SCALE_BYTES = range(9)
+MATRIX_NUMBERS = 9
+"""A matrix: kind, byte offsets of weights, scales and bias (-1: none), rows, inputs (a multiple of
+32), inputs a scale, bytes of a row, bytes of a row's scales."""
+
+SILU, GELU, GELU_TANH, RELU = range(4)
+
+_serial = {"fastmath": True, "nogil": True, "cache": KEPT}
+_parallel = {**_serial, "parallel": True}
+
+
+@cfunc(ROWS, cache=KEPT, fastmath=True)
+def _rows(
+    slab: Any,
+    m: Any,
+    low: int,
+    high: int,
+    x: Any,
+    tokens: int,
+    y: Any,
+    stride: int,
+    column: int,
+    add: int,
+) -> None:
+    """Put x · Wᵀ into `y` [tokens, stride], or add it, for the rows from `low` to `high`.
+
+    All arrays are pointers; `x` is [tokens, M_WIDTH], and the matrix's first row goes to `column`.
+    """
+    kind, weights, scales, group = m[M_KIND], m[M_WEIGHTS], m[M_SCALES], m[M_GROUP]
+    width = m[M_WIDTH]
+    bias = carray(slab, (m[M_BIAS] + 4 * m[M_ROWS],), np.uint8)
+    for i in range(low, high):
+        w = weights + i * m[M_ROW_BYTES]
+        s = scales + i * m[M_SCALE_BYTES]
+        b = float32(0.0)
+        if m[M_BIAS] >= 0:
+            at = m[M_BIAS] + 4 * i
+            b = bias[at : at + 4].view(np.float32)[0]
+        t = 0
+        while t + 8 <= tokens:
+            d8 = dot_8(kind, slab, w, s, x, width, t, group)
+            for u in range(8):
+                j = (t + u) * stride + column + i
+                y[j] = d8[u] + b + (y[j] if add else float32(0.0))
+            t += 8
+        if t + 4 <= tokens:
+            d4 = dot_4(kind, slab, w, s, x, width, t, group)
+            for u in range(4):
+                j = (t + u) * stride + column + i
+                y[j] = d4[u] + b + (y[j] if add else float32(0.0))
+            t += 4
+        while t < tokens:
+            d1 = dot_1(kind, slab, w, s, x, width, t, group)
+            j = t * stride + column + i
+            y[j] = d1[0] + b + (y[j] if add else float32(0.0))
+            t += 1
+
+
+ADDRESS: int = _rows.address
+"""Where the compiled products are in this process: what the functions below are given."""
+
+
+@njit(**_parallel)
+def product(address: int, slab: Any, m: Any, x: Any, y: Any, threads: int) -> None:
+    """Put x · Wᵀ (+ bias) into `y`: x [tokens, M_WIDTH], y [tokens, M_ROWS], both float32."""
+    count = m[M_ROWS]
+    for c in prange(threads):
+        call_rows(address, slab, m, c * count // threads, (c + 1) * count // threads, x, y, 0, 0)
+
+
+@njit(**_serial)
+def unpack(slab: Any, m: Any, row: int, out: Any) -> None:
+    """Write one row of a matrix into `out` [at most M_WIDTH], as float32."""
+    kind, start = m[M_KIND], m[M_WEIGHTS] + row * m[M_ROW_BYTES]
+    raw = slab[start : start + m[M_ROW_BYTES]]
+    first = m[M_SCALES] + row * m[M_SCALE_BYTES]
+    scales = slab[first : first + m[M_SCALE_BYTES]].view(np.float32)
+    width = len(out)
+    if kind == FLOAT32:
+        out[:] = raw.view(np.float32)[:width]
+    elif kind == BFLOAT16:
+        halves = raw.view(np.uint16)
+        for i in range(width):
+            out[i] = float_of_bits(np.uint32(halves[i]) << np.uint32(16))
+    elif kind == INT8:
+        for i in range(width):
+            out[i] = float32(np.int8(raw[i])) * scales[i // m[M_GROUP]]
+    else:
+        for i in range(width):
+            byte = raw[16 * (i // 32) + i % 16]
+            nibble = (byte >> 4) if i % 32 >= 16 else (byte & 15)
+            out[i] = float32(int64(nibble) - 8) * scales[i // m[M_GROUP]]
+
+
+@njit(**_parallel)
+def unpack_rows(slab: Any, m: Any, low: int, out: Any, threads: int) -> None:
+    """Write the rows from `low` on into `out` [rows, inputs], as float32."""
+    count = out.shape[0]
+    for c in prange(threads):
+        for i in range(c * count // threads, (c + 1) * count // threads):
+            unpack(slab, m, low + i, out[i])
+
+
+@njit(**_serial)
+def exp(x: Any) -> Any:
+    """Return e^x of a float32, within 2e-7 of it, in a form that loops can vectorise."""
+    x = min(max(x, float32(-87.0)), float32(88.0))
+    n = np.floor(x * float32(1.4426950408889634) + float32(0.5))
+    r = x - n * float32(0.693359375) + n * float32(2.12194440e-4)
+    p = float32(1.9875691500e-4)
+    p = p * r + float32(1.3981999507e-3)
+    p = p * r + float32(8.3334519073e-3)
+    p = p * r + float32(4.1665795894e-2)
+    p = p * r + float32(1.6666665459e-1)
+    p = p * r + float32(5.0000001201e-1)
+    p = p * r * r + r + float32(1.0)
+    return p * float_of_bits(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
+
+
+@njit(**_serial)
+def activate(x: Any, kind: int) -> Any:
+    """Return the activation of one float32."""
+    if kind == SILU:
+        return x / (float32(1.0) + exp(-x))
+    if kind == GELU_TANH:
+        inner = float32(0.7978845608028654) * (x + float32(0.044715) * x * x * x)
+        return x / (float32(1.0) + exp(float32(-2.0) * inner))
+    if kind == GELU:
+        return float32(0.5) * x * (float32(1.0) + float32(math.erf(x * float32(0.70710678))))
+    return max(x, float32(0.0))
+
+
+@njit(**_serial)
+def normalise(x: Any, slab: Any, m: Any, eps: float, out: Any) -> None:
+    """Write the RMS norm of `x` [hidden] into `out`, with the weights of matrix `m` (one row)."""
+    count = len(x)
+    weights = slab[m[M_WEIGHTS] : m[M_WEIGHTS] + 4 * count].view(np.float32)
+    total = float32(0.0)
+    for i in range(count):
+        total += x[i] * x[i]
+    scale = float32(1.0) / np.sqrt(total / float32(count) + float32(eps))
+    for i in range(count):
+        out[i] = x[i] * scale * weights[i]
+
+
+Q, K, V, OUT, GATE, UP, DOWN, NORM_1, NORM_2, NORM_Q, NORM_K = range(11)
+"""The matrices of a block, in the order of its table; the norms are FLOAT32 with one row."""
+N_HEADS, N_KV, N_DIM, N_ROTARY, N_WINDOW, N_ACTIVATION = range(6)
+"""The numbers of a block: heads, key-value heads, their width, how much of it is rotated, the
+sliding window (0: none), and the activation."""
+
+
+@njit(**_serial)
+def _rotate(x: Any, cos: Any, sin: Any, count: int) -> None:
+    """Rotate the first `count` values of a head, the first half with the second."""
+    half = count // 2
+    for i in range(half):
+        a, b = x[i], x[i + half]
+        x[i] = a * cos[i] - b * sin[i]
+        x[i + half] = b * cos[i + half] + a * sin[i + half]
+
+
+@njit(**_serial)
+def _attend(
+    q: Any,
+    keys: Any,
+    values: Any,
+    first: int,
+    until: int,
+    others: Any,
+    scaling: float,
+    scores: Any,
+    out: Any,
+) -> None:
+    """Attend from `q` [dim] to the cache slots from `first` to `until`, and to slots `others`."""
+    dim = len(q)
+    count = until - first + len(others)
+    top = float32(-np.inf)
+    for j in range(count):
+        at = first + j if j < until - first else others[j - until + first]
+        total = float32(0.0)
+        for i in range(dim):
+            total += q[i] * keys[at, i]
+        scores[j] = total * float32(scaling)
+        top = max(top, scores[j])
+    whole = float32(0.0)
+    for j in range(count):
+        scores[j] = exp(scores[j] - top)
+        whole += scores[j]
+    out[:] = float32(0.0)
+    for j in range(count):
+        at = first + j if j < until - first else others[j - until + first]
+        share = scores[j] / whole
+        for i in range(dim):
+            out[i] += share * values[at, i]
+
+
+@njit(**_parallel)
+def block(
+    address: int,
+    h: Any,
+    slab: Any,
+    table: Any,
+    n: Any,
+    eps: float,
+    scaling: float,
+    keys: Any,
+    values: Any,
+    sequence: Any,
+    slot: Any,
+    done: Any,
+    position: Any,
+    sees: Any,
+    cos: Any,
+    sin: Any,
+    x: Any,
+    heads: Any,
+    mixed: Any,
+    inner: Any,
+    scores: Any,
+    threads: int,
+) -> None:
+    """Run one decoder block on `h` [tokens, hidden], in place.
+
+    `keys` and `values` are [sequences, kv heads, slots, dim]; token t belongs to `sequence[t]`,
+    goes to slot `slot[t]` of it and stands at `position[t]`. It sees the first `done[sequence]`
+    slots, and the tokens u of this pass with `sees[t, u]`. `cos` and `sin` are [tokens, rotary].
+    Scratch: `x` [tokens, hidden], `heads` [tokens, all of q, k, v], `mixed` [tokens, q],
+    `inner` [2, tokens, intermediate] (widths rounded up to 32, the rest zero), `scores`
+    [threads, slots].
+    """
+    tokens, hidden = h.shape
+    dim, kv, count, rotary, window = n[N_DIM], n[N_KV], n[N_HEADS], n[N_ROTARY], n[N_WINDOW]
+    for t in range(tokens):
+        normalise(h[t], slab, table[NORM_1], eps, x[t, :hidden])
+    for c in prange(threads):
+        at = 0
+        for which in range(3):
+            m = table[which]
+            low, high = c * m[M_ROWS] // threads, (c + 1) * m[M_ROWS] // threads
+            call_rows(address, slab, m, low, high, x, heads, at, 0)
+            at += m[M_ROWS]
+    for t in range(tokens):
+        for i in range(count + kv):
+            head = heads[t, i * dim : (i + 1) * dim]
+            norm = table[NORM_Q if i < count else NORM_K]
+            if norm[M_KIND] >= 0:
+                normalise(head, slab, norm, eps, head)
+            _rotate(head, cos[t], sin[t], rotary)
+        for i in range(kv):
+            k, v = (count + i) * dim, (count + kv + i) * dim
+            keys[sequence[t], i, slot[t]] = heads[t, k : k + dim]
+            values[sequence[t], i, slot[t]] = heads[t, v : v + dim]
+    jobs = tokens * count
+    for c in prange(threads):
+        others = np.empty(tokens, np.int64)
+        for job in range(c * jobs // threads, (c + 1) * jobs // threads):
+            t, i = job // count, job % count
+            s, until, first, more = sequence[t], done[sequence[t]], 0, 0
+            if window > 0:
+                first = min(max(position[t] - window + 1, 0), until)
+            for u in range(tokens):
+                if sees[t, u] and (window == 0 or position[t] - position[u] < window):
+                    others[more] = slot[u]
+                    more += 1
+            group = i * kv // count
+            _attend(
+                heads[t, i * dim : (i + 1) * dim],
+                keys[s, group],
+                values[s, group],
+                first,
+                until,
+                others[:more],
+                scaling,
+                scores[c],
+                mixed[t, i * dim : (i + 1) * dim],
+            )
+    for c in prange(threads):
+        low, high = c * hidden // threads, (c + 1) * hidden // threads
+        call_rows(address, slab, table[OUT], low, high, mixed, h, 0, 1)
+    for t in range(tokens):
+        normalise(h[t], slab, table[NORM_2], eps, x[t, :hidden])
+    width = table[UP, M_ROWS]
+    for c in prange(threads):
+        low, high = c * width // threads, (c + 1) * width // threads
+        call_rows(address, slab, table[GATE], low, high, x, inner[0], 0, 0)
+        call_rows(address, slab, table[UP], low, high, x, inner[1], 0, 0)
+        for t in range(tokens):
+            for i in range(low, high):
+                inner[0, t, i] = activate(inner[0, t, i], n[N_ACTIVATION]) * inner[1, t, i]
+    for c in prange(threads):
+        low, high = c * hidden // threads, (c + 1) * hidden // threads
+        call_rows(address, slab, table[DOWN], low, high, inner[0], h, 0, 1)
+
+
+@njit(**_parallel)
+def head(
+    address: int,
+    h: Any,
+    slab: Any,
+    norm: Any,
+    m: Any,
+    eps: float,
+    x: Any,
+    logits: Any,
+    threads: int,
+) -> None:
+    """Write the logits [tokens, vocabulary] of `h` [tokens, hidden]: last norm, then the head."""
+    tokens, hidden = h.shape
+    for t in range(tokens):
+        normalise(h[t], slab, norm, eps, x[t, :hidden])
+    count = m[M_ROWS]
+    for c in prange(threads):
+        call_rows(
+            address, slab, m, c * count // threads, (c + 1) * count // threads, x, logits, 0, 0
+        )

@@ -1,0 +1,186 @@
+"""The packed decoder against plain transformers: families, storage, batches, trees, prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from bmkit.nn.rounding import dequantize, quantize
+from bmkit.runtime.cpu import load, pack
+from bmkit.runtime.cpu.decoder import Decoder, covers, plain_fetch
+from bmkit.runtime.cpu.pack import Packed
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "llama, biases, untied": LlamaConfig(
+        **SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=False
+    ),
+    "llama 3 rotations": LlamaConfig(**SIZES, rope_parameters=LLAMA3),
+    "llama, gelu": LlamaConfig(**SIZES, hidden_act="gelu"),
+    "llama, tanh gelu": LlamaConfig(**SIZES, hidden_act="gelu_pytorch_tanh"),
+    "llama, relu": LlamaConfig(**SIZES, hidden_act="relu"),
+    "one kv head": LlamaConfig(**{**SIZES, "num_key_value_heads": 1}),
+    "as many kv heads": LlamaConfig(**{**SIZES, "num_key_value_heads": 4}),
+    "mistral, window, wide heads": MistralConfig(**SIZES, sliding_window=7, head_dim=16),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen2, some windows": Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1
+    ),
+    "qwen3": Qwen3Config(**SIZES, head_dim=32),
+}
+
+
+def model_of(config: Any) -> Any:
+    """Return a random model whose norms and biases do something."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.2)
+    return model
+
+
+def logits_of(model: Any, ids: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        found: np.ndarray = model(torch.tensor([ids])).logits[0].numpy()
+    return found
+
+
+def close(found: np.ndarray, wanted: np.ndarray) -> None:
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * float(abs(wanted).max()) + 1e-6)
+
+
+IDS = torch.randint(0, 97, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(request: pytest.FixtureRequest) -> tuple[Any, Decoder]:
+    config = CONFIGS[request.param]
+    assert covers(config)
+    model = model_of(config)
+    return model, Decoder(config, plain_fetch(dict(model.state_dict())), threads=2)
+
+
+def test_one_token_after_the_other(pair: tuple[Any, Decoder]) -> None:
+    model, decoder = pair
+    wanted = logits_of(model, IDS)
+    cache = decoder.cache(2, 64)
+    for i, token in enumerate(IDS):
+        close(decoder.step(cache, [token], [1])[0], wanted[i])
+        cache.done[1] += 1
+
+
+@pytest.mark.parametrize("cut", [1, 5, 16, 17, 39])
+def test_a_prompt_in_two_parts(pair: tuple[Any, Decoder], cut: int) -> None:
+    model, decoder = pair
+    wanted = logits_of(model, IDS)
+    cache = decoder.cache(1, 40)
+    close(decoder.chain(cache, 0, IDS[:cut])[0], wanted[cut - 1])
+    close(decoder.chain(cache, 0, IDS[cut:])[0], wanted[-1])
+
+
+def test_sequences_side_by_side_do_not_see_each_other(pair: tuple[Any, Decoder]) -> None:
+    model, decoder = pair
+    prompts = [IDS[:3], IDS[3:22], IDS[22:31], IDS[31:]]
+    cache = decoder.cache(4, 64)
+    for place, prompt in enumerate(prompts):
+        decoder.chain(cache, place, prompt)
+    places = [2, 0, 3]
+    found = decoder.step(cache, [7, 8, 9], places)
+    for token, place, logits in zip([7, 8, 9], places, found, strict=True):
+        close(logits, logits_of(model, [*prompts[place], token])[-1])
+
+
+def test_a_tree_of_guesses_is_each_branch_by_itself(pair: tuple[Any, Decoder]) -> None:
+    model, decoder = pair
+    prompt = IDS[:12]
+    parents = [-1, 0, 0, 1, 2, 4]
+    tokens = [5, 6, 7, 8, 9, 10]
+    depth, sees = [0] * 6, np.eye(6, dtype=np.bool_)
+    for t, parent in enumerate(parents):
+        if parent >= 0:
+            depth[t] = depth[parent] + 1
+            sees[t] |= sees[parent]
+    cache = decoder.cache(1, 64)
+    decoder.chain(cache, 0, prompt)
+    found = decoder.step(cache, tokens, [0] * 6, depth=depth, sees=sees)
+    for t in range(6):
+        branch = [tokens[u] for u in range(6) if sees[t, u]]
+        close(found[t], logits_of(model, prompt + branch)[-1])
+
+
+def test_the_self_test_finds_nothing(pair: tuple[Any, Decoder]) -> None:
+    assert load.largest_difference(pair[1]) < 1e-5
+
+
+def test_the_self_test_finds_a_wrong_block() -> None:
+    config = CONFIGS["llama"]
+    decoder = Decoder(config, plain_fetch(dict(model_of(config).state_dict())), threads=2)
+    decoder.scaling *= 1.01
+    assert load.largest_difference(decoder) > load.TOLERANCE
+
+
+def test_other_families_are_not_covered() -> None:
+    assert not covers(Phi3Config(**SIZES, pad_token_id=0))
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert not covers(LlamaConfig(**SIZES, rope_parameters=dynamic))
+
+
+@pytest.mark.parametrize("store", ["bfloat16", "float16", "int8", "int4-32"])
+@pytest.mark.parametrize("name", ["llama", "llama, biases, untied", "qwen3"])
+def test_stored_small_equals_the_widened_weights(name: str, store: str) -> None:
+    config = CONFIGS[name]
+    if store.startswith("int4"):  # groups must divide every width
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+        config = type(config)(**{**config.to_dict(), **sizes})
+    model = model_of(config)
+    state = dict(model.state_dict())
+
+    def fetch(module: str) -> Packed | None:
+        weight, bias = state.get(f"{module}.weight"), state.get(f"{module}.bias")
+        if weight is None or weight.ndim == 1:
+            return plain_fetch(state)(module)
+        if store.startswith("int"):
+            bits, group = (8, None) if store == "int8" else (4, 32)
+            values, scale = quantize(weight, bits, group)
+            weight.copy_(dequantize(values, scale))
+            return pack.pack_integers(values, scale, bits, bias)
+        stored = weight.to(getattr(torch, store))
+        weight.copy_(stored.float())
+        return pack.pack_floats(stored, bias)
+
+    decoder = Decoder(config, fetch, threads=2)
+    wanted = logits_of(model, IDS)  # after fetching: the weights are as they were stored
+    cache = decoder.cache(2, 64)
+    close(decoder.chain(cache, 0, IDS)[0], wanted[-1])
+    for i, token in enumerate(IDS):
+        close(decoder.step(cache, [token], [1])[0], wanted[i])
+        cache.done[1] += 1

@@ -182,7 +182,7 @@ def _strays(path: Path, manifest: Manifest) -> list[str]:
             if file.name != "additional_chat_templates":
                 continue
             names = [f"{file.name}/{f.name}" for f in file.iterdir()]
-        elif not any(fnmatchcase(file.name, pattern) for pattern in _LOADED):
+        elif file.suffix not in CONTENT or not any(fnmatchcase(file.name, p) for p in _LOADED):
             continue
         found += [name for name in names if name not in manifest.files]
     return sorted(found)

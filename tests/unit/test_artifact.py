@@ -261,6 +261,7 @@ def test_files_of_the_users_own_are_no_part_of_an_artifact(made: Path) -> None:
     before = artifact.open_artifact(made).digest
     (made / "notes.txt").write_text("mine")
     (made / "report.json").write_text("{}")
+    (made / "chat_template.jinja.bak").write_text("{}")
     assert artifact.open_artifact(made).digest == before
 
 

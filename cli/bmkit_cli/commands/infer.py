@@ -209,7 +209,8 @@ def _write(
             reporter.warn(f"{source}:{row.line}: {row.problem}")
         first = answers.bad[0]
         more = f" (and {len(answers.bad) - 1} more)" if len(answers.bad) > 1 else ""
-        raise InputError(f"{source}:{first.line}: {first.problem}{more}; {count} others were done")
+        others = "1 other was" if count == 1 else f"{count} others were"
+        raise InputError(f"{source}:{first.line}: {first.problem}{more}; {others} done")
     if count == 0:
         raise InputError(f"{source} holds no rows", hint="it takes one JSON object a line")
 

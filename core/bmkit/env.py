@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from bmkit.errors import UsageError
@@ -128,6 +129,12 @@ def peak_rss_bytes() -> int:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def forget_peak_rss() -> None:
+    """Let the peak begin anew at what is resident now, where the system can do that."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def rss_bytes() -> int:

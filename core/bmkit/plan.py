@@ -37,6 +37,8 @@ class TensorHeader:
     shape: tuple[int, ...]
     bytes: int
     file: Path
+    start: int
+    """Where in `file` its bytes begin."""
 
     @property
     def numel(self) -> int:
@@ -148,7 +150,7 @@ def _file_headers(file: Path) -> list[TensorHeader]:
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-        tensors = [_tensor_header(name, t, file) for name, t in header.items()]
+        tensors = [_tensor_header(name, t, file, 8 + length) for name, t in header.items()]
         end = max((t["data_offsets"][1] for t in header.values()), default=0)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         raise InputError(foreign, hint="was it damaged on its way?") from None
@@ -163,14 +165,14 @@ def _file_headers(file: Path) -> list[TensorHeader]:
     return tensors
 
 
-def _tensor_header(name: str, values: dict[str, Any], file: Path) -> TensorHeader:
+def _tensor_header(name: str, values: dict[str, Any], file: Path, base: int) -> TensorHeader:
     """Read one entry of a header. Raises ValueError, TypeError or KeyError if it makes no sense."""
     dtype, shape = values["dtype"], values["shape"]
     start, end = values["data_offsets"]
     numbers = [*shape, start, end]
     if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in numbers):
         raise ValueError
-    return TensorHeader(name, dtype, tuple(shape), end - start, file)
+    return TensorHeader(name, dtype, tuple(shape), end - start, file, base + start)
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,8 @@ class Job:
     reporter: Reporter
     threads: int | None = None
     adapters: tuple[Artifact, ...] = ()
+    cpu_memory: int | None = None
+    """The budget in bytes for what comes on top of the libraries."""
 
     @property
     def checkpoint(self) -> Path:

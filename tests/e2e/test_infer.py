@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +30,24 @@ def plain(tiny_checkpoint: Path) -> tuple[Any, Any]:
 
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def wide(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint of 240 MB with the tiny one's tokenizer."""
+    import shutil
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("wide") / "wide"
+    shutil.copytree(tiny_checkpoint, path)
+    config = AutoConfig.from_pretrained(path)
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 1024, 2816, 12
+    config.head_dim, config.initializer_range = 256, 0.05
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+    return path
 
 
 def by_hand(plain: tuple[Any, Any], text: str, count: int, **options: Any) -> list[int]:
@@ -267,6 +286,49 @@ def test_out_that_is_there_is_replaced_only_by_force(
     assert "mine" in (tmp_path / "a.jsonl").read_text()
     assert bmkit(*words, "-p", "x", "--force").returncode == 0
     assert json.loads((tmp_path / "a.jsonl").read_text())["prompt"] == "x"
+
+
+@pytest.mark.parametrize("how", [(), ("--quant", "int8"), ("--quant", "int4")])
+def test_a_budget_changes_no_token_and_is_kept(
+    bmkit: Run, tmp_path: Path, wide: Path, how: tuple[str, ...]
+) -> None:
+    words = ("infer", "-m", wide, "-p", "Hi there", "--json", "--max-new-tokens", "20", "--report")
+    words = (*words, "r.json", "-s", "batch_size=1", *how)
+    free = rows_of(bmkit(*words))
+    refused = bmkit(*words, "--cpu-memory", "1MiB")
+    assert refused.returncode == 4, refused.stderr
+    smallest = re.search(r"smallest that works is --cpu-memory (\d+)MiB", refused.stderr)
+    assert smallest is not None, refused.stderr
+    budget = int(smallest[1])
+    if how:
+        return  # streaming what is rounded while loading would round it for every token
+    for limit in (budget, budget + 20, budget + 60):
+        held = bmkit(*words, "--cpu-memory", f"{limit}MiB")
+        assert rows_of(held)[0]["token_ids"] == free[0]["token_ids"]
+        report = json.loads((tmp_path / "r.json").read_text())
+        taken = report["peak_rss_bytes"] - report["rss_before_bytes"]
+        assert taken <= limit * 2**20
+        assert report["budget_bytes"]["cpu"] == limit * 2**20
+        assert "0 B a token" not in report["plan"]["steps"][0] or limit > budget
+
+
+def test_quant_equals_the_weights_that_it_rounds_to(
+    bmkit: Run, tiny: Path, plain: tuple[Any, Any]
+) -> None:
+    """int8 while loading: the same tokens as plain transformers with the rounded weights."""
+    import copy
+
+    from bmkit.nn.rounding import dequantize, quantize
+
+    model = copy.deepcopy(plain[0])
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            values, scale = quantize(parameter.data, 8)
+            parameter.data = dequantize(values, scale)
+    model.tie_weights()
+    done = bmkit("infer", "-m", "tiny", "-p", "Hi", "--raw", "--json", "--quant", "int8")
+    wanted = by_hand((model, plain[1]), "Hi", 256)
+    assert rows_of(done)[0]["token_ids"] == wanted[: wanted.index(2) + 1 if 2 in wanted else None]
 
 
 def test_the_report_says_what_it_took(bmkit: Run, tiny: Path, tmp_path: Path) -> None:

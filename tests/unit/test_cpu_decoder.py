@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,11 @@ from transformers import (
 )
 
 from bmkit.nn.rounding import dequantize, quantize
+from bmkit.runtime import family
 from bmkit.runtime.cpu import load, pack
-from bmkit.runtime.cpu.decoder import Decoder, covers, plain_fetch
+from bmkit.runtime.cpu.decoder import Decoder
 from bmkit.runtime.cpu.pack import Packed
+from bmkit.runtime.cpu.source import Fetched, Files, plain
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -84,9 +87,9 @@ IDS = torch.randint(0, 97, (40,), generator=torch.Generator().manual_seed(1)).to
 @pytest.fixture(scope="module", params=CONFIGS)
 def pair(request: pytest.FixtureRequest) -> tuple[Any, Decoder]:
     config = CONFIGS[request.param]
-    assert covers(config)
+    assert family.covers(config.to_dict())
     model = model_of(config)
-    return model, Decoder(config, plain_fetch(dict(model.state_dict())), threads=2)
+    return model, Decoder(config, plain(dict(model.state_dict())), threads=2)
 
 
 def test_one_token_after_the_other(pair: tuple[Any, Decoder]) -> None:
@@ -143,15 +146,15 @@ def test_the_self_test_finds_nothing(pair: tuple[Any, Decoder]) -> None:
 
 def test_the_self_test_finds_a_wrong_block() -> None:
     config = CONFIGS["llama"]
-    decoder = Decoder(config, plain_fetch(dict(model_of(config).state_dict())), threads=2)
+    decoder = Decoder(config, plain(dict(model_of(config).state_dict())), threads=2)
     decoder.scaling *= 1.01
     assert load.largest_difference(decoder) > load.TOLERANCE
 
 
 def test_other_families_are_not_covered() -> None:
-    assert not covers(Phi3Config(**SIZES, pad_token_id=0))
+    assert not family.covers(Phi3Config(**SIZES, pad_token_id=0).to_dict())
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    assert not covers(LlamaConfig(**SIZES, rope_parameters=dynamic))
+    assert not family.covers(LlamaConfig(**SIZES, rope_parameters=dynamic).to_dict())
 
 
 @pytest.mark.parametrize("store", ["bfloat16", "float16", "int8", "int4-32"])
@@ -167,7 +170,7 @@ def test_stored_small_equals_the_widened_weights(name: str, store: str) -> None:
     def fetch(module: str) -> Packed | None:
         weight, bias = state.get(f"{module}.weight"), state.get(f"{module}.bias")
         if weight is None or weight.ndim == 1:
-            return plain_fetch(state)(module)
+            return plain(state).fetch(module)
         if store.startswith("int"):
             bits, group = (8, None) if store == "int8" else (4, 32)
             values, scale = quantize(weight, bits, group)
@@ -177,10 +180,48 @@ def test_stored_small_equals_the_widened_weights(name: str, store: str) -> None:
         weight.copy_(stored.float())
         return pack.pack_floats(stored, bias)
 
-    decoder = Decoder(config, fetch, threads=2)
+    decoder = Decoder(config, Fetched(fetch), threads=2)
+    decoder.embed([0])
     wanted = logits_of(model, IDS)  # after fetching: the weights are as they were stored
     cache = decoder.cache(2, 64)
     close(decoder.chain(cache, 0, IDS)[0], wanted[-1])
     for i, token in enumerate(IDS):
         close(decoder.step(cache, [token], [1])[0], wanted[i])
         cache.done[1] += 1
+
+
+# --- streaming -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, biases, untied", "qwen3"])
+@pytest.mark.parametrize("store", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("resident", "parts"), [(set(), 1), (set(), 3), ({1}, 2), ({0, 2, 3}, 1), ({3, 4}, 2)]
+)
+def test_streamed_from_files_equals_resident(
+    tmp_path: Path, name: str, store: str, resident: set[int], parts: int
+) -> None:
+    config = CONFIGS[name]
+    if store == "int8":  # 48 isn't a multiple of 32: the slow way; 64 goes straight
+        config = type(config)(**{**config.to_dict(), "hidden_size": 64, "head_dim": 16})
+    model = model_of(config).to(torch.float32 if store == "float32" else torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    quant = "int8" if store == "int8" else None
+    sources = [Files(tmp_path, quant=quant) for _ in range(2)]
+    whole = Decoder(config, sources[0], threads=2)
+    streamed = Decoder(config, sources[1], threads=2, resident=resident, head_parts=parts)
+    assert load.largest_difference(streamed) < 1e-5  # reading ahead goes on meanwhile
+    found = []
+    for decoder in (whole, streamed):
+        cache = decoder.cache(1, 64)
+        logits = [decoder.chain(cache, 0, IDS[:20])]
+        for token in IDS[20:30]:
+            logits.append(decoder.step(cache, [token]))
+            cache.done[0] += 1
+        logits.append(decoder.chain(cache, 0, IDS[30:]))
+        found.append(np.concatenate(logits))
+    np.testing.assert_array_equal(found[0], found[1])
+    if quant is None:
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+        close(found[0][-1], logits_of(loaded, IDS)[-1])
+    streamed.store.close()

@@ -51,13 +51,16 @@ def test_products_equal_numpys(
     weight[0] = 0  # a row that pruning has emptied
     bias = torch.randn(rows, generator=generator) if with_bias else None
     matrix, wanted = packed(weight, store, bias)
-    plan = pack.lay_out([None, matrix])
-    slab = plan.fill()
+    plan = pack.lay_out([None, matrix.shape])
+    slab = pack.empty_slab(plan.bytes)
+    plan.write(slab, 1, matrix)
     assert slab.ctypes.data % 64 == 0
-    x = np.zeros((tokens, matrix.width), np.float32)
+    x = np.zeros((tokens, matrix.shape.width), np.float32)
     x[:, :inputs] = torch.randn(tokens, inputs, generator=generator).numpy()
-    y = np.full((tokens, rows), np.nan, np.float32)
-    block.product(block.ADDRESS, slab, plan.table[1], x, y, threads)
+    y = np.full((tokens, rows + 3), np.nan, np.float32)
+    block.product(block.ADDRESS, slab, plan.table[1], x, y, 2, threads)
+    assert np.isnan(y[:, [0, 1, -1]]).all(), "only the columns of this matrix are written"
+    y = y[:, 2:-1]
     right = x[:, :inputs].astype(np.float64) @ wanted.T.astype(np.float64)
     if bias is not None:
         right += bias.numpy()

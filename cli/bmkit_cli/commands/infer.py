@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, Literal
 
 import typer
 
@@ -57,6 +57,10 @@ def infer(
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")
     ] = None,
+    quant: Annotated[
+        Literal["int8", "int4"] | None,
+        typer.Option("--quant", help="Round weights while they are loaded, for this run."),
+    ] = None,
     assign: SetOpt = None,
     device: DeviceOpt = None,
     seed: SeedOpt = None,
@@ -103,7 +107,12 @@ def infer(
         gpu_memory=gpu_memory,
         cpu_memory=cpu_memory,
         adapters=tuple(adapter or ()),
-        flags={"system": system, "raw": raw or None, "max_new_tokens": max_new_tokens},
+        flags={
+            "system": system,
+            "raw": raw or None,
+            "max_new_tokens": max_new_tokens,
+            "quant": quant,
+        },
     )
     checked = stages.check(request)
     request = replace(checked, model=session.model_path(model))

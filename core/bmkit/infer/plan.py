@@ -2,8 +2,48 @@
 
 from __future__ import annotations
 
+from bmkit.env import format_bytes
+from bmkit.errors import RecipeError
 from bmkit.infer.recipe import InferRecipe
-from bmkit.plan import RUNTIME_BYTES, Estimate, Job, Peak, read_headers
+from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers
+from bmkit.runtime import budget, family
+from bmkit.runtime.budget import Placement
+
+PROMPT_TOKENS = 512
+"""Tokens of a prompt that are planned for; a longer one takes more, where there is no budget."""
+
+
+def placement(job: Job, headers: Headers) -> Placement | None:
+    """Say where the model's weights will be, if it runs packed on the CPU; else None.
+
+    Raises ResourceError for a budget that can't work, RecipeError for `quant` elsewhere.
+    """
+    recipe = job.recipe
+    assert isinstance(recipe, InferRecipe)  # the registry pairs recipe and plan
+    packed = (
+        recipe.device == "cpu"
+        and recipe.dtype in {"auto", "float32"}
+        and not job.base
+        and not job.adapters
+        and family.covers(headers.config)
+    )
+    if not packed:
+        if recipe.quant:
+            raise RecipeError(
+                "quant: works on the CPU, for models of the families "
+                f"{', '.join(family.FAMILY)}, without adapters",
+                hint="elsewhere, compress the model first: bmkit compress int8",
+            )
+        return None
+    context = int(headers.config.get("max_position_embeddings") or 2**20)
+    tokens = min(recipe.max_new_tokens + PROMPT_TOKENS, context)
+    return budget.place(
+        headers,
+        rows=recipe.batch_size,
+        tokens=tokens,
+        budget=job.cpu_memory,
+        quant=recipe.quant,
+    )
 
 
 def estimate(job: Job) -> Estimate:
@@ -11,6 +51,21 @@ def estimate(job: Job) -> Estimate:
     recipe = job.recipe
     assert isinstance(recipe, InferRecipe)  # the registry pairs recipe and plan
     headers = read_headers(job.checkpoint)
+    draw = "draw tokens at random" if recipe.sampled else "take the likeliest token"
+    if (found := placement(job, headers)) is not None:
+        kept = len(found.resident)
+        steps = [
+            f"load {headers.dense_numel} parameters, packed: {kept} of {len(found.units)} units "
+            f"resident, {format_bytes(found.streamed_bytes)} a token read from disk",
+            draw,
+        ]
+        return Estimate(steps, Peak(RUNTIME_BYTES + found.peak_bytes, 0, 0))
+    return _dense(job, headers, draw)
+
+
+def _dense(job: Job, headers: Headers, draw: str) -> Estimate:
+    recipe = job.recipe
+    assert isinstance(recipe, InferRecipe)  # as above
     config = headers.config
     on_gpu = recipe.device != "cpu"
     width = 2 if "16" in recipe.dtype or (recipe.dtype == "auto" and on_gpu) else 4
@@ -26,7 +81,7 @@ def estimate(job: Job) -> Estimate:
     weights = width * headers.dense_numel
     steps = [f"load {headers.dense_numel} parameters, {8 * width} bits each"]
     steps += [f"attach {a.path}" for a in (*([job.model] if job.base else []), *job.adapters)]
-    steps.append("draw tokens at random" if recipe.sampled else "take the likeliest token")
+    steps.append(draw)
     largest = max((t.bytes for t in headers.tensors), default=0)
     need = weights + cache + logits
     if on_gpu:

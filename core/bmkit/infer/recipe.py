@@ -39,6 +39,11 @@ class InferRecipe(Recipe):
     stop_strings: list[str] = Field(default=[], description="The answer ends before any of these.")
     system: str | None = Field(default=None, description="A system prompt for every chat.")
     raw: bool = Field(default=False, description="Send prompts as they are, without chat template.")
+    quant: Literal["int8", "int4"] | None = Field(
+        default=None,
+        description="Round weights while they are loaded, for this run: int8 with a scale a row, "
+        "int4 with one per 64 inputs; embedding and head to int8 in both.",
+    )
     batch_size: int = Field(default=8, ge=1, description="Prompts that are answered together.")
 
     @property

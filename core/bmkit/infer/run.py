@@ -14,9 +14,10 @@ from bmkit import env
 from bmkit import model as models
 from bmkit.data import chat, rows
 from bmkit.data.rows import BadRow, Row
-from bmkit.errors import InputError
+from bmkit.errors import InputError, ResourceError
+from bmkit.infer.plan import placement
 from bmkit.infer.recipe import InferRecipe
-from bmkit.plan import Job
+from bmkit.plan import Job, read_headers
 from bmkit.runtime.generate import Answer, Generation, eos_ids, generate, plain_defaults
 
 WINDOW_BATCHES = 8
@@ -75,26 +76,30 @@ class Session:
 
     def _server(self, job: Job, config: Any) -> Any:
         """Return what answers on packed weights, where the device and the model allow it."""
-        packed = self.device.type == "cpu" and self.recipe.dtype in {"auto", "float32"}
-        if not packed or job.base or job.adapters:
+        found = placement(job, read_headers(job.checkpoint))
+        if found is None:
             return None
         from bmkit.runtime.cpu import load
         from bmkit.runtime.cpu.serve import Server
 
-        if not load.readable(job.checkpoint, config):
-            return None
         threads = torch.get_num_threads()
         load.warm(threads)
+        env.forget_peak_rss()
         self.rss_before_bytes = env.rss_bytes()
-        decoder = load.load_decoder(job.checkpoint, threads=threads)
-        if (found := load.largest_difference(decoder)) > load.TOLERANCE:
-            job.reporter.warn(
-                f"the fused blocks differ from the model's own code by {found:.1e}; not used"
-            )
+        decoder = load.load_decoder(
+            job.checkpoint, threads=threads, quant=self.recipe.quant, placement=found
+        )
+        if (difference := load.largest_difference(decoder)) > load.TOLERANCE:
+            said = f"the fused blocks differ from the model's own code by {difference:.1e}"
+            if job.cpu_memory is not None or self.recipe.quant:
+                raise ResourceError(said, hint="this model runs without budget and quant only")
+            job.reporter.warn(f"{said}; not used")
             return None
         eos = eos_ids(models.load_generation_config(job.checkpoint), self.tokenizer)
         how = self._how(self.recipe.max_new_tokens)
-        return Server(decoder, self.tokenizer, eos, how, rows=self.recipe.batch_size)
+        most = found.tokens if job.cpu_memory is not None else None
+        rows = self.recipe.batch_size
+        return Server(decoder, self.tokenizer, eos, how, rows=rows, most=most)
 
     def answer(
         self, given: Iterable[Row | BadRow], *, write: Callable[[str], None] | None = None
@@ -130,7 +135,8 @@ class Session:
         self, given: Iterable[Row | BadRow], write: Callable[[str], None] | None
     ) -> Iterator[Answered | BadRow]:
         """Answer on packed weights: rows begin and end when they can, and come back in order."""
-        self.server.rows = 1 if write else self.recipe.batch_size
+        if write:
+            self.server.rows = 1
         prompts = (self._read(number, row) for number, row in enumerate(given))
         found = self.server.answer(prompts, write=write)
         done: dict[int, Answered | BadRow] = {}

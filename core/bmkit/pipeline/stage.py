@@ -66,7 +66,9 @@ class Prepared:
         """Return what the engine gets."""
         threads = self.request.threads
         parts = (self.recipe, self.model, self.base, self.files, out, work, reporter, threads)
-        return Job(*parts, adapters=self.adapters)
+        memory = self.request.cpu_memory
+        limit = env.parse_bytes(memory) if memory else None
+        return Job(*parts, adapters=self.adapters, cpu_memory=limit)
 
 
 @dataclass(frozen=True)

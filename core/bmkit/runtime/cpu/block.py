@@ -89,11 +89,13 @@ ADDRESS: int = _rows.address
 
 
 @njit(**_parallel)
-def product(address: int, slab: Any, m: Any, x: Any, y: Any, threads: int) -> None:
-    """Put x · Wᵀ (+ bias) into `y`: x [tokens, M_WIDTH], y [tokens, M_ROWS], both float32."""
+def product(address: int, slab: Any, m: Any, x: Any, y: Any, column: int, threads: int) -> None:
+    """Put x · Wᵀ (+ bias) into `y` from `column` on: x [tokens, M_WIDTH], y [tokens, columns]."""
     count = m[M_ROWS]
     for c in prange(threads):
-        call_rows(address, slab, m, c * count // threads, (c + 1) * count // threads, x, y, 0, 0)
+        call_rows(
+            address, slab, m, c * count // threads, (c + 1) * count // threads, x, y, column, 0
+        )
 
 
 @njit(**_serial)
@@ -319,26 +321,3 @@ def block(
     for c in prange(threads):
         low, high = c * hidden // threads, (c + 1) * hidden // threads
         call_rows(address, slab, table[DOWN], low, high, inner[0], h, 0, 1)
-
-
-@njit(**_parallel)
-def head(
-    address: int,
-    h: Any,
-    slab: Any,
-    norm: Any,
-    m: Any,
-    eps: float,
-    x: Any,
-    logits: Any,
-    threads: int,
-) -> None:
-    """Write the logits [tokens, vocabulary] of `h` [tokens, hidden]: last norm, then the head."""
-    tokens, hidden = h.shape
-    for t in range(tokens):
-        normalise(h[t], slab, norm, eps, x[t, :hidden])
-    count = m[M_ROWS]
-    for c in prange(threads):
-        call_rows(
-            address, slab, m, c * count // threads, (c + 1) * count // threads, x, logits, 0, 0
-        )

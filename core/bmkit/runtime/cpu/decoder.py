@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from bmkit.runtime.cpu import block as kernels
-from bmkit.runtime.cpu.pack import Packed, lay_out, pack_floats, round_up
+from bmkit.runtime.cpu.pack import Layout, empty_slab, lay_out, round_up
+from bmkit.runtime.cpu.source import Source
+from bmkit.runtime.cpu.store import Store
 
-FAMILY = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types whose blocks are these, bias or none, query and key norms or none, window or none."""
 ACTIVATIONS = {
     "silu": kernels.SILU,
     "swish": kernels.SILU,
@@ -41,17 +41,6 @@ NAMES = {
 }
 """The modules of a block by what transformers calls them, in the order of the table."""
 
-Fetch = Callable[[str], Packed | None]
-
-
-@dataclass
-class Layer:
-    """One block: its slab, where its matrices lie in it, and its numbers."""
-
-    slab: np.ndarray
-    table: np.ndarray
-    numbers: np.ndarray
-
 
 class Cache:
     """Keys and values of several sequences, `slots` tokens each at most; `done` says how many."""
@@ -68,82 +57,75 @@ class Cache:
         return int(self.keys.shape[3])
 
 
-def covers(config: Any) -> bool:
-    """Tell whether a checkpoint of this config can run here."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type", "default")} if "rope_type" in rope else {"default"}
-    return (
-        config.model_type in FAMILY
-        and getattr(config, "hidden_act", None) in ACTIVATIONS
-        and kinds <= {"default", "llama3", "linear", "yarn"}
-    )
-
-
 class Decoder:
-    """The model, its weights fetched by name; see `covers` for what it can be."""
+    """The model: what it computes is here, where its weights are is the store's matter.
 
-    def __init__(self, config: Any, fetch: Fetch, *, threads: int) -> None:
-        self.config, self.threads = config, threads
-        heads = config.num_attention_heads
-        self.kv = getattr(config, "num_key_value_heads", None) or heads
-        self.heads = heads
+    Its units are its blocks, then its head in `head_parts` parts. `resident` are the units to keep;
+    all if not given.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        source: Source,
+        *,
+        threads: int,
+        resident: set[int] | None = None,
+        head_parts: int = 1,
+    ) -> None:
+        self.config, self.source, self.threads = config, source, threads
+        self.heads = config.num_attention_heads
+        self.kv = getattr(config, "num_key_value_heads", None) or self.heads
         self.hidden = config.hidden_size
-        self.dim = getattr(config, "head_dim", None) or self.hidden // heads
+        self.dim = getattr(config, "head_dim", None) or self.hidden // self.heads
         self.inner = config.intermediate_size
         self.eps = float(config.rms_norm_eps)
         self.scaling = float(self.dim**-0.5)
         self.rotary = _rotary(config)
-        self.layers = [self._layer(i, fetch) for i in range(config.num_hidden_layers)]
-        tied = bool(getattr(config, "tie_word_embeddings", False))
-        embedding, last = fetch("model.embed_tokens"), fetch("model.norm")
-        out = None if tied else fetch("lm_head")
-        assert embedding is not None  # every checkpoint of the family has one
-        ends = lay_out([embedding, last, out or embedding if not tied else None])
-        self.end_table = ends.table
-        if tied:
-            self.end_table[2] = self.end_table[0]
-        self.ends = ends.fill()
-        self.vocabulary = int(self.end_table[2, kernels.M_ROWS])
+        self.blocks = config.num_hidden_layers
+        self.depth = self.blocks  # how many of them a pass goes through: fewer in the self-test
+        self.numbers = [self._numbers(i) for i in range(self.blocks)]
+        self.last_norm = lay_out([source.shape("model.norm")])
+        self.norm_slab = empty_slab(self.last_norm.bytes)
+        source.write("model.norm", self.last_norm, 0, self.norm_slab)
+        self.layouts = layouts(config, source, head_parts)
+        self.vocabulary = sum(layout.rows for layout in self.layouts[self.blocks :])
+        chosen = set(range(len(self.layouts))) if resident is None else resident
+        self.store = Store(self.layouts, self._load, resident=chosen)
         self._scratch: dict[int, tuple[np.ndarray, ...]] = {}
 
-    def _layer(self, i: int, fetch: Fetch) -> Layer:
-        plan = lay_out([fetch(f"model.layers.{i}.{name}") for name in NAMES])
+    def _load(self, unit: int, slab: np.ndarray) -> None:
+        if unit < self.blocks:
+            for row, name in enumerate(NAMES):
+                if self.layouts[unit].shapes[row] is not None:
+                    whole = f"model.layers.{unit}.{name}"
+                    self.source.write(whole, self.layouts[unit], row, slab)
+            return
+        low = sum(layout.rows for layout in self.layouts[self.blocks : unit])
+        self.source.write_rows(head_name(self.config), low, self.layouts[unit], slab)
+
+    def _numbers(self, i: int) -> np.ndarray:
         kinds = getattr(self.config, "layer_types", None)
         sliding = kinds is None or kinds[i] == "sliding_attention"
         window = getattr(self.config, "sliding_window", None) if sliding else None
         if not getattr(self.config, "use_sliding_window", True):
             window = None
-        numbers = np.array(
-            [
-                self.heads,
-                self.kv,
-                self.dim,
-                self.dim,
-                window or 0,
-                ACTIVATIONS[self.config.hidden_act],
-            ],
-            np.int64,
-        )
-        table = plan.table
-        return Layer(plan.fill(), table, numbers)
+        activation = ACTIVATIONS[self.config.hidden_act]
+        numbers = (self.heads, self.kv, self.dim, self.dim, window or 0, activation)
+        return np.array(numbers, np.int64)
 
     @property
     def bytes_a_token(self) -> int:
         """Return the bytes of weights that one decode step reads."""
-        row = self.end_table[2]
-        head = row[kernels.M_ROWS] * (row[kernels.M_ROW_BYTES] + row[kernels.M_SCALE_BYTES])
-        return sum(layer.slab.nbytes for layer in self.layers) + int(head)
+        return sum(layout.bytes for layout in self.layouts)
 
     def cache(self, sequences: int, slots: int) -> Cache:
         """Return an empty cache."""
-        return Cache(len(self.layers), sequences, self.kv, slots, self.dim)
+        return Cache(self.config.num_hidden_layers, sequences, self.kv, slots, self.dim)
 
     def embed(self, ids: Sequence[int]) -> np.ndarray:
         """Return the embeddings [tokens, hidden]."""
-        h = np.empty((len(ids), self.hidden), np.float32)
-        for row, token in zip(h, ids, strict=True):
-            kernels.unpack(self.ends, self.end_table[0], token, row)
-        return h
+        return np.ascontiguousarray(self.source.rows("model.embed_tokens", ids))
 
     def angles(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return cos and sin [tokens, dim] of the rotations at `positions`."""
@@ -220,37 +202,45 @@ class Decoder:
         cos, sin = self.angles(position)
         x, heads, mixed, inner, _ = self._space(len(h))
         scores = np.empty((self.threads, cache.slots + len(h)), np.float32)
-        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            kernels.block(
-                kernels.ADDRESS,
-                h,
-                layer.slab,
-                layer.table,
-                layer.numbers,
-                self.eps,
-                self.scaling,
-                keys,
-                values,
-                sequence,
-                slot,
-                cache.done,
-                position,
-                sees,
-                cos,
-                sin,
-                x,
-                heads,
-                mixed,
-                inner,
-                scores,
-                self.threads,
-            )
+        for i in range(self.depth):
+            with self.store.use(i) as slab:
+                kernels.block(
+                    kernels.ADDRESS,
+                    h,
+                    slab,
+                    self.layouts[i].table,
+                    self.numbers[i],
+                    self.eps,
+                    self.scaling,
+                    cache.keys[i],
+                    cache.values[i],
+                    sequence,
+                    slot,
+                    cache.done,
+                    position,
+                    sees,
+                    cos,
+                    sin,
+                    x,
+                    heads,
+                    mixed,
+                    inner,
+                    scores,
+                    self.threads,
+                )
         return h
 
     def _head(self, h: np.ndarray, logits: np.ndarray) -> None:
         x = np.zeros((len(h), round_up(self.hidden)), np.float32)
-        norm, out = self.end_table[1], self.end_table[2]
-        kernels.head(kernels.ADDRESS, h, self.ends, norm, out, self.eps, x, logits, self.threads)
+        norm = self.last_norm.table[0]
+        for t in range(len(h)):
+            kernels.normalise(h[t], self.norm_slab, norm, self.eps, x[t, : self.hidden])
+        column = 0
+        for unit in range(self.blocks, len(self.layouts)):
+            m = self.layouts[unit].table[0]
+            with self.store.use(unit) as slab:
+                kernels.product(kernels.ADDRESS, slab, m, x, logits, column, self.threads)
+            column += int(m[kernels.M_ROWS])
 
     def _space(self, tokens: int) -> tuple[np.ndarray, ...]:
         if tokens not in self._scratch:
@@ -264,45 +254,39 @@ class Decoder:
             )
         return self._scratch[tokens]
 
-    def _dense(self, layer: Layer, which: int, inputs: int) -> Tensor:
-        m = layer.table[which]
+    def _dense(self, unit: int, slab: np.ndarray, which: int, inputs: int) -> Tensor:
+        m = self.layouts[unit].table[which]
         out = np.empty((int(m[kernels.M_ROWS]), inputs), np.float32)
-        kernels.unpack_rows(layer.slab, m, 0, out, self.threads)
+        kernels.unpack_rows(slab, m, 0, out, self.threads)
         return torch.from_numpy(out)
+
+    def _floats(self, unit: int, slab: np.ndarray, which: int, part: int) -> Tensor:
+        """Return the float32 values of a norm (part 0) or a bias (part 2)."""
+        return torch.from_numpy(self.layouts[unit].part(slab, which, part).view(np.float32))
 
     def state(self, layers: int) -> dict[str, Tensor]:
         """Return the first layers' weights, unpacked, by transformers' names of the base model."""
         found = {}
-        for i, layer in enumerate(self.layers[:layers]):
-            for name, which in NAMES.items():
-                m = layer.table[which]
-                if m[kernels.M_KIND] < 0:
-                    continue
-                whole = self._dense(layer, which, self._inputs(which))
-                found[f"layers.{i}.{name}.weight"] = whole if m[kernels.M_ROWS] > 1 else whole[0]
-                if m[kernels.M_BIAS] >= 0:
-                    at, count = m[kernels.M_BIAS], m[kernels.M_ROWS]
-                    bias = layer.slab[at : at + 4 * count].view(np.float32)
-                    found[f"layers.{i}.{name}.bias"] = torch.from_numpy(bias)
+        for i in range(layers):
+            with self.store.use(i) as slab:
+                for name, which in NAMES.items():
+                    shape = self.layouts[i].shapes[which]
+                    if shape is None:
+                        continue
+                    whole = self._dense(i, slab, which, shape.inputs)
+                    found[f"layers.{i}.{name}.weight"] = whole if "proj" in name else whole[0]
+                    if shape.bias:
+                        found[f"layers.{i}.{name}.bias"] = self._floats(i, slab, which, 2).clone()
         return found
 
-    def _inputs(self, which: int) -> int:
-        if which in (kernels.NORM_Q, kernels.NORM_K):
-            return int(self.dim)
-        widths = {kernels.OUT: self.heads * self.dim, kernels.DOWN: self.inner}
-        return int(widths.get(which, self.hidden))
+    def _linear(self, unit: int, slab: np.ndarray, which: int, x: Tensor) -> Tensor:
+        shape = self.layouts[unit].shapes[which]
+        assert shape is not None  # every block has its projections
+        bias = self._floats(unit, slab, which, 2) if shape.bias else None
+        return functional.linear(x, self._dense(unit, slab, which, shape.inputs), bias)
 
-    def _linear(self, layer: Layer, which: int, x: Tensor) -> Tensor:
-        m = layer.table[which]
-        bias = None
-        if m[kernels.M_BIAS] >= 0:
-            at, count = m[kernels.M_BIAS], m[kernels.M_ROWS]
-            bias = torch.from_numpy(layer.slab[at : at + 4 * count].view(np.float32))
-        return functional.linear(x, self._dense(layer, which, x.shape[-1]), bias)
-
-    def _norm(self, layer: Layer, which: int, x: Tensor) -> Tensor:
-        at = layer.table[which, kernels.M_WEIGHTS]
-        weight = torch.from_numpy(layer.slab[at : at + 4 * x.shape[-1]].view(np.float32))
+    def _norm(self, unit: int, slab: np.ndarray, which: int, x: Tensor) -> Tensor:
+        weight = self._floats(unit, slab, which, 0)[: x.shape[-1]]
         return functional.rms_norm(x, (x.shape[-1],), weight, self.eps)
 
     @torch.inference_mode()
@@ -312,28 +296,43 @@ class Decoder:
         h = torch.from_numpy(embeddings)
         positions = np.arange(start, start + count)
         cos, sin = (torch.from_numpy(a)[:, None] for a in self.angles(positions))
-        for layer, all_keys, all_values in zip(self.layers, cache.keys, cache.values, strict=True):
-            x = self._norm(layer, kernels.NORM_1, h)
-            q, k, v = (
-                self._linear(layer, i, x).view(count, -1, self.dim)
-                for i in (kernels.Q, kernels.K, kernels.V)
-            )
-            if layer.table[kernels.NORM_Q, kernels.M_KIND] >= 0:
-                q = self._norm(layer, kernels.NORM_Q, q)
-                k = self._norm(layer, kernels.NORM_K, k)
-            q, k = q * cos + _turned(q) * sin, k * cos + _turned(k) * sin
-            keys = torch.from_numpy(all_keys[sequence])
-            values = torch.from_numpy(all_values[sequence])
-            keys[:, start : start + count] = k.transpose(0, 1)
-            values[:, start : start + count] = v.transpose(0, 1)
-            mixed = self._sdpa(q, keys, values, start, int(layer.numbers[kernels.N_WINDOW]))
-            h = h + self._linear(layer, kernels.OUT, mixed.reshape(count, -1))
-            x = self._norm(layer, kernels.NORM_2, h)
-            gate = self._linear(layer, kernels.GATE, x)
-            inner = _ACTIVATE[int(layer.numbers[kernels.N_ACTIVATION])](gate)
-            inner = inner * self._linear(layer, kernels.UP, x)
-            h = h + self._linear(layer, kernels.DOWN, inner)
+        for i in range(self.depth):
+            with self.store.use(i) as slab:
+                h = self._many_block(i, slab, h, cache, sequence, start, cos, sin)
         return h.numpy()
+
+    def _many_block(
+        self,
+        i: int,
+        slab: np.ndarray,
+        h: Tensor,
+        cache: Cache,
+        sequence: int,
+        start: int,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:
+        count = len(h)
+        x = self._norm(i, slab, kernels.NORM_1, h)
+        q, k, v = (
+            self._linear(i, slab, which, x).view(count, -1, self.dim)
+            for which in (kernels.Q, kernels.K, kernels.V)
+        )
+        if self.layouts[i].shapes[kernels.NORM_Q] is not None:
+            q = self._norm(i, slab, kernels.NORM_Q, q)
+            k = self._norm(i, slab, kernels.NORM_K, k)
+        q, k = q * cos + _turned(q) * sin, k * cos + _turned(k) * sin
+        keys = torch.from_numpy(cache.keys[i, sequence])
+        values = torch.from_numpy(cache.values[i, sequence])
+        keys[:, start : start + count] = k.transpose(0, 1)
+        values[:, start : start + count] = v.transpose(0, 1)
+        mixed = self._sdpa(q, keys, values, start, int(self.numbers[i][kernels.N_WINDOW]))
+        h = h + self._linear(i, slab, kernels.OUT, mixed.reshape(count, -1))
+        x = self._norm(i, slab, kernels.NORM_2, h)
+        gate = self._linear(i, slab, kernels.GATE, x)
+        inner = _ACTIVATE[int(self.numbers[i][kernels.N_ACTIVATION])](gate)
+        inner = inner * self._linear(i, slab, kernels.UP, x)
+        return h + self._linear(i, slab, kernels.DOWN, inner)
 
     def _sdpa(self, q: Tensor, keys: Tensor, values: Tensor, start: int, window: int) -> Tensor:
         """Attend from `q` [tokens, heads, dim] to all that is in the cache, causally."""
@@ -378,15 +377,20 @@ def _rotary(config: Any) -> Any:
     return LlamaRotaryEmbedding(config=config)
 
 
-def plain_fetch(tensors: dict[str, Tensor]) -> Fetch:
-    """Return a fetch of float tensors by module name."""
+def head_name(config: Any) -> str:
+    """Return the module whose rows make the logits."""
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    return "model.embed_tokens" if tied else "lm_head"
 
-    def fetch(name: str) -> Packed | None:
-        weight = tensors.get(f"{name}.weight")
-        if weight is None:
-            return None
-        if weight.ndim == 1:
-            return pack_floats(weight.float()[None])
-        return pack_floats(weight, tensors.get(f"{name}.bias"))
 
-    return fetch
+def layouts(config: Any, source: Source, head_parts: int = 1) -> list[Layout]:
+    """Lay out the units of a model: its blocks, then its head in parts of rows."""
+    found = []
+    for i in range(config.num_hidden_layers):
+        found.append(lay_out([source.shape(f"model.layers.{i}.{name}") for name in NAMES]))
+    whole = source.shape(head_name(config))
+    assert whole is not None  # `load` has looked
+    for part in range(head_parts):
+        low, high = part * whole.rows // head_parts, (part + 1) * whole.rows // head_parts
+        found.append(lay_out([replace(whole, rows=high - low)]))
+    return found

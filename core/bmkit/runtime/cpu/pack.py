@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,38 +14,65 @@ from bmkit.runtime.cpu.dots import BFLOAT16, FLOAT32, INT4, INT8
 ALIGN = 64
 PAD = 32
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT32}
-
-
-@dataclass(frozen=True)
-class Packed:
-    """One matrix [rows, inputs], its inputs padded with zeros to a multiple of 32."""
-
-    kind: int
-    inputs: int
-    data: np.ndarray  # uint8 [rows, bytes of a row]
-    scales: np.ndarray | None = None  # float32 [rows, groups]
-    group: int = PAD
-    bias: np.ndarray | None = None  # float32 [rows]
-
-    @property
-    def rows(self) -> int:
-        """Return the number of rows."""
-        return len(self.data)
-
-    @property
-    def width(self) -> int:
-        """Return the inputs, padded."""
-        return round_up(self.inputs)
-
-    @property
-    def parts(self) -> list[np.ndarray]:
-        """Return the arrays to be placed: data, scales, bias, as far as they are there."""
-        return [part for part in (self.data, self.scales, self.bias) if part is not None]
+BITS = {FLOAT32: 32, BFLOAT16: 16, INT8: 8, INT4: 4}
 
 
 def round_up(count: int, step: int = PAD) -> int:
     """Return the next multiple of `step`."""
     return -(-count // step) * step
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What must be known of a matrix [rows, inputs] to find a place for it."""
+
+    kind: int
+    rows: int
+    inputs: int
+    group: int | None = None
+    """Inputs that share a scale; None: all of a row."""
+    bias: bool = False
+
+    @property
+    def width(self) -> int:
+        """Return the inputs, padded to a multiple of 32."""
+        return round_up(self.inputs)
+
+    @property
+    def row_bytes(self) -> int:
+        """Return the bytes of a row's weights."""
+        return self.width * BITS[self.kind] // 8
+
+    @property
+    def groups(self) -> int:
+        """Return the scales of a row, 0 for floats."""
+        if self.kind not in {INT8, INT4}:
+            return 0
+        return 1 if self.group is None else self.inputs // self.group
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Return the bytes of weights, scales and bias."""
+        return (
+            self.rows * self.row_bytes,
+            4 * self.rows * self.groups,
+            4 * self.rows if self.bias else 0,
+        )
+
+    @property
+    def readable(self) -> bool:
+        """Tell whether the kernels can read groups of this size."""
+        return self.group is None or (self.group % PAD == 0 and self.inputs % self.group == 0)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix as it goes into a slab."""
+
+    shape: Shape
+    data: np.ndarray  # uint8 [rows, row_bytes]
+    scales: np.ndarray | None = None  # float32 [rows, groups]
+    bias: np.ndarray | None = None  # float32 [rows]
 
 
 def pack_floats(weight: Tensor, bias: Tensor | None = None) -> Packed:
@@ -57,8 +84,8 @@ def pack_floats(weight: Tensor, bias: Tensor | None = None) -> Packed:
     if inputs % PAD:
         padded = weight.new_zeros(out, round_up(inputs))
         padded[:, :inputs] = weight
-    data = padded.view(torch.uint8).numpy()
-    return Packed(KINDS[weight.dtype], inputs, data, bias=_floats(bias))
+    shape = Shape(KINDS[weight.dtype], out, inputs, bias=bias is not None)
+    return Packed(shape, padded.view(torch.uint8).numpy(), bias=_floats(bias))
 
 
 def pack_integers(
@@ -70,66 +97,81 @@ def pack_integers(
     """
     out, inputs = values.shape
     groups = scale.shape[1]
-    group = inputs // groups if groups > 1 else round_up(inputs)
-    if group % PAD or bits not in (4, 8):
+    group = inputs // groups if groups > 1 else None
+    shape = Shape(INT8 if bits == 8 else INT4, out, inputs, group, bias is not None)
+    if not shape.readable or bits not in (4, 8):
         return None
-    padded = torch.zeros(out, round_up(inputs), dtype=torch.int8)
-    padded[:, :inputs] = values
+    padded = values
+    if inputs % PAD:
+        padded = torch.zeros(out, round_up(inputs), dtype=torch.int8)
+        padded[:, :inputs] = values
     if bits == 4:
         halves = (padded + 8).view(torch.uint8).reshape(out, -1, 2, PAD // 2)
         padded = (halves[:, :, 0] | (halves[:, :, 1] << 4)).reshape(out, -1)
-    scales = scale.float().contiguous().numpy()
     data = padded.contiguous().view(torch.uint8).numpy()
-    return Packed(INT8 if bits == 8 else INT4, inputs, data, scales, group, _floats(bias))
+    return Packed(shape, data, scale.float().contiguous().numpy(), _floats(bias))
 
 
 def _floats(bias: Tensor | None) -> np.ndarray | None:
     return None if bias is None else bias.detach().float().contiguous().numpy()
 
 
-@dataclass
-class Slab:
-    """Matrices laid out one after the other, and the table that says where each lies."""
+@dataclass(frozen=True)
+class Layout:
+    """Where in a slab each of several matrices lies."""
 
-    table: np.ndarray  # int64 [matrices, MATRIX_NUMBERS]
+    shapes: tuple[Shape | None, ...]
+    table: np.ndarray  # int64 [matrices, MATRIX_NUMBERS]; kind -1 where there is none
     bytes: int
-    parts: list[tuple[int, np.ndarray]] = field(default_factory=list)
 
-    def fill(self) -> np.ndarray:
-        """Allocate the slab, copy the matrices in, and let go of them."""
-        whole = np.empty(self.bytes + ALIGN, np.uint8)
-        start = -whole.ctypes.data % ALIGN
-        slab: np.ndarray = whole[start : start + self.bytes]
-        slab[:] = 0
-        for at, part in self.parts:
-            flat = part.reshape(-1).view(np.uint8)
-            slab[at : at + flat.size] = flat
-        self.parts = []
-        return slab
+    @property
+    def rows(self) -> int:
+        """Return the rows of the first matrix."""
+        return int(self.table[0, 4])
+
+    def part(self, slab: np.ndarray, row: int, which: int) -> np.ndarray:
+        """Return the bytes of a matrix's weights (0), scales (1) or bias (2) in `slab`."""
+        shape = self.shapes[row]
+        assert shape is not None  # nobody writes what isn't there
+        start = int(self.table[row, 1 + which])
+        view: np.ndarray = slab[start : start + shape.sizes[which]]
+        return view
+
+    def write(self, slab: np.ndarray, row: int, matrix: Packed) -> None:
+        """Copy a matrix to its place."""
+        for which, part in enumerate((matrix.data, matrix.scales, matrix.bias)):
+            if part is not None:
+                self.part(slab, row, which)[:] = part.reshape(-1).view(np.uint8)
 
 
-def lay_out(matrices: Sequence[Packed | None]) -> Slab:
-    """Plan a slab of `matrices`; one that is None gets the kind -1."""
-    slab = Slab(np.full((len(matrices), 9), -1, np.int64), 0)
-    for row, matrix in zip(slab.table, matrices, strict=True):
-        if matrix is None:
+def lay_out(shapes: Sequence[Shape | None]) -> Layout:
+    """Plan a slab of matrices one after the other, each part on a multiple of 64 bytes."""
+    table = np.full((len(shapes), 9), -1, np.int64)
+    end = 0
+    for row, shape in zip(table, shapes, strict=True):
+        if shape is None:
             continue
         places = []
-        for part in matrix.parts:
-            places.append(slab.bytes)
-            slab.parts.append((slab.bytes, part))
-            slab.bytes = round_up(slab.bytes + part.nbytes, ALIGN)
-        scales = 4 * matrix.scales.shape[1] if matrix.scales is not None else 0
-        bias = places[-1] if matrix.bias is not None else -1
+        for size in shape.sizes:
+            places.append(end)
+            end = round_up(end + size, ALIGN)
         row[:] = (
-            matrix.kind,
+            shape.kind,
             places[0],
-            places[1] if scales else 0,
-            bias,
-            matrix.rows,
-            matrix.width,
-            matrix.group,
-            matrix.data.shape[1],
-            scales,
+            places[1],
+            places[2] if shape.bias else -1,
+            shape.rows,
+            shape.width,
+            shape.width if shape.group is None else shape.group,
+            shape.row_bytes,
+            4 * shape.groups,
         )
+    return Layout(tuple(shapes), table, end)
+
+
+def empty_slab(size: int) -> np.ndarray:
+    """Return `size` bytes that begin on a multiple of 64."""
+    whole = np.empty(size + ALIGN, np.uint8)
+    start = -whole.ctypes.data % ALIGN
+    slab: np.ndarray = whole[start : start + size]
     return slab

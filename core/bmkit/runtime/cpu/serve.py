@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessorList
 
-from bmkit.errors import InputError
+from bmkit.errors import InputError, ResourceError
 from bmkit.runtime import sampling
 from bmkit.runtime.cpu.decoder import Cache, Decoder
 from bmkit.runtime.generate import Answer, Generation
@@ -45,16 +47,35 @@ class _Ahead:
 
     def __init__(self, source: Iterable[Any], size: int) -> None:
         self.queue: queue.Queue[Any] = queue.Queue(size)
-        self.over = False
-        threading.Thread(target=self._read, args=(source,), daemon=True).start()
+        self.over = self.stopped = False
+        self.reader = threading.Thread(target=self._read, args=(source,), daemon=True)
+        self.reader.start()
+        atexit.register(self.stop)
 
     def _read(self, source: Iterable[Any]) -> None:
         try:
             for item in source:
-                self.queue.put(item)
-            self.queue.put(_END)
+                self._put(item)
+                if self.stopped:
+                    return
+            self._put(_END)
         except BaseException as exc:
-            self.queue.put(exc)
+            self._put(exc)
+
+    def _put(self, item: Any) -> None:
+        while not self.stopped:
+            with suppress(queue.Full):
+                self.queue.put(item, timeout=0.1)
+                return
+
+    def stop(self) -> None:
+        """End the thread, unless it waits for its source: then it holds nothing and may be left.
+
+        One that is in a library's code when Python ends would abort the process.
+        """
+        self.stopped = True
+        self.reader.join(0.5)
+        atexit.unregister(self.stop)
 
     def next(self, *, wait: bool) -> Any:
         """Return the next item; None if there is none yet (without `wait`) or no more."""
@@ -77,10 +98,17 @@ class Server:
     """A decoder, a tokenizer, and how to answer."""
 
     def __init__(
-        self, decoder: Decoder, tokenizer: Any, eos: Sequence[int], how: Generation, *, rows: int
+        self,
+        decoder: Decoder,
+        tokenizer: Any,
+        eos: Sequence[int],
+        how: Generation,
+        *,
+        rows: int,
+        most: int | None = None,
     ) -> None:
         self.decoder, self.tokenizer, self.eos, self.how = decoder, tokenizer, set(eos), how
-        self.rows = rows
+        self.rows, self.most = rows, most
         self.context: int | None = getattr(decoder.config, "max_position_embeddings", None)
 
     def answer(
@@ -113,6 +141,7 @@ class Server:
                     active[place] = row
             if not active:
                 if source.over:
+                    source.stop()
                     return
                 continue
             assert cache is not None  # an active row has one
@@ -150,6 +179,13 @@ class Server:
         """Return a cache of at least `slots`, with what the old one held."""
         if cache is not None and cache.slots >= slots:
             return cache
+        if self.most is not None:
+            if slots > self.most:
+                raise ResourceError(
+                    f"--cpu-memory was planned for {self.most} tokens a row, this one has {slots}",
+                    hint="lower --max-new-tokens, or run without the budget",
+                )
+            slots = self.most  # so that it never grows: two caches at once would be too much
         larger = self.decoder.cache(self.rows, -(-slots // 64) * 64)
         if cache is not None:
             larger.keys[:, :, :, : cache.slots] = cache.keys

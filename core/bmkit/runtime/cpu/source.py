@@ -1,0 +1,289 @@
+"""Where a decoder's matrices come from: files read piece by piece, or tensors at hand."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bmkit.errors import InputError
+from bmkit.nn.rounding import quantize
+from bmkit.plan import Headers, TensorHeader, read_headers
+from bmkit.runtime.cpu import pack
+from bmkit.runtime.cpu.dots import BFLOAT16, FLOAT32, INT8
+from bmkit.runtime.cpu.pack import Layout, Packed, Shape
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+QUANT = {"int8": (8, None), "int4": (4, 64)}
+"""Bits and group of what `quant` means; inputs that the group doesn't divide take 32."""
+
+
+class Source:
+    """Gives matrices by module name; a norm's vector is a float32 matrix of one row."""
+
+    def shape(self, name: str) -> Shape | None:
+        """Return the shape of a matrix, None if there is none of that name."""
+        raise NotImplementedError
+
+    def packed(self, name: str) -> Packed:
+        """Return a matrix that `shape` knows."""
+        raise NotImplementedError
+
+    def write(self, name: str, layout: Layout, row: int, slab: np.ndarray) -> None:
+        """Put matrix `name` into `slab`, at `row` of the layout."""
+        layout.write(slab, row, self.packed(name))
+
+    def write_rows(self, name: str, low: int, layout: Layout, slab: np.ndarray) -> None:
+        """Put the rows of `name` from `low` on into `slab`, as many as the layout's one matrix."""
+        whole, shape = self.packed(name), layout.shapes[0]
+        assert shape is not None  # by construction of the layout
+        high = low + shape.rows
+        scales = None if whole.scales is None else whole.scales[low:high]
+        bias = None if whole.bias is None else whole.bias[low:high]
+        layout.write(slab, 0, Packed(shape, whole.data[low:high], scales, bias))
+
+    def rows(self, name: str, ids: Sequence[int]) -> np.ndarray:
+        """Return rows of an embedding, unpacked: float32 [ids, inputs]."""
+        whole = self.packed(name)
+        layout = pack.lay_out([whole.shape])
+        slab = pack.empty_slab(layout.bytes)
+        layout.write(slab, 0, whole)
+        from bmkit.runtime.cpu import block
+
+        out = np.empty((len(ids), whole.shape.inputs), np.float32)
+        for row, token in zip(out, ids, strict=True):
+            block.unpack(slab, layout.table[0], token, row)
+        return out
+
+
+class Fetched(Source):
+    """A source made of a function that returns packed matrices."""
+
+    def __init__(self, fetch: Callable[[str], Packed | None]) -> None:
+        self.fetch = fetch
+        self.known: dict[str, Packed | None] = {}
+
+    def _find(self, name: str) -> Packed | None:
+        if name not in self.known:
+            self.known[name] = self.fetch(name)
+        return self.known[name]
+
+    def shape(self, name: str) -> Shape | None:
+        """Return the shape of a matrix, None if there is none of that name."""
+        found = self._find(name)
+        return found.shape if found else None
+
+    def packed(self, name: str) -> Packed:
+        """Return a matrix that `shape` knows."""
+        found = self._find(name)
+        assert found is not None  # `shape` has said so
+        return found
+
+
+def plain(tensors: dict[str, Tensor]) -> Fetched:
+    """Return a source of float tensors by transformers' names."""
+
+    def fetch(name: str) -> Packed | None:
+        weight = tensors.get(f"{name}.weight")
+        if weight is None:
+            return None
+        if weight.ndim == 1:
+            return pack.pack_floats(weight.float()[None])
+        return pack.pack_floats(weight, tensors.get(f"{name}.bias"))
+
+    return Fetched(fetch)
+
+
+class Files(Source):
+    """The matrices of a checkpoint, read from its files when they are asked for.
+
+    Files are read, not mapped: a mapped page counts as the process's memory. Packed integers stay
+    packed. With `quant`, float matrices are rounded while they are read: linear layers to its bits,
+    the embedding and the head to 8.
+    """
+
+    def __init__(self, path: Path, *, quant: str | None = None) -> None:
+        self.path, self.quant = path, quant
+        self.headers: Headers = read_headers(path)
+        self.tensors = {t.name: t for t in self.headers.tensors}
+        self.handles = {t.file: os.open(t.file, os.O_RDONLY) for t in self.headers.tensors}
+        self.checked: set[str] = set()
+        self.lock = threading.Lock()
+
+    def __del__(self) -> None:
+        for handle in getattr(self, "handles", {}).values():
+            os.close(handle)
+
+    def shape(self, name: str) -> Shape | None:
+        """Return the shape of a matrix, None if there is none of that name.
+
+        Raises InputError for a dtype or groups that the kernels don't read.
+        """
+        bias = f"{name}.bias" in self.tensors
+        packed = self.tensors.get(f"{name}.weight_packed")
+        if packed is not None:
+            return self._integers(name, packed, bias=bias)
+        weight = self.tensors.get(f"{name}.weight")
+        if weight is None:
+            return None
+        if weight.dtype not in DTYPES:
+            raise InputError(f"{self.path}: {name} is stored as {weight.dtype}")
+        if len(weight.shape) == 1:
+            return Shape(FLOAT32, 1, weight.shape[0])
+        rows, inputs = weight.shape
+        if self.quant is None:
+            return Shape(pack.KINDS[DTYPES[weight.dtype]], rows, inputs, bias=bias)
+        bits, group = self._grid(name, inputs)
+        return Shape(INT8 if bits == 8 else INT8 + 1, rows, inputs, group, bias)
+
+    def _grid(self, name: str, inputs: int) -> tuple[int, int | None]:
+        bits, group = QUANT[self.quant or "int8"]
+        if name.endswith(("embed_tokens", "lm_head")):
+            return 8, None
+        if group is not None and inputs % group:
+            return bits, 32 if inputs % 32 == 0 else None
+        return bits, group
+
+    def _integers(self, name: str, packed: TensorHeader, *, bias: bool) -> Shape:
+        scale = self.tensors.get(f"{name}.weight_scale")
+        size = self._read(self.tensors.get(f"{name}.weight_shape"))
+        if scale is None or size is None:
+            raise InputError(f"{self.path}: {name} lacks its scale or shape")
+        rows, inputs = (int(n) for n in size)
+        groups = scale.shape[1] if len(scale.shape) > 1 else 1
+        kind = INT8 if self.headers.packed_bits == 8 else INT8 + 1
+        group = inputs // groups if groups > 1 else None
+        shape = Shape(kind, rows, inputs, group, bias)
+        if not shape.readable or self.headers.packed_bits not in (4, 8):
+            raise InputError(
+                f"{self.path}: {name} has {groups} groups of {inputs} inputs in "
+                f"{self.headers.packed_bits} bits",
+                hint="8 or 4 bits are read, in groups of 32, 64, 128 or whole rows",
+            )
+        return shape
+
+    def _pread(self, header: TensorHeader, out: np.ndarray, first: int = 0) -> None:
+        """Read bytes of a tensor from its byte `first` on into `out` (uint8, contiguous)."""
+        view = out.reshape(-1).view(np.uint8).data
+        at, handle = header.start + first, self.handles[header.file]
+        while view:
+            count = os.preadv(handle, [view], at)
+            if count == 0:
+                raise InputError(f"{header.file} has become shorter while it was read")
+            view, at = view[count:], at + count
+
+    def _read(self, header: TensorHeader | None) -> Tensor | None:
+        if header is None:
+            return None
+        raw = np.empty(header.bytes, np.uint8)
+        self._pread(header, raw)
+        dtypes = {**DTYPES, "I32": torch.int32, "I64": torch.int64}
+        if header.dtype not in dtypes:
+            raise InputError(f"{self.path}: {header.name} is stored as {header.dtype}")
+        return torch.from_numpy(raw).view(dtypes[header.dtype]).reshape(header.shape)
+
+    def packed(self, name: str) -> Packed:
+        """Return a matrix that `shape` knows. Raises InputError if a weight is not finite."""
+        bias = self._read(self.tensors.get(f"{name}.bias"))
+        packed = self._read(self.tensors.get(f"{name}.weight_packed"))
+        if packed is not None:
+            return self._unpacked(name, packed, bias)
+        weight = self._read(self.tensors.get(f"{name}.weight"))
+        assert weight is not None  # `shape` has said so
+        self._check(name, weight)
+        if weight.ndim == 1:
+            return pack.pack_floats(weight.float()[None])
+        if self.quant is None:
+            return pack.pack_floats(weight, bias)
+        return self._rounded(name, weight, bias)
+
+    def _rounded(self, name: str, weight: Tensor, bias: Tensor | None) -> Packed:
+        bits, group = self._grid(name, weight.shape[1])
+        values, scale = quantize(weight, bits, group)
+        found = pack.pack_integers(values, scale, bits, bias)
+        assert found is not None  # `_grid` chooses groups that can be read
+        return found
+
+    def _unpacked(self, name: str, packed: Tensor, bias: Tensor | None) -> Packed:
+        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+        shape = self.shape(name)
+        scale = self._read(self.tensors[f"{name}.weight_scale"])
+        assert shape is not None  # the caller has it
+        assert scale is not None
+        self._check(name, scale)
+        bits = self.headers.packed_bits
+        values = unpack_from_int32(packed, bits, torch.Size([shape.rows, shape.inputs]))
+        found = pack.pack_integers(values.to(torch.int8), scale.reshape(shape.rows, -1), bits, bias)
+        assert found is not None  # `shape` has refused what can't be packed
+        return found
+
+    def _check(self, name: str, values: Tensor) -> None:
+        if name not in self.checked and not values.isfinite().all():
+            raise InputError(f"{self.path}: {name} holds NaN or infinite weights")
+        self.checked.add(name)
+
+    def write(self, name: str, layout: Layout, row: int, slab: np.ndarray) -> None:
+        """Put matrix `name` into `slab`: straight from the file where it is stored as it is used.
+
+        The first time it goes the long way, which looks for weights that are not finite.
+        """
+        shape = layout.shapes[row]
+        weight = self.tensors.get(f"{name}.weight")
+        straight = (
+            shape is not None
+            and weight is not None
+            and name in self.checked
+            and shape.width == shape.inputs
+            and DTYPES.get(weight.dtype)
+            == {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16}.get(shape.kind)
+        )
+        if not straight or weight is None or shape is None:
+            super().write(name, layout, row, slab)
+            return
+        self._pread(weight, layout.part(slab, row, 0))
+        if shape.bias:
+            bias = self._read(self.tensors[f"{name}.bias"])
+            assert bias is not None  # it is in the headers
+            layout.part(slab, row, 2)[:] = bias.float().numpy().view(np.uint8)
+
+    def write_rows(self, name: str, low: int, layout: Layout, slab: np.ndarray) -> None:
+        """Put some rows of `name` into `slab`, reading only those."""
+        shape, weight = layout.shapes[0], self.tensors.get(f"{name}.weight")
+        if shape is None or weight is None or weight.dtype not in DTYPES:
+            super().write_rows(name, low, layout, slab)
+            return
+        part = self._some(name, weight, low, shape.rows)
+        bias = self._read(self.tensors.get(f"{name}.bias"))
+        bias = None if bias is None else bias[low : low + shape.rows]
+        if self.quant is not None:
+            layout.write(slab, 0, self._rounded(name, part, bias))
+        else:
+            layout.write(slab, 0, pack.pack_floats(part, bias))
+
+    def _some(self, name: str, weight: TensorHeader, low: int, count: int) -> Tensor:
+        rows, inputs = weight.shape
+        size = weight.bytes // rows
+        raw = np.empty(count * size, np.uint8)
+        self._pread(weight, raw, low * size)
+        part = torch.from_numpy(raw).view(DTYPES[weight.dtype]).reshape(count, inputs)
+        if not part.isfinite().all():
+            raise InputError(f"{self.path}: {name} holds NaN or infinite weights")
+        return part
+
+    def rows(self, name: str, ids: Sequence[int]) -> np.ndarray:
+        """Return rows of an embedding, reading only those: float32 [ids, inputs]."""
+        weight = self.tensors.get(f"{name}.weight")
+        if weight is None:
+            return super().rows(name, ids)
+        parts = torch.cat([self._some(name, weight, token, 1) for token in ids]).float()
+        if self.quant is not None:
+            values, scale = quantize(parts, 8, None)
+            parts = values.float() * scale
+        found: np.ndarray = parts.numpy()
+        return found

@@ -1,0 +1,136 @@
+"""Units of weights, resident or streamed: a reader thread fills slots ahead of their use."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from bmkit.runtime.cpu.pack import Layout, empty_slab
+
+Load = Callable[[int, np.ndarray], None]
+"""Write unit i into a slab of its size."""
+
+
+class Store:
+    """The units of a model, used one after the other, over and over.
+
+    Those in `resident` are loaded once. The others share `slots` slabs: while one is in use, a
+    thread reads what comes next, round the end to the beginning, so that the first unit of the next
+    token is read while the last of this one is computed. Peak memory: residents and slots, nothing
+    else.
+    """
+
+    def __init__(
+        self, layouts: Sequence[Layout], load: Load, *, resident: set[int], slots: int = 2
+    ) -> None:
+        self.layouts, self.load = layouts, load
+        self.resident = {i: empty_slab(layouts[i].bytes) for i in sorted(resident)}
+        for i, slab in self.resident.items():
+            load(i, slab)
+        self.streamed = [i for i in range(len(layouts)) if i not in resident]
+        size = max((layouts[i].bytes for i in self.streamed), default=0)
+        count = min(slots, len(self.streamed))
+        self.slots = [empty_slab(size) for _ in range(count)]
+        self.held: dict[int, int] = {}  # unit -> slot, wanted or there
+        self.ready: set[int] = set()
+        self.free = list(range(count))
+        self.wanted: list[int] = []
+        self.failed: BaseException | None = None
+        self.closed = False
+        self.change = threading.Condition()
+        self.bytes_read = 0
+        self.reader = threading.Thread(target=self._read, daemon=True, name="weights")
+        if count:
+            self.reader.start()
+            # A thread that is in a library's code when Python ends would abort the process.
+            atexit.register(self.close)
+            with self.change:
+                for unit in self.streamed[:count]:
+                    self._ask(unit)
+
+    @property
+    def bytes(self) -> int:
+        """Return the memory that is held."""
+        return sum(s.nbytes for s in (*self.resident.values(), *self.slots))
+
+    @contextmanager
+    def use(self, unit: int) -> Iterator[np.ndarray]:
+        """Give the slab of `unit`, waiting until it is there; then let its slot go."""
+        if unit in self.resident:
+            yield self.resident[unit]
+            return
+        with self.change:
+            if unit not in self.held:
+                self._make_room()
+                self._ask(unit)
+            while unit not in self.ready and self.failed is None:
+                self.change.wait()
+            if self.failed is not None:
+                raise self.failed
+            slot = self.held[unit]
+        try:
+            yield self.slots[slot]
+        finally:
+            with self.change:
+                self.ready.discard(unit)
+                del self.held[unit]
+                self.free.append(slot)
+                self._ask(self._after(unit))
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        with self.change:
+            self.closed = True
+            self.change.notify_all()
+        if self.reader.is_alive():
+            self.reader.join()
+        atexit.unregister(self.close)
+
+    def _after(self, unit: int) -> int:
+        """Return the next streamed unit that no slot holds, in the order of use."""
+        at = self.streamed.index(unit)
+        order = self.streamed[at + 1 :] + self.streamed[: at + 1]
+        return next(u for u in order if u not in self.held)
+
+    def _ask(self, unit: int) -> None:
+        if self.free and unit not in self.held:
+            self.held[unit] = self.free.pop()
+            self.wanted.append(unit)
+            self.change.notify_all()
+
+    def _make_room(self) -> None:
+        """Give up a unit that was read ahead and isn't the one that is needed."""
+        while not self.free:
+            given_up = next((u for u in self.ready), None)
+            if given_up is not None:
+                self.ready.discard(given_up)
+                self.free.append(self.held.pop(given_up))
+            elif self.failed is not None:
+                raise self.failed
+            else:
+                self.change.wait()
+
+    def _read(self) -> None:
+        while True:
+            with self.change:
+                while not self.wanted and not self.closed:
+                    self.change.wait()
+                if self.closed:
+                    return
+                unit = self.wanted.pop(0)
+                slot = self.held[unit]
+            try:
+                self.load(unit, self.slots[slot][: self.layouts[unit].bytes])
+            except BaseException as exc:
+                with self.change:
+                    self.failed = exc
+                    self.change.notify_all()
+                return
+            with self.change:
+                self.bytes_read += self.layouts[unit].bytes
+                self.ready.add(unit)
+                self.change.notify_all()

@@ -215,6 +215,11 @@ class Job:
     """The budget in bytes for what comes on top of the libraries."""
 
     @property
+    def deltas(self) -> tuple[Artifact, ...]:
+        """Return the adapters to put on the model, that of `model` first."""
+        return (self.model, *self.adapters) if self.base else self.adapters
+
+    @property
     def checkpoint(self) -> Path:
         """Return the directory with the model's weights."""
         return (self.base or self.model).path

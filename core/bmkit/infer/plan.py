@@ -23,15 +23,14 @@ def placement(job: Job, headers: Headers) -> Placement | None:
     packed = (
         recipe.device == "cpu"
         and recipe.dtype in {"auto", "float32"}
-        and not job.base
-        and not job.adapters
+        and all(family.plain_lora(delta.path) for delta in job.deltas)
         and family.covers(headers.config)
     )
     if not packed:
         if recipe.quant:
             raise RecipeError(
                 "quant: works on the CPU, for models of the families "
-                f"{', '.join(family.FAMILY)}, without adapters",
+                f"{', '.join(family.FAMILY)}, with no adapters but LoRA",
                 hint="elsewhere, compress the model first: bmkit compress int8",
             )
         return None
@@ -43,6 +42,7 @@ def placement(job: Job, headers: Headers) -> Placement | None:
         tokens=tokens,
         budget=job.cpu_memory,
         quant=recipe.quant,
+        besides=sum(3 * read_headers(delta.path).bytes for delta in job.deltas),
     )
 
 
@@ -57,6 +57,7 @@ def estimate(job: Job) -> Estimate:
         steps = [
             f"load {headers.dense_numel} parameters, packed: {kept} of {len(found.units)} units "
             f"resident, {format_bytes(found.streamed_bytes)} a token read from disk",
+            *(f"attach {delta.path}" for delta in job.deltas),
             draw,
         ]
         return Estimate(steps, Peak(RUNTIME_BYTES + found.peak_bytes, 0, 0))
@@ -80,7 +81,7 @@ def _dense(job: Job, headers: Headers, draw: str) -> Estimate:
     logits = 3 * 4 * recipe.batch_size * int(config.get("vocab_size") or 0)
     weights = width * headers.dense_numel
     steps = [f"load {headers.dense_numel} parameters, {8 * width} bits each"]
-    steps += [f"attach {a.path}" for a in (*([job.model] if job.base else []), *job.adapters)]
+    steps += [f"attach {delta.path}" for delta in job.deltas]
     steps.append(draw)
     largest = max((t.bytes for t in headers.tensors), default=0)
     need = weights + cache + logits

@@ -71,8 +71,7 @@ class Session:
             self.rss_before_bytes = env.rss_bytes()
             model = models.load_model(job.checkpoint, device=self.device, dtype=recipe.dtype)
             plain_defaults(model)
-            deltas = [*([job.model] if job.base else []), *job.adapters]
-            self.model = models.attach(model, [delta.path for delta in deltas])
+            self.model = models.attach(model, [delta.path for delta in job.deltas])
 
     def _server(self, job: Job, config: Any) -> Any:
         """Return what answers on packed weights, where the device and the model allow it."""
@@ -95,6 +94,8 @@ class Session:
                 raise ResourceError(said, hint="this model runs without budget and quant only")
             job.reporter.warn(f"{said}; not used")
             return None
+        if job.deltas:
+            load.attach(decoder, [delta.path for delta in job.deltas])
         eos = eos_ids(models.load_generation_config(job.checkpoint), self.tokenizer)
         how = self._how(self.recipe.max_new_tokens)
         most = found.tokens if job.cpu_memory is not None else None

@@ -44,9 +44,17 @@ class Placement:
 
 
 def place(
-    headers: Headers, *, rows: int, tokens: int, budget: int | None, quant: str | None = None
+    headers: Headers,
+    *,
+    rows: int,
+    tokens: int,
+    budget: int | None,
+    quant: str | None = None,
+    besides: int = 0,
 ) -> Placement:
     """Decide what is resident, in `budget` bytes if given, for `rows` sequences of `tokens`.
+
+    `besides` are bytes of adapters, always resident.
 
     Raises ResourceError, naming the smallest budget that works, if this one doesn't.
     """
@@ -60,7 +68,7 @@ def place(
             blocks[int(parts[2])] += size
             largest = max(largest, size)
     head = _head_bytes(headers, quant)
-    fixed = _fixed(headers, rows, tokens)
+    fixed = _fixed(headers, rows, tokens) + besides
     whole = Placement(frozenset(range(layers + 1)), (*blocks, head), 1, fixed + head, 0, tokens)
     if budget is None or whole.peak_bytes <= budget:
         return whole

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from bmkit.errors import InputError
+from bmkit.plan import read_headers
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose blocks are alike: biases or none, query and key norms or none, windows."""
@@ -39,3 +45,46 @@ def _readable(quantization: Any) -> bool:
             for g in groups
         )
     )
+
+
+def plain_lora(folder: Path) -> bool:
+    """Tell whether the adapter in `folder` is LoRA on projections, and nothing besides."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        names = [t.name for t in read_headers(folder).tensors]
+    except (OSError, ValueError, InputError):
+        return False
+    return (
+        config.get("peft_type") == "LORA"
+        and config.get("bias", "none") == "none"
+        and not any(config.get(key) for key in _NOT_PLAIN)
+        and all(_LORA.fullmatch(name) for name in names)
+    )
+
+
+_NOT_PLAIN = (
+    "alora_invocation_tokens",
+    "alpha_pattern",
+    "arrow_config",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "rank_pattern",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+)
+_LORA = re.compile(
+    r"base_model\.model\.model\.layers\.(\d+)\."
+    r"((?:self_attn\.[qkvo]|mlp\.(?:gate|up|down))_proj)\.lora_([AB])\.weight"
+)
+
+
+def lora_part(name: str) -> tuple[int, str, str]:
+    """Return block, module and `A` or `B` of a tensor of a plain LoRA adapter."""
+    found = _LORA.fullmatch(name)
+    assert found is not None  # `plain_lora` has looked
+    return int(found[1]), found[2], found[3]

@@ -225,6 +225,32 @@ def _attend(
             out[i] += share * values[at, i]
 
 
+@njit(**_serial)
+def _shrink(address: int, delta: Any, pairs: Any, which: int, x: Any, low: Any) -> None:
+    """Put A · x of a projection's low-rank update into `low[which]`, if it has one."""
+    m = pairs[2 * which]
+    if m[M_KIND] >= 0:
+        call_rows(address, delta, m, 0, m[M_ROWS], x, low[which], 0, 0)
+
+
+@njit(**_serial)
+def _grow(
+    address: int,
+    delta: Any,
+    pairs: Any,
+    which: int,
+    first: int,
+    last: int,
+    low: Any,
+    y: Any,
+    column: int,
+) -> None:
+    """Add B · `low[which]` to the outputs from `first` to `last` of a projection."""
+    m = pairs[2 * which + 1]
+    if m[M_KIND] >= 0:
+        call_rows(address, delta, m, first, last, low[which], y, column, 1)
+
+
 @njit(**_parallel)
 def block(
     address: int,
@@ -248,6 +274,9 @@ def block(
     mixed: Any,
     inner: Any,
     scores: Any,
+    delta: Any,
+    pairs: Any,
+    low_rank: Any,
     threads: int,
 ) -> None:
     """Run one decoder block on `h` [tokens, hidden], in place.
@@ -257,18 +286,22 @@ def block(
     slots, and the tokens u of this pass with `sees[t, u]`. `cos` and `sin` are [tokens, rotary].
     Scratch: `x` [tokens, hidden], `heads` [tokens, all of q, k, v], `mixed` [tokens, q],
     `inner` [2, tokens, intermediate] (widths rounded up to 32, the rest zero), `scores`
-    [threads, slots].
+    [threads, slots]. `pairs` are the matrices A and B, in the slab `delta`, of a low-rank update of
+    each projection (kind -1: none); `low_rank` is scratch [7, tokens, rank].
     """
     tokens, hidden = h.shape
     dim, kv, count, rotary, window = n[N_DIM], n[N_KV], n[N_HEADS], n[N_ROTARY], n[N_WINDOW]
     for t in range(tokens):
         normalise(h[t], slab, table[NORM_1], eps, x[t, :hidden])
+    for which in range(3):
+        _shrink(address, delta, pairs, which, x, low_rank)
     for c in prange(threads):
         at = 0
         for which in range(3):
             m = table[which]
             low, high = c * m[M_ROWS] // threads, (c + 1) * m[M_ROWS] // threads
             call_rows(address, slab, m, low, high, x, heads, at, 0)
+            _grow(address, delta, pairs, which, low, high, low_rank, heads, at)
             at += m[M_ROWS]
     for t in range(tokens):
         for i in range(count + kv):
@@ -305,19 +338,27 @@ def block(
                 scores[c],
                 mixed[t, i * dim : (i + 1) * dim],
             )
+    _shrink(address, delta, pairs, OUT, mixed, low_rank)
     for c in prange(threads):
         low, high = c * hidden // threads, (c + 1) * hidden // threads
         call_rows(address, slab, table[OUT], low, high, mixed, h, 0, 1)
+        _grow(address, delta, pairs, OUT, low, high, low_rank, h, 0)
     for t in range(tokens):
         normalise(h[t], slab, table[NORM_2], eps, x[t, :hidden])
+    _shrink(address, delta, pairs, GATE, x, low_rank)
+    _shrink(address, delta, pairs, UP, x, low_rank)
     width = table[UP, M_ROWS]
     for c in prange(threads):
         low, high = c * width // threads, (c + 1) * width // threads
         call_rows(address, slab, table[GATE], low, high, x, inner[0], 0, 0)
         call_rows(address, slab, table[UP], low, high, x, inner[1], 0, 0)
+        _grow(address, delta, pairs, GATE, low, high, low_rank, inner[0], 0)
+        _grow(address, delta, pairs, UP, low, high, low_rank, inner[1], 0)
         for t in range(tokens):
             for i in range(low, high):
                 inner[0, t, i] = activate(inner[0, t, i], n[N_ACTIVATION]) * inner[1, t, i]
+    _shrink(address, delta, pairs, DOWN, inner[0], low_rank)
     for c in prange(threads):
         low, high = c * hidden // threads, (c + 1) * hidden // threads
         call_rows(address, slab, table[DOWN], low, high, inner[0], h, 0, 1)
+        _grow(address, delta, pairs, DOWN, low, high, low_rank, h, 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bmkit.runtime.cpu import block as kernels
-from bmkit.runtime.cpu.pack import Layout, empty_slab, lay_out, round_up
+from bmkit.runtime.cpu.pack import Layout, Packed, empty_slab, lay_out, pack_floats, round_up
 from bmkit.runtime.cpu.source import Source
 from bmkit.runtime.cpu.store import Store
 
@@ -40,6 +40,37 @@ NAMES = {
     "self_attn.k_norm": kernels.NORM_K,
 }
 """The modules of a block by what transformers calls them, in the order of the table."""
+
+
+class Delta:
+    """Low-rank updates of one block's projections: matrices A [rank, in] and B [out, rank].
+
+    B is scaled already; several adapters are one update whose ranks are put together.
+    """
+
+    def __init__(self, pairs: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        self.pairs = pairs
+        self.rank = max((len(a) for a, _ in pairs.values()), default=1)
+        matrices: list[Packed | None] = [None] * 14
+        for which, (a, b) in pairs.items():
+            wide = torch.zeros(len(b), self.rank)
+            wide[:, : b.shape[1]] = b
+            matrices[2 * which : 2 * which + 2] = [pack_floats(a.float()), pack_floats(wide)]
+        layout = lay_out([m.shape if m else None for m in matrices])
+        self.table, self.slab = layout.table, empty_slab(layout.bytes)
+        for row, matrix in enumerate(matrices):
+            if matrix is not None:
+                layout.write(self.slab, row, matrix)
+        self._scratch: dict[int, np.ndarray] = {}
+
+    def scratch(self, tokens: int) -> np.ndarray:
+        """Return float32 [7, tokens, rank], the rank rounded up to 32 with zeros."""
+        if tokens not in self._scratch:
+            self._scratch[tokens] = np.zeros((7, tokens, round_up(self.rank)), np.float32)
+        return self._scratch[tokens]
+
+
+NO_DELTA = Delta({})
 
 
 class Cache:
@@ -92,6 +123,7 @@ class Decoder:
         self.vocabulary = sum(layout.rows for layout in self.layouts[self.blocks :])
         chosen = set(range(len(self.layouts))) if resident is None else resident
         self.store = Store(self.layouts, self._load, resident=chosen)
+        self.deltas: list[Delta] | None = None
         self._scratch: dict[int, tuple[np.ndarray, ...]] = {}
 
     def _load(self, unit: int, slab: np.ndarray) -> None:
@@ -203,6 +235,7 @@ class Decoder:
         x, heads, mixed, inner, _ = self._space(len(h))
         scores = np.empty((self.threads, cache.slots + len(h)), np.float32)
         for i in range(self.depth):
+            delta = self.deltas[i] if self.deltas else NO_DELTA
             with self.store.use(i) as slab:
                 kernels.block(
                     kernels.ADDRESS,
@@ -226,6 +259,9 @@ class Decoder:
                     mixed,
                     inner,
                     scores,
+                    delta.slab,
+                    delta.table,
+                    delta.scratch(len(h)),
                     self.threads,
                 )
         return h
@@ -283,7 +319,10 @@ class Decoder:
         shape = self.layouts[unit].shapes[which]
         assert shape is not None  # every block has its projections
         bias = self._floats(unit, slab, which, 2) if shape.bias else None
-        return functional.linear(x, self._dense(unit, slab, which, shape.inputs), bias)
+        y = functional.linear(x, self._dense(unit, slab, which, shape.inputs), bias)
+        if self.deltas and (pair := self.deltas[unit].pairs.get(which)):
+            y += x @ pair[0].T @ pair[1].T
+        return y
 
     def _norm(self, unit: int, slab: np.ndarray, which: int, x: Tensor) -> Tensor:
         weight = self._floats(unit, slab, which, 0)[: x.shape[-1]]

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 
 from bmkit import model as models
 from bmkit.errors import InputError
+from bmkit.plan import read_json
 from bmkit.runtime.budget import Placement
-from bmkit.runtime.cpu.decoder import NAMES, Decoder, head_name
+from bmkit.runtime.cpu.decoder import NAMES, Decoder, Delta, head_name
 from bmkit.runtime.cpu.source import Files, Source, plain
+from bmkit.runtime.family import lora_part
 
 TOLERANCE = 1e-4
 """How far the fused blocks may be from the model's own code, relative to the largest value."""
@@ -102,3 +107,39 @@ def largest_difference(decoder: Decoder, *, layers: int = 2, tokens: int = 20) -
         decoder.depth = whole
     scale = abs(wanted).max()
     return float(max(abs(many - wanted).max(), abs(few - wanted).max()) / scale)
+
+
+def attach(decoder: Decoder, adapters: Sequence[Path]) -> None:
+    """Put plain LoRA adapters on a decoder, all active at once.
+
+    Raises InputError for one that doesn't fit the model.
+    """
+    found: dict[tuple[int, str], list[tuple[Tensor, Tensor]]] = {}
+    for path in adapters:
+        config = read_json(path / "adapter_config.json")
+        halves: dict[tuple[int, str], dict[str, Tensor]] = {}
+        with safe_open(path / "adapter_model.safetensors", framework="pt") as stream:
+            for name in stream.keys():  # noqa: SIM118 - not a dict
+                block, module, half = lora_part(name)
+                halves.setdefault((block, module), {})[half] = stream.get_tensor(name).float()
+        for (block, module), parts in halves.items():
+            rank = len(parts["A"]) if "A" in parts else 0
+            scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank or 1)
+            shape = decoder.layouts[block].shapes[NAMES[module]] if block < decoder.blocks else None
+            sizes = (tuple(parts["A"].shape), tuple(parts["B"].shape)) if len(parts) == 2 else None
+            if shape is None or sizes != ((rank, shape.inputs), (shape.rows, rank)):
+                raise InputError(
+                    f"{path} doesn't fit this model: layer {block}, {module}",
+                    hint="was it trained on another base?",
+                )
+            found.setdefault((block, module), []).append((parts["A"], parts["B"] * scale))
+    decoder.deltas = [
+        Delta(
+            {
+                NAMES[module]: (torch.cat([a for a, _ in p]), torch.cat([b for _, b in p], 1))
+                for (block, module), p in found.items()
+                if block == i
+            }
+        )
+        for i in range(decoder.blocks)
+    ]

@@ -29,6 +29,9 @@ def start(how: Progress, *, quiet: bool, loud: bool) -> Reporter:
         os.environ.setdefault("LOGURU_LEVEL", "ERROR")
         warnings.simplefilter("ignore")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # torch and numba have threads of their own. Those that wait spin at first, on a core that the
+    # others need; so let them spin for some 0.1 ms only.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     return progress.reporter(how, quiet=quiet)
 
 

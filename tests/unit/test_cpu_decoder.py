@@ -82,7 +82,7 @@ def close(found: np.ndarray, wanted: np.ndarray) -> None:
     np.testing.assert_allclose(found, wanted, atol=4e-5 * float(abs(wanted).max()) + 1e-6)
 
 
-IDS = torch.randint(0, 97, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+IDS = torch.randint(0, 97, (90,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -96,25 +96,25 @@ def pair(request: pytest.FixtureRequest) -> tuple[Any, Decoder]:
 def test_one_token_after_the_other(pair: tuple[Any, Decoder]) -> None:
     model, decoder = pair
     wanted = logits_of(model, IDS)
-    cache = decoder.cache(2, 64)
+    cache = decoder.cache(2, 128)
     for i, token in enumerate(IDS):
         close(decoder.step(cache, [token], [1])[0], wanted[i])
         cache.done[1] += 1
 
 
-@pytest.mark.parametrize("cut", [1, 5, 16, 17, 39])
+@pytest.mark.parametrize("cut", [1, 5, 20, 64, 65, 89])
 def test_a_prompt_in_two_parts(pair: tuple[Any, Decoder], cut: int) -> None:
     model, decoder = pair
     wanted = logits_of(model, IDS)
-    cache = decoder.cache(1, 40)
+    cache = decoder.cache(1, 90)
     close(decoder.chain(cache, 0, IDS[:cut])[0], wanted[cut - 1])
     close(decoder.chain(cache, 0, IDS[cut:])[0], wanted[-1])
 
 
 def test_sequences_side_by_side_do_not_see_each_other(pair: tuple[Any, Decoder]) -> None:
     model, decoder = pair
-    prompts = [IDS[:3], IDS[3:22], IDS[22:31], IDS[31:]]
-    cache = decoder.cache(4, 64)
+    prompts = [IDS[:3], IDS[3:75], IDS[75:80], IDS[80:]]
+    cache = decoder.cache(4, 128)
     for place, prompt in enumerate(prompts):
         decoder.chain(cache, place, prompt)
     places = [2, 0, 3]
@@ -184,7 +184,7 @@ def test_stored_small_equals_the_widened_weights(name: str, store: str) -> None:
     decoder = Decoder(config, Fetched(fetch), threads=2)
     decoder.embed([0])
     wanted = logits_of(model, IDS)  # after fetching: the weights are as they were stored
-    cache = decoder.cache(2, 64)
+    cache = decoder.cache(2, 128)
     close(decoder.chain(cache, 0, IDS)[0], wanted[-1])
     for i, token in enumerate(IDS):
         close(decoder.step(cache, [token], [1])[0], wanted[i])
@@ -214,12 +214,12 @@ def test_streamed_from_files_equals_resident(
     assert load.largest_difference(streamed) < 1e-5  # reading ahead goes on meanwhile
     found = []
     for decoder in (whole, streamed):
-        cache = decoder.cache(1, 64)
-        logits = [decoder.chain(cache, 0, IDS[:20])]
-        for token in IDS[20:30]:
+        cache = decoder.cache(1, 128)
+        logits = [decoder.chain(cache, 0, IDS[:70])]
+        for token in IDS[70:80]:
             logits.append(decoder.step(cache, [token]))
             cache.done[0] += 1
-        logits.append(decoder.chain(cache, 0, IDS[30:]))
+        logits.append(decoder.chain(cache, 0, IDS[80:]))
         found.append(np.concatenate(logits))
     np.testing.assert_array_equal(found[0], found[1])
     if quant is None:
@@ -263,7 +263,7 @@ def test_adapters_equal_pefts(tmp_path: Path, name: str) -> None:
     for chosen in (paths[:1], paths[1:], paths):
         load.attach(decoder, chosen)
         wanted = logits_of(models.attach(model_of(config), chosen), IDS)
-        cache = decoder.cache(2, 64)
+        cache = decoder.cache(2, 128)
         close(decoder.chain(cache, 0, IDS)[0], wanted[-1])
         for i, token in enumerate(IDS):
             close(decoder.step(cache, [token], [1])[0], wanted[i])

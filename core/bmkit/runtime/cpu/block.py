@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, float32, int64, njit, prange
+from numba import carray, cfunc, float32, njit, prange
 
 from bmkit.runtime.cpu import KEPT
 from bmkit.runtime.cpu.dots import (
@@ -110,16 +110,24 @@ def unpack(slab: Any, m: Any, row: int, out: Any) -> None:
         out[:] = raw.view(np.float32)[:width]
     elif kind == BFLOAT16:
         halves = raw.view(np.uint16)
+        bits = out.view(np.uint32)
         for i in range(width):
-            out[i] = float_of_bits(np.uint32(halves[i]) << np.uint32(16))
+            bits[i] = np.uint32(halves[i]) << np.uint32(16)
     elif kind == INT8:
-        for i in range(width):
-            out[i] = float32(np.int8(raw[i])) * scales[i // m[M_GROUP]]
+        group = m[M_GROUP]
+        signed = raw.view(np.int8)
+        for g in range(len(scales)):
+            scale = scales[g]
+            for i in range(g * group, min((g + 1) * group, width)):
+                out[i] = float32(signed[i]) * scale
     else:
-        for i in range(width):
-            byte = raw[16 * (i // 32) + i % 16]
-            nibble = (byte >> 4) if i % 32 >= 16 else (byte & 15)
-            out[i] = float32(int64(nibble) - 8) * scales[i // m[M_GROUP]]
+        for b in range((width + 31) // 32):
+            scale = scales[32 * b // m[M_GROUP]]
+            for i in range(min(16, width - 32 * b)):
+                out[32 * b + i] = float32(np.int32(raw[16 * b + i] & 15) - np.int32(8)) * scale
+            for i in range(min(16, width - 32 * b - 16)):
+                high = np.int32(raw[16 * b + i] >> 4) - np.int32(8)
+                out[32 * b + 16 + i] = float32(high) * scale
 
 
 @njit(**_parallel)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bmkit.runtime.cpu import block as kernels
+from bmkit.runtime.cpu.dots import BFLOAT16, FLOAT32, INT8
 from bmkit.runtime.cpu.pack import Layout, Packed, empty_slab, lay_out, pack_floats, round_up
 from bmkit.runtime.cpu.source import Source
 from bmkit.runtime.cpu.store import Store
@@ -23,7 +24,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": kernels.GELU_TANH,
     "relu": kernels.RELU,
 }
-FEW = 16
+FEW = 64
 """Up to so many tokens go through the fused blocks; more are worth unpacking weights for."""
 
 NAMES = {
@@ -113,6 +114,8 @@ class Decoder:
         self.eps = float(config.rms_norm_eps)
         self.scaling = float(self.dim**-0.5)
         self.rotary = _rotary(config)
+        self.turns = (np.zeros((0, self.dim), np.float32), np.zeros((0, self.dim), np.float32))
+        self.tied = bool(getattr(config, "tie_word_embeddings", False))
         self.blocks = config.num_hidden_layers
         self.depth = self.blocks  # how many of them a pass goes through: fewer in the self-test
         self.numbers = [self._numbers(i) for i in range(self.blocks)]
@@ -124,6 +127,7 @@ class Decoder:
         chosen = set(range(len(self.layouts))) if resident is None else resident
         self.store = Store(self.layouts, self._load, resident=chosen)
         self.deltas: list[Delta] | None = None
+        self.unpacked = np.empty(0, np.float32)
         self._scratch: dict[int, tuple[np.ndarray, ...]] = {}
 
     def _load(self, unit: int, slab: np.ndarray) -> None:
@@ -156,13 +160,23 @@ class Decoder:
         return Cache(self.config.num_hidden_layers, sequences, self.kv, slots, self.dim)
 
     def embed(self, ids: Sequence[int]) -> np.ndarray:
-        """Return the embeddings [tokens, hidden]."""
-        return np.ascontiguousarray(self.source.rows("model.embed_tokens", ids))
+        """Return the embeddings [tokens, hidden]: from the head if it is tied and resident."""
+        slab = self.store.resident.get(self.blocks)
+        if not self.tied or slab is None or len(self.layouts) > self.blocks + 1:
+            return np.ascontiguousarray(self.source.rows("model.embed_tokens", ids))
+        h = np.empty((len(ids), self.hidden), np.float32)
+        for row, token in zip(h, ids, strict=True):
+            kernels.unpack(slab, self.layouts[self.blocks].table[0], token, row)
+        return h
 
     def angles(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return cos and sin [tokens, dim] of the rotations at `positions`."""
-        cos, sin = self.rotary(torch.zeros(1), torch.from_numpy(positions)[None])
-        return cos[0].float().numpy(), sin[0].float().numpy()
+        known = len(self.turns[0])
+        if (last := int(positions.max())) >= known:
+            count = 2 * max(last, 128)
+            cos, sin = self.rotary(torch.zeros(1), torch.arange(count)[None])
+            self.turns = (cos[0].float().numpy(), sin[0].float().numpy())
+        return self.turns[0][positions], self.turns[1][positions]
 
     def step(
         self,
@@ -291,10 +305,28 @@ class Decoder:
         return self._scratch[tokens]
 
     def _dense(self, unit: int, slab: np.ndarray, which: int, inputs: int) -> Tensor:
+        """Unpack a matrix into scratch, where it lasts until the next one comes."""
         m = self.layouts[unit].table[which]
-        out = np.empty((int(m[kernels.M_ROWS]), inputs), np.float32)
+        count = int(m[kernels.M_ROWS]) * inputs
+        if self.unpacked.size < count:
+            self.unpacked = np.empty(count, np.float32)
+        out = self.unpacked[:count].reshape(-1, inputs)
+        found = torch.from_numpy(out)
+        layout, kind = self.layouts[unit], int(m[kernels.M_KIND])
+        raw = torch.from_numpy(layout.part(slab, which, 0)).view(len(out), -1)
+        # torch's own threads where it can: two thread pools that take turns wait for each other.
+        if kind == BFLOAT16:
+            return found.copy_(raw.view(torch.bfloat16)[:, :inputs])
+        if kind == FLOAT32:
+            return raw.view(torch.float32)[:, :inputs]
+        if kind == INT8:
+            scales = torch.from_numpy(layout.part(slab, which, 1).view(np.float32))
+            scales = scales.view(len(out), -1, 1)
+            values = raw.view(torch.int8)[:, :inputs].reshape(len(out), scales.shape[1], -1)
+            torch.mul(values, scales, out=found.view(values.shape))
+            return found
         kernels.unpack_rows(slab, m, 0, out, self.threads)
-        return torch.from_numpy(out)
+        return found
 
     def _floats(self, unit: int, slab: np.ndarray, which: int, part: int) -> Tensor:
         """Return the float32 values of a norm (part 0) or a bias (part 2)."""
@@ -309,7 +341,7 @@ class Decoder:
                     shape = self.layouts[i].shapes[which]
                     if shape is None:
                         continue
-                    whole = self._dense(i, slab, which, shape.inputs)
+                    whole = self._dense(i, slab, which, shape.inputs).clone()
                     found[f"layers.{i}.{name}.weight"] = whole if "proj" in name else whole[0]
                     if shape.bias:
                         found[f"layers.{i}.{name}.bias"] = self._floats(i, slab, which, 2).clone()

@@ -15,7 +15,7 @@ from bmkit import model as models
 from bmkit.errors import InputError
 from bmkit.plan import read_json
 from bmkit.runtime.budget import Placement
-from bmkit.runtime.cpu.decoder import NAMES, Decoder, Delta, head_name
+from bmkit.runtime.cpu.decoder import FEW, NAMES, Decoder, Delta, head_name
 from bmkit.runtime.cpu.source import Files, Source, plain
 from bmkit.runtime.family import lora_part
 
@@ -69,8 +69,8 @@ def warm(threads: int) -> None:
         shape = (8,) if "norm" in name else (8, 8)
         tensors[f"model.layers.0.{name}.weight"] = torch.zeros(shape)
     decoder = Decoder(config, plain(tensors), threads=threads)
-    decoder.chain(decoder.cache(1, 32), 0, [0] * 20)
-    decoder.step(decoder.cache(1, 32), [0])
+    decoder.chain(decoder.cache(1, 64), 0, [0] * (FEW + 1))
+    decoder.step(decoder.cache(1, 64), [0])
 
 
 def largest_difference(decoder: Decoder, *, layers: int = 2, tokens: int = 20) -> float:

@@ -69,7 +69,7 @@ def warm(threads: int) -> None:
         shape = (8,) if "norm" in name else (8, 8)
         tensors[f"model.layers.0.{name}.weight"] = torch.zeros(shape)
     decoder = Decoder(config, plain(tensors), threads=threads)
-    decoder.chain(decoder.cache(1, 64), 0, [0] * (FEW + 1))
+    decoder.chain(decoder.cache(1, FEW + 1), 0, [0] * (FEW + 1))
     decoder.step(decoder.cache(1, 64), [0])
 
 

@@ -143,6 +143,7 @@ def test_a_tree_of_guesses_is_each_branch_by_itself(pair: tuple[Any, Decoder]) -
 
 def test_the_self_test_finds_nothing(pair: tuple[Any, Decoder]) -> None:
     assert load.largest_difference(pair[1]) < 1e-5
+    assert load.tiny_difference(pair[1].config) < 1e-5
 
 
 def test_the_self_test_finds_a_wrong_block() -> None:

@@ -88,9 +88,11 @@ class Session:
         decoder = load.load_decoder(
             job.checkpoint, threads=threads, quant=self.recipe.quant, placement=found
         )
-        if (difference := load.largest_difference(decoder)) > load.TOLERANCE:
-            said = f"the fused blocks differ from the model's own code by {difference:.1e}"
-            if job.cpu_memory is not None or self.recipe.quant:
+        budget = job.cpu_memory is not None  # then two unpacked blocks may be too much
+        differ = load.tiny_difference(config) if budget else load.largest_difference(decoder)
+        if differ > load.TOLERANCE:
+            said = f"the fused blocks differ from the model's own code by {differ:.1e}"
+            if budget or self.recipe.quant:
                 raise ResourceError(said, hint="this model runs without budget and quant only")
             job.reporter.warn(f"{said}; not used")
             return None

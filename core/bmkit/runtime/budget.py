@@ -11,8 +11,8 @@ from bmkit.plan import Headers, TensorHeader
 
 SLACK_BYTES = 96 * 2**20
 """What libraries take while a model runs: threads' stacks, allocators' reserves, the tokenizer."""
-CHUNK = 512
-"""Tokens of a prompt that go through the blocks together."""
+CHUNK, SMALL_CHUNK = 512, 128
+"""Tokens of a prompt that go through the blocks together, and under a budget that is tight."""
 GROUP = {"int8": None, "int4": 64}
 BITS = {"int8": 8, "int4": 4}
 
@@ -30,6 +30,7 @@ class Placement:
     slot_bytes: int
     tokens: int
     """Tokens of a sequence, prompt and answer, that the caches are planned for."""
+    chunk: int = CHUNK
 
     @property
     def streamed_bytes(self) -> int:
@@ -68,15 +69,16 @@ def place(
             blocks[int(parts[2])] += size
             largest = max(largest, size)
     head = _head_bytes(headers, quant)
-    fixed = _fixed(headers, rows, tokens) + besides
+    fixed = _fixed(headers, rows, tokens, CHUNK) + besides
     whole = Placement(frozenset(range(layers + 1)), (*blocks, head), 1, fixed + head, 0, tokens)
     if budget is None or whole.peak_bytes <= budget:
         return whole
     slot = max(blocks)
     head_parts = math.ceil(head / slot)
     units = (*blocks, *([math.ceil(head / head_parts)] * head_parts))
+    fixed = _fixed(headers, rows, tokens, SMALL_CHUNK) + besides
     fixed += 3 * largest  # the first reading of a matrix goes through a copy that is looked at
-    streamed = Placement(frozenset(), units, head_parts, fixed, 2 * slot, tokens)
+    streamed = Placement(frozenset(), units, head_parts, fixed, 2 * slot, tokens, SMALL_CHUNK)
     if streamed.peak_bytes > budget:
         need = math.ceil(streamed.peak_bytes / 2**20)
         raise ResourceError(
@@ -90,7 +92,7 @@ def place(
             hint=f"write it to disk first: bmkit compress {quant} -m MODEL, and run that",
         )
     chosen = spread(units, budget - streamed.peak_bytes)
-    return Placement(frozenset(chosen), units, head_parts, fixed, 2 * slot, tokens)
+    return Placement(frozenset(chosen), units, head_parts, fixed, 2 * slot, tokens, SMALL_CHUNK)
 
 
 def spread(sizes: tuple[int, ...], room: int) -> set[int]:
@@ -131,7 +133,7 @@ def _head_bytes(headers: Headers, quant: str | None) -> int:
     return _bytes(found, headers, "int8" if quant else None) if found else 0
 
 
-def _fixed(headers: Headers, rows: int, tokens: int) -> int:
+def _fixed(headers: Headers, rows: int, tokens: int, chunk: int) -> int:
     config = headers.config
     heads = int(config["num_attention_heads"])
     hidden = int(config["hidden_size"])
@@ -139,7 +141,7 @@ def _fixed(headers: Headers, rows: int, tokens: int) -> int:
     kv = int(config.get("num_key_value_heads") or heads)
     inner = int(config["intermediate_size"])
     cache = 2 * 4 * int(config["num_hidden_layers"]) * kv * dim * rows * _ceil(tokens, 64)
-    activations = 4 * CHUNK * (8 * hidden + 5 * inner + 8 * heads * dim)
+    activations = 4 * chunk * (8 * hidden + 5 * inner + 8 * heads * dim)
     scratch = 4 * max(inner, heads * dim, hidden) * hidden
     logits = 3 * 4 * int(config["vocab_size"]) * (rows + 1)
     return cache + activations + scratch + logits + SLACK_BYTES

@@ -93,7 +93,7 @@ class Decoder:
     """The model: what it computes is here, where its weights are is the store's matter.
 
     Its units are its blocks, then its head in `head_parts` parts. `resident` are the units to keep;
-    all if not given.
+    all if not given. `chunk` tokens of a prompt go through the blocks together.
     """
 
     def __init__(
@@ -104,7 +104,9 @@ class Decoder:
         threads: int,
         resident: set[int] | None = None,
         head_parts: int = 1,
+        chunk: int = 512,
     ) -> None:
+        self.chunk = chunk
         self.config, self.source, self.threads = config, source, threads
         self.heads = config.num_attention_heads
         self.kv = getattr(config, "num_key_value_heads", None) or self.heads
@@ -216,8 +218,8 @@ class Decoder:
     def chain(self, cache: Cache, sequence: int, ids: Sequence[int]) -> np.ndarray:
         """Run tokens of one sequence in a row, count them as done; return the last one's logits."""
         out = np.empty((1, self.vocabulary), np.float32)
-        for start in range(0, len(ids), 512):
-            part = ids[start : start + 512]
+        for start in range(0, len(ids), self.chunk):
+            part = ids[start : start + self.chunk]
             last = start + len(part) == len(ids)
             if len(part) > FEW:
                 h = self.many(self.embed(part), cache, sequence)

@@ -38,9 +38,16 @@ def load_decoder(
             f"{path}: {len(missing)} tensors are missing, as {missing[0]}",
             hint="the weights belong to another config.json; fetch the checkpoint again",
         )
-    parts = placement.head_parts if placement else 1
-    resident = set(placement.resident) if placement else None
-    return Decoder(config, source, threads=threads, resident=resident, head_parts=parts)
+    if placement is None:
+        return Decoder(config, source, threads=threads)
+    return Decoder(
+        config,
+        source,
+        threads=threads,
+        resident=set(placement.resident),
+        head_parts=placement.head_parts,
+        chunk=placement.chunk,
+    )
 
 
 def _missing(config: Any, source: Source) -> list[str]:
@@ -71,6 +78,46 @@ def warm(threads: int) -> None:
     decoder = Decoder(config, plain(tensors), threads=threads)
     decoder.chain(decoder.cache(1, FEW + 1), 0, [0] * (FEW + 1))
     decoder.step(decoder.cache(1, 64), [0])
+    tiny_difference(config)  # imports what the self-test needs
+
+
+def tiny_difference(config: Any) -> float:
+    """Do as `largest_difference` does, on a small random model of the same kind: in no memory.
+
+    The config's kind of norm, rotation, activation, window and its biases are kept, its sizes not.
+    """
+    from transformers import AutoModelForCausalLM
+
+    small = _without_quantization(copy.deepcopy(config))
+    share = small.num_attention_heads // (small.num_key_value_heads or small.num_attention_heads)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 40, "head_dim": 16}
+    sizes |= {"num_attention_heads": 2 * share, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    for name, value in sizes.items():
+        setattr(small, name, value)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(small, name, None)
+    if getattr(small, "layer_types", None):
+        small.layer_types = [small.layer_types[0], small.layer_types[-1]]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+        for parameter in model.parameters():
+            parameter.data.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.2)
+        ids = torch.randint(0, 40, (FEW + 3,)).tolist()
+    decoder = Decoder(small, plain(dict(model.state_dict())), threads=1)
+    with torch.inference_mode():
+        wanted = model(torch.tensor([ids])).logits[0, [9, -1]].numpy()
+    cache = decoder.cache(2, len(ids))
+    found = [decoder.chain(cache, 0, ids[:10])[0], decoder.chain(cache, 1, ids)[0]]
+    return float(
+        max(abs(a - b).max() for a, b in zip(found, wanted, strict=True)) / abs(wanted).max()
+    )
+
+
+def _without_quantization(config: Any) -> Any:
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def largest_difference(decoder: Decoder, *, layers: int = 2, tokens: int = 20) -> float:
@@ -88,8 +135,7 @@ def largest_difference(decoder: Decoder, *, layers: int = 2, tokens: int = 20) -
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    _without_quantization(config)
     with init_empty_weights(include_buffers=False):
         model = AutoModel.from_config(config, dtype=torch.float32).eval()
     model.load_state_dict(decoder.state(layers), assign=True, strict=False)

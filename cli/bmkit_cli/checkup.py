@@ -20,6 +20,7 @@ FLOORS = {
     "compressed-tensors": (0, 20),
     "safetensors": (0, 6),
     "gguf": (0, 17),
+    "numba": (0, 62),
 }
 
 

@@ -78,8 +78,12 @@ class Session:
         found = placement(job, read_headers(job.checkpoint))
         if found is None:
             return None
+        from bmkit.runtime import cpu
         from bmkit.runtime.cpu import load
         from bmkit.runtime.cpu.serve import Server
+
+        if not cpu.compiled():
+            job.reporter.info("compiling kernels for this machine, once (some 15 seconds)")
 
         threads = torch.get_num_threads()
         load.warm(threads)

@@ -39,3 +39,8 @@ def _prepare() -> bool:
 
 KEPT = _prepare()
 """Whether compiled kernels can be kept for the next process."""
+
+
+def compiled() -> bool:
+    """Tell whether the kernels were compiled before, for whatever processor."""
+    return KEPT and any(Path(os.environ["NUMBA_CACHE_DIR"]).rglob("*.nbc"))

@@ -120,20 +120,21 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def load_model(path: Path, *, device: torch.device, dtype: str = "auto") -> Any:
-    """Load a causal language model, dense, in eval mode.
+    """Load a model that generates, decoder or encoder-decoder, dense, in eval mode.
 
     Quantised checkpoints are unpacked to the compute dtype. Peak memory: the dense model and one
     shard. Raises InputError for a checkpoint that doesn't fit its config, ResourceError for memory.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config = load_config(path)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     chosen = compute_dtype(dtype, stored_dtype(config), device)
     options: dict[str, Any] = {}
     if quantization := getattr(config, "quantization_config", None):
         options = _dense(quantization, path)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = kind.from_pretrained(
             path,
             config=config,
             dtype=chosen,

@@ -213,6 +213,10 @@ class Job:
     adapters: tuple[Artifact, ...] = ()
     cpu_memory: int | None = None
     """The budget in bytes for what comes on top of the libraries."""
+    gpu_memory: int | None = None
+    """The budget in bytes for everything that the process holds on the GPU."""
+    rows: int | None = None
+    """How many prompts there are to answer, if that is known."""
 
     @property
     def deltas(self) -> tuple[Artifact, ...]:

@@ -190,6 +190,7 @@ def _write(
     stream, out, as_json = stdout(), options.get("out"), bool(options.get("as_json"))
     live = stream.terminal and not as_json and out is None
     write = (lambda piece: stream.text(piece, end="")) if live else None
+    request = replace(request, rows=total or None)
     answers = generate.open_answers(request, rows, reporter, write=write)
     plan = stages.describe_plan(answers.prepared, reporter)
     count = 0

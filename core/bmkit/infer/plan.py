@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 from bmkit.env import format_bytes
 from bmkit.errors import RecipeError
 from bmkit.infer.recipe import InferRecipe
@@ -12,38 +15,69 @@ from bmkit.runtime.budget import Placement
 PROMPT_TOKENS = 512
 """Tokens of a prompt that are planned for; a longer one takes more, where there is no budget."""
 
+Way = Literal["packed", "placed", "dense"]
 
-def placement(job: Job, headers: Headers) -> Placement | None:
-    """Say where the model's weights will be, if it runs packed on the CPU; else None.
 
-    Raises ResourceError for a budget that can't work, RecipeError for `quant` elsewhere.
+@dataclass(frozen=True)
+class Chosen:
+    """How a model will run.
+
+    `packed` is the fused decoder on the CPU, `placed` transformers' own code on weights in slabs,
+    `dense` transformers' own code on a model that transformers has loaded.
+    """
+
+    way: Way
+    placement: Placement | None
+
+
+def choose(job: Job, headers: Headers) -> Chosen:
+    """Say how the model will run and where its weights will be.
+
+    Raises ResourceError for a budget that can't work, RecipeError for `quant` where there is none.
     """
     recipe = job.recipe
     assert isinstance(recipe, InferRecipe)  # the registry pairs recipe and plan
-    packed = (
-        recipe.device == "cpu"
-        and recipe.dtype in {"auto", "float32"}
-        and all(family.plain_lora(delta.path) for delta in job.deltas)
-        and family.covers(headers.config)
-    )
-    if not packed:
-        if recipe.quant:
-            raise RecipeError(
-                "quant: works on the CPU, for models of the families "
-                f"{', '.join(family.FAMILY)}, with no adapters but LoRA",
-                hint="elsewhere, compress the model first: bmkit compress int8",
-            )
-        return None
+    on_gpu = recipe.device.startswith("cuda")
+    readable = family.readable(headers.config.get("quantization_config"))
+    exact = recipe.dtype in {"auto", "float32"}
+    limit = job.gpu_memory if on_gpu else job.cpu_memory
     context = int(headers.config.get("max_position_embeddings") or 2**20)
     tokens = min(recipe.max_new_tokens + PROMPT_TOKENS, context)
-    return budget.place(
-        headers,
-        rows=recipe.batch_size,
-        tokens=tokens,
-        budget=job.cpu_memory,
-        quant=recipe.quant,
-        besides=sum(3 * read_headers(delta.path).bytes for delta in job.deltas),
-    )
+    besides = sum(3 * read_headers(delta.path).bytes for delta in job.deltas)
+    rows = min(recipe.batch_size, job.rows or recipe.batch_size)
+    lora = all(family.plain_lora(delta.path) for delta in job.deltas)
+    if recipe.device == "cpu" and exact and lora and family.covers(headers.config):
+        found = budget.place(
+            headers,
+            rows=rows,
+            tokens=tokens,
+            budget=limit,
+            quant=recipe.quant,
+            besides=besides,
+        )
+        return Chosen("packed", found)
+    packed = any(t.name.endswith("_packed") for t in headers.tensors)
+    wanted = recipe.quant is not None or limit is not None or packed
+    if readable and ((recipe.device == "cpu" and exact) or (on_gpu and wanted)):
+        width = 4 if recipe.device == "cpu" or recipe.dtype == "float32" else 2
+        placed = budget.place_any(
+            headers,
+            rows=rows,
+            tokens=tokens,
+            prompt=min(PROMPT_TOKENS, context),
+            budget=limit,
+            quant=recipe.quant,
+            besides=besides,
+            gpu=on_gpu,
+            width=width,
+        )
+        return Chosen("placed", placed)
+    if recipe.quant:
+        raise RecipeError(
+            f"quant: can't be had with device {recipe.device}, dtype {recipe.dtype} and this model",
+            hint="it works on cuda, and on cpu with dtype auto; else: bmkit compress int8",
+        )
+    return Chosen("dense", None)
 
 
 def estimate(job: Job) -> Estimate:
@@ -52,33 +86,34 @@ def estimate(job: Job) -> Estimate:
     assert isinstance(recipe, InferRecipe)  # the registry pairs recipe and plan
     headers = read_headers(job.checkpoint)
     draw = "draw tokens at random" if recipe.sampled else "take the likeliest token"
-    if (found := placement(job, headers)) is not None:
-        kept = len(found.resident)
-        steps = [
-            f"load {headers.dense_numel} parameters, packed: {kept} of {len(found.units)} units "
-            f"resident, {format_bytes(found.streamed_bytes)} a token read from disk",
-            *(f"attach {delta.path}" for delta in job.deltas),
-            draw,
-        ]
+    chosen = choose(job, headers)
+    found = chosen.placement
+    if found is None:
+        return _dense(job, headers, draw)
+    on_gpu = recipe.device.startswith("cuda")
+    kept = len(found.resident)
+    source = "copied to the GPU" if on_gpu else "read from disk"
+    steps = [
+        f"load {headers.dense_numel} parameters, packed: {kept} of {len(found.units)} units "
+        f"resident, {format_bytes(found.streamed_bytes)} a token {source}",
+        *(f"attach {delta.path}" for delta in job.deltas),
+        draw,
+    ]
+    if not on_gpu:
         return Estimate(steps, Peak(RUNTIME_BYTES + found.peak_bytes, 0, 0))
-    return _dense(job, headers, draw)
+    in_ram = min(found.streamed_bytes, job.cpu_memory or found.streamed_bytes)
+    return Estimate(steps, Peak(RUNTIME_BYTES + in_ram + 2**28, found.peak_bytes, 0))
 
 
 def _dense(job: Job, headers: Headers, draw: str) -> Estimate:
     recipe = job.recipe
     assert isinstance(recipe, InferRecipe)  # as above
-    config = headers.config
+    sizes = budget.Sizes.of(headers.config)
     on_gpu = recipe.device != "cpu"
     width = 2 if "16" in recipe.dtype or (recipe.dtype == "auto" and on_gpu) else 4
-    heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
-    hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
-    kv_width = int(config.get("head_dim") or hidden // heads) * int(
-        config.get("num_key_value_heads") or heads
-    )
-    depth = int(config.get("num_hidden_layers") or config.get("n_layer") or 1)
     tokens = recipe.batch_size * (recipe.max_new_tokens + 256)
-    cache = 2 * width * depth * kv_width * tokens
-    logits = 3 * 4 * recipe.batch_size * int(config.get("vocab_size") or 0)
+    cache = 2 * width * sizes.layers * sizes.kv * sizes.dim * tokens
+    logits = 3 * 4 * recipe.batch_size * sizes.vocabulary
     weights = width * headers.dense_numel
     steps = [f"load {headers.dense_numel} parameters, {8 * width} bits each"]
     steps += [f"attach {delta.path}" for delta in job.deltas]

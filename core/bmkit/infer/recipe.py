@@ -6,6 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from bmkit import env
+from bmkit.errors import UsageError
 from bmkit.recipe import Recipe, contradiction
 
 
@@ -44,6 +46,13 @@ class InferRecipe(Recipe):
         description="Round weights while they are loaded, for this run: int8 with a scale a row, "
         "int4 with one per 64 inputs; embedding and head to int8 in both.",
     )
+    gpu_memory: str | None = Field(
+        default=None, description="A budget on the GPU for everything, as 6GiB."
+    )
+    cpu_memory: str | None = Field(
+        default=None, description="A budget in RAM for what comes on top of the libraries."
+    )
+    adapters: list[str] = Field(default=[], description="Deltas to put on the model.")
     batch_size: int = Field(default=8, ge=1, description="Prompts that are answered together.")
 
     @property
@@ -57,6 +66,12 @@ class InferRecipe(Recipe):
     def _draws_agree(self) -> InferRecipe:
         if self.do_sample and self.temperature == 0:
             raise contradiction("temperature", "do_sample is true, but temperature 0 is greedy")
+        for key in ("gpu_memory", "cpu_memory"):
+            if (size := getattr(self, key)) is not None:
+                try:
+                    env.parse_bytes(size)
+                except UsageError as exc:
+                    raise contradiction(key, str(exc)) from None
         if "" in self.stop_strings:
             raise contradiction(
                 "stop_strings", "an empty stop string would end every answer at once"

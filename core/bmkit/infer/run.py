@@ -15,7 +15,7 @@ from bmkit import model as models
 from bmkit.data import chat, rows
 from bmkit.data.rows import BadRow, Row
 from bmkit.errors import InputError, ResourceError
-from bmkit.infer.plan import placement
+from bmkit.infer.plan import Chosen, choose
 from bmkit.infer.recipe import InferRecipe
 from bmkit.plan import Job, read_headers
 from bmkit.runtime.generate import Answer, Generation, eos_ids, generate, plain_defaults
@@ -66,17 +66,23 @@ class Session:
         self.tokens = 0
         self.seconds = 0.0
         self.raw = recipe.raw or self.tokenizer.chat_template is None
+        self.chosen = choose(job, read_headers(job.checkpoint))
+        self.rows = recipe.batch_size
+        self.chunk: int | None = None
+        self.placed: Any = None
         self.server = self._server(job, config)
         if self.server is None:
             self.rss_before_bytes = env.rss_bytes()
-            model = models.load_model(job.checkpoint, device=self.device, dtype=recipe.dtype)
+            model = self._placed(job) or models.load_model(
+                job.checkpoint, device=self.device, dtype=recipe.dtype
+            )
             plain_defaults(model)
             self.model = models.attach(model, [delta.path for delta in job.deltas])
 
     def _server(self, job: Job, config: Any) -> Any:
         """Return what answers on packed weights, where the device and the model allow it."""
-        found = placement(job, read_headers(job.checkpoint))
-        if found is None:
+        found = self.chosen.placement
+        if self.chosen.way != "packed" or found is None:
             return None
         from bmkit.runtime import cpu
         from bmkit.runtime.cpu import load
@@ -99,14 +105,51 @@ class Session:
             if budget or self.recipe.quant:
                 raise ResourceError(said, hint="this model runs without budget and quant only")
             job.reporter.warn(f"{said}; not used")
+            self.chosen = Chosen("dense", None)
             return None
         if job.deltas:
             load.attach(decoder, [delta.path for delta in job.deltas])
         eos = eos_ids(models.load_generation_config(job.checkpoint), self.tokenizer)
         how = self._how(self.recipe.max_new_tokens)
         most = found.tokens if job.cpu_memory is not None else None
-        rows = self.recipe.batch_size
+        rows = min(self.recipe.batch_size, job.rows or self.recipe.batch_size)
         return Server(decoder, self.tokenizer, eos, how, rows=rows, most=most)
+
+    def _placed(self, job: Job) -> Any:
+        """Return the model on placed weights, in transformers' own code; None if it isn't to be."""
+        found = self.chosen.placement
+        if self.chosen.way != "placed" or found is None:
+            return None
+        from bmkit.runtime import cpu
+
+        if self.device.type == "cpu" and not cpu.compiled():
+            job.reporter.info("compiling kernels for this machine, once (some 5 seconds)")
+        from bmkit.runtime.placed import load
+        from bmkit.runtime.placed.model import Room, place_model
+
+        model = load.empty(job.checkpoint)
+        model.generation_config = models.load_generation_config(job.checkpoint)
+        stored = models.stored_dtype(model.config)
+        dtype = models.compute_dtype(self.recipe.dtype, stored, self.device)
+        if self.device.type == "cpu":
+            load.warm()
+        env.forget_peak_rss()
+        self.rss_before_bytes = env.rss_bytes()
+        self.rows = found.rows
+        limit = job.cpu_memory if self.device.type == "cpu" else job.gpu_memory
+        weights = None if limit is None else limit - found.fixed_bytes + found.rest_bytes
+        room = Room(weights, None if self.device.type == "cpu" else job.cpu_memory)
+        if room.device is not None and not getattr(model, "_is_stateful", False):
+            self.chunk = found.chunk
+        self.placed = place_model(
+            job.checkpoint,
+            model,
+            device=self.device,
+            dtype=dtype,
+            quant=self.recipe.quant,
+            room=room,
+        )
+        return model
 
     def answer(
         self, given: Iterable[Row | BadRow], *, write: Callable[[str], None] | None = None
@@ -119,7 +162,7 @@ class Session:
         if self.server is not None:
             yield from self._serve(given, write)
             return
-        size = 1 if write else self.recipe.batch_size
+        size = 1 if write else self.rows
         window = size if write else size * WINDOW_BATCHES
         numbered = enumerate(given)
         while taken := list(itertools.islice(numbered, window)):
@@ -198,6 +241,7 @@ class Session:
             how,
             numbers=[p.number for p in prompts],
             write=write,
+            chunk=self.chunk,
         )
         self.seconds += time.perf_counter() - start
         self.tokens += sum(len(a.token_ids) for a in answers)

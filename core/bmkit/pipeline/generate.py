@@ -42,14 +42,13 @@ class Answers:
 
     def report(self, plan: dict[str, Any]) -> dict[str, Any]:
         """Return what `--report` holds."""
-        session, request = self.session, self.prepared.request
-        budgets = {"gpu": request.gpu_memory, "cpu": request.cpu_memory}
+        session = self.session
         return {
             "stage": "infer",
             "peak_rss_bytes": env.peak_rss_bytes(),
             "rss_before_bytes": session.rss_before_bytes,
             "peak_gpu_bytes": session.peak_gpu_bytes(),
-            "budget_bytes": {k: env.parse_bytes(v) if v else None for k, v in budgets.items()},
+            "budget_bytes": {k: self.prepared.budget(k) for k in ("gpu", "cpu")},
             "tokens": session.tokens,
             "seconds": round(session.seconds, 4),
             "tokens_per_second": round(session.tokens / max(session.seconds, 1e-9), 2),

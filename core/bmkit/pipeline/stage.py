@@ -39,6 +39,8 @@ class Request:
     adapters: tuple[str, ...] = ()
     flags: Mapping[str, Any] = field(default_factory=dict)
     """Further recipe keys that have a flag of their own, as `max_new_tokens`."""
+    rows: int | None = None
+    """How many prompts there are, if that is known."""
     force: bool = False
     folder: Path | None = None
     """What paths in `assign` are relative to, if not the working directory."""
@@ -66,9 +68,19 @@ class Prepared:
         """Return what the engine gets."""
         threads = self.request.threads
         parts = (self.recipe, self.model, self.base, self.files, out, work, reporter, threads)
-        memory = self.request.cpu_memory
-        limit = env.parse_bytes(memory) if memory else None
-        return Job(*parts, adapters=self.adapters, cpu_memory=limit)
+        return Job(
+            *parts,
+            adapters=self.adapters,
+            cpu_memory=self.budget("cpu"),
+            gpu_memory=self.budget("gpu"),
+            rows=self.request.rows,
+        )
+
+    def budget(self, where: str) -> int | None:
+        """Return the budget in bytes of the flag, else of the recipe, for `cpu` or `gpu`."""
+        name = f"{where}_memory"
+        said = getattr(self.request, name) or getattr(self.recipe, name, None)
+        return env.parse_bytes(said) if said else None
 
 
 @dataclass(frozen=True)
@@ -163,7 +175,8 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
             f"{' or a '.join(stage.takes)}{merge}",
             hint="`-s merge=true` makes `bmkit tune` write a model" if merge else None,
         )
-    adapters = tuple(find_model(a, reporter, bring=bring) for a in request.adapters)
+    named = (*_adapters(doc, recipe, request), *request.adapters)
+    adapters = tuple(find_model(a, reporter, bring=bring) for a in named)
     for found in adapters:
         if found.kind != "delta":
             raise InputError(f"--adapter {found.path} is a {found.kind}, not a delta")
@@ -186,6 +199,14 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
     return Prepared(
         request, stage, recipe, doc.name, model, base, adapters, files, inputs, key, out, done
     )
+
+
+def _adapters(doc: Document, recipe: Recipe, request: Request) -> list[str]:
+    """Return the deltas that a recipe names: a path is relative to where it was said."""
+    on_line = ("adapters",) in doc.overrides
+    folder = (request.folder or Path.cwd()) if on_line else doc.folder
+    named: list[str] = getattr(recipe, "adapters", [])
+    return [str(folder / name) if (folder / name).exists() else name for name in named]
 
 
 def estimate(prepared: Prepared, reporter: Reporter) -> Estimate:
@@ -269,13 +290,12 @@ def run_stage(request: Request, reporter: Reporter) -> Result:
 
 def check_fits(prepared: Prepared, reporter: Reporter) -> None:
     """Raise ResourceError if the machine, or the request's budgets, can't hold the stage."""
-    request = prepared.request
     plan.check_fits(
         estimate(prepared, reporter).peak,
         prepared.out,
         env.home() / "work",
-        ram_limit=env.parse_bytes(request.cpu_memory) if request.cpu_memory else None,
-        gpu_limit=env.parse_bytes(request.gpu_memory) if request.gpu_memory else None,
+        ram_limit=prepared.budget("cpu"),
+        gpu_limit=prepared.budget("gpu"),
     )
 
 

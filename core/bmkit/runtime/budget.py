@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from bmkit import env
 from bmkit.errors import ResourceError
@@ -11,6 +14,8 @@ from bmkit.plan import Headers, TensorHeader
 
 SLACK_BYTES = 96 * 2**20
 """What libraries take while a model runs: threads' stacks, allocators' reserves, the tokenizer."""
+GPU_BYTES = 640 * 2**20
+"""What CUDA holds on a GPU before any tensor: its context, code, and the libraries' workspaces."""
 CHUNK, SMALL_CHUNK = 512, 128
 """Tokens of a prompt that go through the blocks together, and under a budget that is tight."""
 GROUP = {"int8": None, "int4": 64}
@@ -31,6 +36,10 @@ class Placement:
     tokens: int
     """Tokens of a sequence, prompt and answer, that the caches are planned for."""
     chunk: int = CHUNK
+    rows: int = 1
+    """Sequences that are answered together."""
+    rest_bytes: int = 0
+    """Of `fixed_bytes`, what weights outside of the units take."""
 
     @property
     def streamed_bytes(self) -> int:
@@ -105,6 +114,169 @@ def spread(sizes: tuple[int, ...], room: int) -> set[int]:
         if sum(sizes[i] for i in chosen) <= room:
             return chosen
     return set()
+
+
+_NUMBERED = re.compile(r"^((?:.*?\.)?\d+)\.")
+
+
+def block_of(name: str) -> str | None:
+    """Return the block that a parameter is in: its name up to the first number."""
+    found = _NUMBERED.match(name)
+    return found[1] if found else None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a config says of a model's sizes, whatever it calls them."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv: int
+    dim: int
+    inner: int
+    vocabulary: int
+    encoder_decoder: bool
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Sizes:
+        """Read a `config.json`; a model of several parts is taken by its text part."""
+        text = config.get("text_config") or config
+
+        def first(*names: str) -> int:
+            found = (text.get(n, config.get(n)) for n in names)
+            return next((int(v) for v in found if isinstance(v, int) and v > 0), 0)
+
+        layers = first("num_hidden_layers", "n_layer", "num_layers", "decoder_layers", "n_layers")
+        layers += first("num_decoder_layers")
+        hidden = first("hidden_size", "n_embd", "d_model") or 1
+        heads = first("num_attention_heads", "n_head", "num_heads", "decoder_attention_heads") or 1
+        dim = first("head_dim", "d_kv") or hidden // heads
+        inner = first("intermediate_size", "n_inner", "decoder_ffn_dim", "ffn_dim", "d_ff")
+        return cls(
+            max(layers, 1),
+            hidden,
+            heads,
+            first("num_key_value_heads", "num_kv_heads") or heads,
+            max(dim, 1),
+            inner or 4 * hidden,
+            first("vocab_size"),
+            bool(config.get("is_encoder_decoder")),
+        )
+
+
+def place_any(
+    headers: Headers,
+    *,
+    rows: int,
+    tokens: int,
+    prompt: int,
+    budget: int | None,
+    quant: str | None = None,
+    besides: int = 0,
+    gpu: bool = False,
+    width: int = 4,
+) -> Placement:
+    """Do as `place` does for a model of any kind, in transformers' own code.
+
+    `prompt` of the `tokens` are read at once; `width` is the bytes of a computed number. On a GPU,
+    the budget is the GPU's. Rows are answered one after the other before anything is refused.
+    """
+    blocks: dict[str, int] = {}
+    parts: dict[str, int] = {}  # parameters, the experts of a block as one
+    rest = head = 0
+    tied = bool(headers.config.get("tie_word_embeddings", True))
+    table = max((t.bytes for t in headers.tensors if _is_table(t, headers)), default=0)
+    for tensor in headers.tensors:
+        block, size = block_of(tensor.name), _any_bytes(tensor, headers, quant, width)
+        if block is not None:
+            blocks[block] = blocks.get(block, 0) + size
+            part = block + re.sub(r"\d+", "*", tensor.name[len(block) :])
+            parts[part] = parts.get(part, 0) + tensor.bytes
+        elif _is_table(tensor, headers):
+            head = max(head, size)
+        else:
+            rest += size
+    largest = max((*parts.values(), 0))
+    experts = any(".experts." in name for name in parts)
+    sizes = Sizes.of(headers.config)
+    tables = head if tied else 2 * head
+    slot = max((*blocks.values(), 2**20))
+    head_parts = math.ceil(head / slot)
+    streamed_units = (*blocks.values(), *([math.ceil(head / max(head_parts, 1))] * head_parts))
+    last = None
+    while True:
+        fixed = (
+            rest
+            + besides
+            + _any_fixed(sizes, rows, tokens, prompt, width, experts=experts, gpu=gpu)
+        )
+        whole = (*blocks.values(), tables)
+        found = Placement(
+            frozenset(range(len(whole))), whole, 1, fixed, 0, tokens, prompt, rows, rest
+        )
+        load = 0 if gpu else 4 * largest + min(table, 16 * 2**20)
+        if budget is None or found.peak_bytes + load <= budget:
+            return found
+        at_once = prompt if sizes.encoder_decoder else min(prompt, SMALL_CHUNK)
+        fixed = rest + besides + load
+        fixed += _any_fixed(sizes, rows, tokens, at_once, width, experts=experts, gpu=gpu)
+        least = Placement(
+            frozenset(), streamed_units, head_parts, fixed, 2 * slot, tokens, at_once, rows, rest
+        )
+        if least.peak_bytes <= budget:
+            room = budget - least.peak_bytes
+            kept = frozenset(spread(streamed_units, room))
+            return Placement(
+                kept, streamed_units, head_parts, fixed, 2 * slot, tokens, at_once, rows, rest
+            )
+        last = least
+        if rows == 1:
+            break
+        rows //= 2
+    need = math.ceil(last.peak_bytes / 2**20)
+    flag = "--gpu-memory" if gpu else "--cpu-memory"
+    raise ResourceError(
+        f"{flag} {env.format_bytes(budget)} is too small: this needs {need} MiB",
+        hint=f"the smallest that works is {flag} {need}MiB",
+    )
+
+
+def _is_table(tensor: TensorHeader, headers: Headers) -> bool:
+    """Tell whether a tensor has a row for every token: an embedding, or an output head."""
+    vocabulary = Sizes.of(headers.config).vocabulary
+    return len(tensor.shape) == 2 and vocabulary > 0 and tensor.shape[0] == vocabulary
+
+
+def _any_bytes(tensor: TensorHeader, headers: Headers, quant: str | None, width: int) -> int:
+    """Return what a tensor takes at most, packed where it can be, else in the compute dtype."""
+    linear = len(tensor.shape) == 2
+    if tensor.name.endswith("_packed") or (linear and width == 4):
+        return _bytes(tensor, headers, "int8" if quant and _is_table(tensor, headers) else quant)
+    if quant and len(tensor.shape) in (2, 3) and tensor.shape[-1] >= 32:
+        return tensor.numel * BITS[quant] // 8 + tensor.numel // 4 + 128
+    return width * tensor.numel + 64
+
+
+def _any_fixed(
+    s: Sizes, rows: int, tokens: int, prompt: int, width: int, *, experts: bool, gpu: bool
+) -> int:
+    cache = 2 * width * s.layers * s.kv * s.dim * rows * _ceil(tokens, 64)
+    if s.encoder_decoder:
+        cache *= 2
+    at_once = rows * min(prompt, tokens)
+    activations = width * at_once * (8 * s.hidden + 4 * s.inner + 6 * s.heads * s.dim)
+    scores = 2 * width * rows * min(prompt, tokens) * tokens  # masks
+    logits = 3 * 4 * s.vocabulary * (rows + 1)
+    unpacked = 2 * 16 * 2**20 + (3 * width * s.hidden * s.inner if experts else 0)
+    return (
+        cache
+        + activations
+        + scores
+        + logits
+        + unpacked
+        + (GPU_BYTES if gpu else SLACK_BYTES + 2**24)
+    )
 
 
 def _round_up(count: int) -> int:

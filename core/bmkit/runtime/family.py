@@ -26,11 +26,12 @@ def covers(config: Mapping[str, Any]) -> bool:
         config.get("model_type") in FAMILY
         and config.get("hidden_act") in ACTIVATIONS
         and kind in ROTATIONS
-        and _readable(config.get("quantization_config"))
+        and readable(config.get("quantization_config"))
     )
 
 
-def _readable(quantization: Any) -> bool:
+def readable(quantization: Any) -> bool:
+    """Tell whether weights stored like this can stay packed: symmetric integers of one width."""
     if not quantization:
         return True
     if not isinstance(quantization, Mapping):

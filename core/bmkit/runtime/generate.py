@@ -49,20 +49,22 @@ def generate(
     *,
     numbers: Sequence[int],
     write: Callable[[str], None] | None = None,
+    chunk: int | None = None,
 ) -> list[Answer]:
     """Answer `prompts` (token ids, not empty) in one batch, padded on the left.
 
     `numbers` are the prompts' numbers in the run: with the seed they decide each one's draws, so
     that batching changes no draw. `write` gets the text of a single prompt while it is made.
-    Memory grows with the batch's longest prompt plus `max_new_tokens`.
+    Memory grows with the batch's longest prompt plus `max_new_tokens`; with `chunk`, a decoder
+    reads so many tokens of the prompts at a time.
     """
     eos = eos_ids(model.generation_config, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos or [0])[0]
     longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor(
-        [[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device
-    )
+    encoder = bool(model.config.is_encoder_decoder)  # it counts positions from the left
+    start = 1 if encoder else longest
+    ids = _padded(prompts, pad, left=not encoder).to(model.device)
+    mask = _padded([[1] * len(p) for p in prompts], 0, left=not encoder).to(model.device)
     options: dict[str, Any] = {
         "max_new_tokens": how.max_new_tokens,
         "do_sample": False,
@@ -72,7 +74,7 @@ def generate(
     }
     steps = LogitsProcessorList()
     if how.repetition_penalty != 1.0:
-        padding = [longest - len(p) for p in prompts]
+        padding = [0 if encoder else longest - len(p) for p in prompts]
         steps.append(sampling.RepetitionPenalty(how.repetition_penalty, padding))
     if how.sampled:
         steps += sampling.processors(
@@ -84,15 +86,24 @@ def generate(
         )
     options["logits_processor"] = steps
     if how.stop_strings:
-        stop = StopStrings(tokenizer, how.stop_strings, longest)
+        stop = StopStrings(tokenizer, how.stop_strings, start)
         options["stopping_criteria"] = StoppingCriteriaList([stop])
     if write is not None and len(prompts) == 1:
         options["streamer"] = TextStream(tokenizer, how.stop_strings, write)
-    start = time.perf_counter()
+    if chunk is not None and not encoder and longest > chunk:
+        options["prefill_chunk_size"] = chunk
+    begun = time.perf_counter()
     out = model.generate(input_ids=ids, attention_mask=mask, **options)
-    seconds = time.perf_counter() - start
-    rows = out[:, longest:].tolist()
+    seconds = time.perf_counter() - begun
+    rows = out[:, start:].tolist()
     return [_answer(row, tokenizer, eos, how, seconds) for row in rows]
+
+
+def _padded(rows: Sequence[list[int]], pad: int, *, left: bool) -> Tensor:
+    longest = max(map(len, rows))
+    fill = [[pad] * (longest - len(row)) for row in rows]
+    whole = [f + r if left else r + f for r, f in zip(rows, fill, strict=True)]
+    return torch.tensor(whole)
 
 
 def eos_ids(config: Any, tokenizer: Any) -> list[int]:

@@ -13,8 +13,10 @@ from bmkit.runtime.cpu.dots import BFLOAT16, FLOAT32, INT4, INT8
 
 ALIGN = 64
 PAD = 32
+FLOAT16 = 4
+"""A kind that the CPU's kernels don't know; GPUs compute in it."""
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT32}
-BITS = {FLOAT32: 32, BFLOAT16: 16, INT8: 8, INT4: 4}
+BITS = {FLOAT32: 32, BFLOAT16: 16, FLOAT16: 16, INT8: 8, INT4: 4}
 
 
 def round_up(count: int, step: int = PAD) -> int:
@@ -85,7 +87,7 @@ def pack_floats(weight: Tensor, bias: Tensor | None = None) -> Packed:
         padded = weight.new_zeros(out, round_up(inputs))
         padded[:, :inputs] = weight
     shape = Shape(KINDS[weight.dtype], out, inputs, bias=bias is not None)
-    return Packed(shape, padded.view(torch.uint8).numpy(), bias=_floats(bias))
+    return Packed(shape, padded.view(torch.uint8).numpy(), bias=floats(bias))
 
 
 def pack_integers(
@@ -109,11 +111,23 @@ def pack_integers(
         halves = (padded + 8).view(torch.uint8).reshape(out, -1, 2, PAD // 2)
         padded = (halves[:, :, 0] | (halves[:, :, 1] << 4)).reshape(out, -1)
     data = padded.contiguous().view(torch.uint8).numpy()
-    return Packed(shape, data, scale.float().contiguous().numpy(), _floats(bias))
+    return Packed(shape, data, scale.float().contiguous().numpy(), floats(bias))
 
 
-def _floats(bias: Tensor | None) -> np.ndarray | None:
+def floats(bias: Tensor | None) -> np.ndarray | None:
+    """Return float32 values, or None for none."""
     return None if bias is None else bias.detach().float().contiguous().numpy()
+
+
+def integers(matrix: Packed) -> np.ndarray:
+    """Return the values int8 [rows, inputs] of a matrix of integers."""
+    shape = matrix.shape
+    if shape.kind == INT8:
+        return matrix.data.view(np.int8)[:, : shape.inputs]
+    halves = matrix.data.reshape(shape.rows, -1, 1, PAD // 2)
+    both = np.concatenate((halves & 15, halves >> 4), 2).reshape(shape.rows, -1)
+    found: np.ndarray = both[:, : shape.inputs].astype(np.int8) - np.int8(8)
+    return found
 
 
 @dataclass(frozen=True)

@@ -111,13 +111,18 @@ class Files(Source):
         self.path, self.quant = path, quant
         self.headers: Headers = read_headers(path)
         self.tensors = {t.name: t for t in self.headers.tensors}
-        self.handles = {t.file: os.open(t.file, os.O_RDONLY) for t in self.headers.tensors}
+        self.handles = {f: os.open(f, os.O_RDONLY) for f in {t.file for t in self.headers.tensors}}
         self.checked: set[str] = set()
-        self.lock = threading.Lock()
+        self.local = threading.local()
 
     def __del__(self) -> None:
-        for handle in getattr(self, "handles", {}).values():
-            os.close(handle)
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        handles = getattr(self, "handles", {})
+        while handles:
+            os.close(handles.popitem()[1])
 
     def shape(self, name: str) -> Shape | None:
         """Return the shape of a matrix, None if there is none of that name.
@@ -151,7 +156,7 @@ class Files(Source):
 
     def _integers(self, name: str, packed: TensorHeader, *, bias: bool) -> Shape:
         scale = self.tensors.get(f"{name}.weight_scale")
-        size = self._read(self.tensors.get(f"{name}.weight_shape"))
+        size = self.read(self.tensors.get(f"{name}.weight_shape"))
         if scale is None or size is None:
             raise InputError(f"{self.path}: {name} lacks its scale or shape")
         rows, inputs = (int(n) for n in size)
@@ -167,7 +172,19 @@ class Files(Source):
             )
         return shape
 
-    def _pread(self, header: TensorHeader, out: np.ndarray, first: int = 0) -> None:
+    def read_again(self, header: TensorHeader, low: int = 0, count: int | None = None) -> Tensor:
+        """Read `count` rows from `low` on, into memory that this thread's next call uses again."""
+        whole = header.shape[0] if header.shape else 1
+        rows = whole - low if count is None else count
+        size = header.bytes // max(whole, 1)
+        if getattr(self.local, "scratch", np.empty(0)).nbytes < rows * size:
+            self.local.scratch = np.empty(rows * size, np.uint8)
+        raw = self.local.scratch[: rows * size]
+        self.pread(header, raw, low * size)
+        found = torch.from_numpy(raw).view(DTYPES[header.dtype])
+        return found.reshape(rows, *header.shape[1:]) if header.shape else found.reshape(())
+
+    def pread(self, header: TensorHeader, out: np.ndarray, first: int = 0) -> None:
         """Read bytes of a tensor from its byte `first` on into `out` (uint8, contiguous)."""
         view = out.reshape(-1).view(np.uint8).data
         at, handle = header.start + first, self.handles[header.file]
@@ -177,11 +194,12 @@ class Files(Source):
                 raise InputError(f"{header.file} has become shorter while it was read")
             view, at = view[count:], at + count
 
-    def _read(self, header: TensorHeader | None) -> Tensor | None:
+    def read(self, header: TensorHeader | None) -> Tensor | None:
+        """Return a tensor as it is stored; None for none."""
         if header is None:
             return None
         raw = np.empty(header.bytes, np.uint8)
-        self._pread(header, raw)
+        self.pread(header, raw)
         dtypes = {**DTYPES, "I32": torch.int32, "I64": torch.int64}
         if header.dtype not in dtypes:
             raise InputError(f"{self.path}: {header.name} is stored as {header.dtype}")
@@ -189,13 +207,13 @@ class Files(Source):
 
     def packed(self, name: str) -> Packed:
         """Return a matrix that `shape` knows. Raises InputError if a weight is not finite."""
-        bias = self._read(self.tensors.get(f"{name}.bias"))
-        packed = self._read(self.tensors.get(f"{name}.weight_packed"))
+        bias = self.read(self.tensors.get(f"{name}.bias"))
+        packed = self.read(self.tensors.get(f"{name}.weight_packed"))
         if packed is not None:
             return self._unpacked(name, packed, bias)
-        weight = self._read(self.tensors.get(f"{name}.weight"))
+        weight = self.read(self.tensors.get(f"{name}.weight"))
         assert weight is not None  # `shape` has said so
-        self._check(name, weight)
+        self.require_finite(name, weight)
         if weight.ndim == 1:
             return pack.pack_floats(weight.float()[None])
         if self.quant is None:
@@ -213,20 +231,28 @@ class Files(Source):
         from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
         shape = self.shape(name)
-        scale = self._read(self.tensors[f"{name}.weight_scale"])
+        scale = self.read(self.tensors[f"{name}.weight_scale"])
         assert shape is not None  # the caller has it
         assert scale is not None
-        self._check(name, scale)
+        self.require_finite(name, scale)
         bits = self.headers.packed_bits
         values = unpack_from_int32(packed, bits, torch.Size([shape.rows, shape.inputs]))
         found = pack.pack_integers(values.to(torch.int8), scale.reshape(shape.rows, -1), bits, bias)
         assert found is not None  # `shape` has refused what can't be packed
         return found
 
-    def _check(self, name: str, values: Tensor) -> None:
-        if name not in self.checked and not values.isfinite().all():
-            raise InputError(f"{self.path}: {name} holds NaN or infinite weights")
-        self.checked.add(name)
+    def require_finite(self, name: str, values: Tensor, low: int = 0) -> None:
+        """Look at the values of `name` from row `low` on, the first time.
+
+        Raises InputError for NaN or infinity.
+        """
+        known = f"{name} {low}" if low else name
+        if known not in self.checked:
+            flat = values.reshape(-1)
+            for at in range(0, len(flat), 2**20):  # truth values take memory too
+                if not flat[at : at + 2**20].isfinite().all():
+                    raise InputError(f"{self.path}: {name} holds NaN or infinite weights")
+        self.checked.add(known)
 
     def write(self, name: str, layout: Layout, row: int, slab: np.ndarray) -> None:
         """Put matrix `name` into `slab`: straight from the file where it is stored as it is used.
@@ -246,9 +272,9 @@ class Files(Source):
         if not straight or weight is None or shape is None:
             super().write(name, layout, row, slab)
             return
-        self._pread(weight, layout.part(slab, row, 0))
+        self.pread(weight, layout.part(slab, row, 0))
         if shape.bias:
-            bias = self._read(self.tensors[f"{name}.bias"])
+            bias = self.read(self.tensors[f"{name}.bias"])
             assert bias is not None  # it is in the headers
             layout.part(slab, row, 2)[:] = bias.float().numpy().view(np.uint8)
 
@@ -258,19 +284,20 @@ class Files(Source):
         if shape is None or weight is None or weight.dtype not in DTYPES:
             super().write_rows(name, low, layout, slab)
             return
-        part = self._some(name, weight, low, shape.rows)
-        bias = self._read(self.tensors.get(f"{name}.bias"))
+        part = self.some(name, weight, low, shape.rows)
+        bias = self.read(self.tensors.get(f"{name}.bias"))
         bias = None if bias is None else bias[low : low + shape.rows]
         if self.quant is not None:
             layout.write(slab, 0, self._rounded(name, part, bias))
         else:
             layout.write(slab, 0, pack.pack_floats(part, bias))
 
-    def _some(self, name: str, weight: TensorHeader, low: int, count: int) -> Tensor:
+    def some(self, name: str, weight: TensorHeader, low: int, count: int) -> Tensor:
+        """Return `count` rows of a matrix from `low` on. Raises InputError for NaN or infinity."""
         rows, inputs = weight.shape
         size = weight.bytes // rows
         raw = np.empty(count * size, np.uint8)
-        self._pread(weight, raw, low * size)
+        self.pread(weight, raw, low * size)
         part = torch.from_numpy(raw).view(DTYPES[weight.dtype]).reshape(count, inputs)
         if not part.isfinite().all():
             raise InputError(f"{self.path}: {name} holds NaN or infinite weights")
@@ -281,7 +308,7 @@ class Files(Source):
         weight = self.tensors.get(f"{name}.weight")
         if weight is None:
             return super().rows(name, ids)
-        parts = torch.cat([self._some(name, weight, token, 1) for token in ids]).float()
+        parts = torch.cat([self.some(name, weight, token, 1) for token in ids]).float()
         if self.quant is not None:
             values, scale = quantize(parts, 8, None)
             parts = values.float() * scale

@@ -4,15 +4,49 @@ from __future__ import annotations
 
 import atexit
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 
-from bmkit.runtime.cpu.pack import Layout, empty_slab
+from bmkit.runtime.cpu.pack import empty_slab
 
 Load = Callable[[int, np.ndarray], None]
 """Write unit i into a slab of its size."""
+
+
+class Sized(Protocol):
+    """What a store must know of a unit."""
+
+    @property
+    def bytes(self) -> int:
+        """Return what it takes in a slab."""
+
+
+class Order:
+    """In which order units are used: round in a ring at first, then as they were last time.
+
+    A decoder with an encoder before it goes through the encoder once and through itself many times.
+    """
+
+    def __init__(self, units: Sequence[int]) -> None:
+        self.after = dict(zip(units, [*units[1:], *units[:1]], strict=True))
+        self.last: int | None = None
+
+    def used(self, unit: int) -> None:
+        """Take notice that `unit` is used now."""
+        if self.last is not None and self.last != unit:
+            self.after[self.last] = unit
+        self.last = unit
+
+    def following(self, unit: int, held: Container[int]) -> int | None:
+        """Return the next unit after `unit` that isn't held; None if all that come are."""
+        found, seen = self.after[unit], {unit}
+        while found in held and found not in seen:
+            seen.add(found)
+            found = self.after[found]
+        return None if found in held else found
 
 
 class Store:
@@ -20,18 +54,26 @@ class Store:
 
     Those in `resident` are loaded once. The others share `slots` slabs: while one is in use, a
     thread reads what comes next, round the end to the beginning, so that the first unit of the next
-    token is read while the last of this one is computed. Peak memory: residents and slots, nothing
-    else.
+    token is read while the last of this one is computed. `streamed` are all the others, if not
+    given. Peak memory: residents and slots, nothing else.
     """
 
     def __init__(
-        self, layouts: Sequence[Layout], load: Load, *, resident: set[int], slots: int = 2
+        self,
+        layouts: Sequence[Sized],
+        load: Load,
+        *,
+        resident: set[int],
+        streamed: Sequence[int] | None = None,
+        slots: int = 2,
     ) -> None:
         self.layouts, self.load = layouts, load
         self.resident = {i: empty_slab(layouts[i].bytes) for i in sorted(resident)}
         for i, slab in self.resident.items():
             load(i, slab)
-        self.streamed = [i for i in range(len(layouts)) if i not in resident]
+        others = [i for i in range(len(layouts)) if i not in resident]
+        self.streamed = others if streamed is None else list(streamed)
+        self.order = Order(self.streamed)
         size = max((layouts[i].bytes for i in self.streamed), default=0)
         count = min(slots, len(self.streamed))
         self.slots = [empty_slab(size) for _ in range(count)]
@@ -64,6 +106,7 @@ class Store:
             yield self.resident[unit]
             return
         with self.change:
+            self.order.used(unit)
             if unit not in self.held:
                 self._make_room()
                 self._ask(unit)
@@ -79,7 +122,8 @@ class Store:
                 self.ready.discard(unit)
                 del self.held[unit]
                 self.free.append(slot)
-                self._ask(self._after(unit))
+                if (following := self.order.following(unit, self.held)) is not None:
+                    self._ask(following)
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -89,12 +133,6 @@ class Store:
         if self.reader.is_alive():
             self.reader.join()
         atexit.unregister(self.close)
-
-    def _after(self, unit: int) -> int:
-        """Return the next streamed unit that no slot holds, in the order of use."""
-        at = self.streamed.index(unit)
-        order = self.streamed[at + 1 :] + self.streamed[: at + 1]
-        return next(u for u in order if u not in self.held)
 
     def _ask(self, unit: int) -> None:
         if self.free and unit not in self.held:

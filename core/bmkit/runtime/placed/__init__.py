@@ -1,0 +1,1 @@
+"""Any model of transformers on placed weights: packed, resident or streamed, its code untouched."""

@@ -1,0 +1,263 @@
+"""A matrix in a slab of packed weights, and the modules that compute with it in place of dense."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bmkit.runtime.cpu import block as kernels
+from bmkit.runtime.cpu.dots import BFLOAT16, FLOAT32, INT8
+from bmkit.runtime.cpu.pack import FLOAT16, Shape
+
+FEW = 32
+"""Up to so many tokens a CPU multiplies with packed rows; more are worth unpacking them for."""
+CHUNK_BYTES = 16 * 2**20
+"""A larger matrix is unpacked in parts of this size, where only its product is wanted."""
+
+
+FLOATS = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16, FLOAT16: torch.float16}
+
+
+class Matrix:
+    """A matrix [rows, inputs] whose bytes lie in a slab, while there is one: `slab` is set then.
+
+    `m` says where in the slab, in the numbers of `cpu.block`; int4 values of 32 inputs are 16
+    bytes, the low halves first.
+    """
+
+    def __init__(self, shape: Shape, m: np.ndarray, dtype: torch.dtype, device: torch.device):
+        self.shape, self.m, self.dtype, self.device = shape, m, dtype, device
+        self.slab: Tensor | None = None
+        self.raw: np.ndarray | None = None
+
+    def bind(self, slab: Tensor | None) -> None:
+        """Set the slab, uint8 [bytes] on the device; None takes it away."""
+        self.slab = slab
+        here = slab is not None and self.device.type == "cpu" and self.shape.kind != FLOAT16
+        self.raw = slab.numpy() if here and slab is not None else None
+
+    def _part(self, which: int, size: int, first: int = 0) -> Tensor:
+        assert self.slab is not None, "a unit's weights are used outside of its forward pass"
+        start = int(self.m[1 + which]) + first
+        return self.slab[start : start + size]
+
+    def dense(self, low: int = 0, high: int | None = None) -> Tensor:
+        """Return the rows from `low` to `high`, unpacked: [rows, inputs] in the compute dtype."""
+        shape = self.shape
+        count = (shape.rows if high is None else high) - low
+        raw = self._part(0, count * shape.row_bytes, low * shape.row_bytes).view(count, -1)
+        if shape.kind in FLOATS:
+            return raw.view(FLOATS[shape.kind])[:, : shape.inputs].to(self.dtype)
+        groups = shape.groups
+        part = self._part(1, 4 * count * groups, 4 * low * groups)
+        scales = part.view(torch.float32).view(count, groups, 1).to(self.dtype)
+        if shape.kind == INT8:
+            values = raw.view(torch.int8)[:, : shape.inputs]
+        else:
+            halves = raw.view(count, -1, 1, 16)
+            both = torch.cat((halves & 15, halves >> 4), 2).view(count, -1)
+            values = both[:, : shape.inputs].view(torch.int8) - 8
+        found = values.to(self.dtype).view(count, groups, -1).mul_(scales)
+        return found.view(count, shape.inputs)
+
+    def bias(self) -> Tensor | None:
+        """Return the bias [rows], None if there is none."""
+        if not self.shape.bias:
+            return None
+        return self._part(2, 4 * self.shape.rows).view(torch.float32).to(self.dtype)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Return x · Wᵀ + bias: [..., rows] of `x` [..., inputs]."""
+        count = x.numel() // max(x.shape[-1], 1)
+        needs_grad = torch.is_grad_enabled() and x.requires_grad
+        if self.raw is not None and 0 < count <= FEW and not needs_grad:
+            return self._few(x, count)
+        if needs_grad:
+            y: Tensor = _Frozen.apply(x, self)  # type: ignore[no-untyped-call]
+            return y if (bias := self.bias()) is None else y + bias
+        return self.many(x, self.bias())
+
+    def many(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return x · Wᵀ + bias for many tokens, unpacking a part of the rows at a time."""
+        rows = self.shape.rows
+        if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.dtype)
+        step = max(1, CHUNK_BYTES // (self.dtype.itemsize * self.shape.inputs))
+        if step >= rows:
+            return functional.linear(x, self.dense(), bias)
+        y = x.new_empty(*x.shape[:-1], rows)
+        for low in range(0, rows, step):
+            high = min(low + step, rows)
+            part = None if bias is None else bias[low:high]
+            y[..., low:high] = functional.linear(x, self.dense(low, high), part)
+        return y
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """Return grad · W: [..., inputs] of `grad` [..., rows]."""
+        rows = self.shape.rows
+        step = max(1, CHUNK_BYTES // (self.dtype.itemsize * self.shape.inputs))
+        found = grad.new_zeros(*grad.shape[:-1], self.shape.inputs)
+        for low in range(0, rows, step):
+            high = min(low + step, rows)
+            found += grad[..., low:high] @ self.dense(low, high).to(grad.dtype)
+        return found
+
+    def _few(self, x: Tensor, count: int) -> Tensor:
+        shape = self.shape
+        flat = x.detach().reshape(count, shape.inputs).float()
+        if shape.width != shape.inputs:
+            flat = functional.pad(flat, (0, shape.width - shape.inputs))
+        y = np.empty((count, shape.rows), np.float32)
+        kernels.product(
+            kernels.ADDRESS,
+            self.raw,
+            self.m,
+            flat.contiguous().numpy(),
+            y,
+            0,
+            torch.get_num_threads(),
+        )
+        return torch.from_numpy(y).view(*x.shape[:-1], shape.rows).to(x.dtype)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return rows [..., inputs] of the matrix, unpacked, as an embedding does."""
+        shape = self.shape
+        flat = ids.reshape(-1)
+        raw = self._part(0, shape.rows * shape.row_bytes).view(shape.rows, -1)[flat]
+        if shape.kind in FLOATS:
+            found = raw.view(FLOATS[shape.kind])[:, : shape.inputs].to(self.dtype)
+        else:
+            groups = shape.groups
+            scales = self._part(1, 4 * shape.rows * groups).view(torch.float32)
+            picked = scales.view(shape.rows, groups, 1)[flat].to(self.dtype)
+            assert shape.kind == INT8  # embeddings are rounded to 8 bits
+            values = raw.view(torch.int8)[:, : shape.inputs].to(self.dtype)
+            found = values.view(len(flat), groups, -1) * picked
+        return found.reshape(*ids.shape, shape.inputs)
+
+
+class _Frozen(torch.autograd.Function):
+    """A product with frozen packed weights, which are unpacked again for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Matrix) -> Tensor:
+        ctx.matrix = matrix
+        return matrix.many(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return ctx.matrix.backward(grads[0]), None
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer on a `Matrix`; its `weight` is unpacked when somebody asks for it."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        nn.Module.__init__(self)
+        self.matrix = matrix
+        self.in_features, self.out_features = matrix.shape.inputs, matrix.shape.rows
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Return the weight [out, in]; without its unit, of the right shape and kind only."""
+        shape = self.matrix.shape
+        if self.matrix.slab is None:
+            nothing = torch.zeros(1, dtype=self.matrix.dtype, device=self.matrix.device)
+            return nothing.expand(shape.rows, shape.inputs)
+        return self.matrix.dense()
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """Return the bias [out] or None."""
+        if self.matrix.slab is None and self.matrix.shape.bias:
+            return torch.zeros(self.out_features, device=self.matrix.device)
+        return self.matrix.bias()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return input · Wᵀ + bias."""
+        return self.matrix.multiply(input)
+
+
+class PackedConv1D(PackedLinear):
+    """GPT-2's linear layer: its weight is [in, out]; rows are kept as of any linear layer."""
+
+    nx: int
+    nf: int
+
+    def __init__(self, matrix: Matrix) -> None:
+        super().__init__(matrix)
+        self.nx, self.nf = matrix.shape.inputs, matrix.shape.rows
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Return the weight [in, out]."""
+        return super().weight.T
+
+
+class PackedEmbedding(nn.Embedding):
+    """An embedding on a `Matrix`; `embedding_class` puts it under a subclass's own code."""
+
+    matrix: Matrix
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Return the weight [rows, dim]."""
+        return PackedLinear.weight.fget(self)  # type: ignore[attr-defined, no-any-return]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the rows that `input` names."""
+        return self.matrix.rows(input)
+
+
+def embedding_class(own: type[nn.Embedding]) -> type[nn.Embedding]:
+    """Return a class that computes as `own` does, on packed rows."""
+    if own is nn.Embedding:
+        return PackedEmbedding
+    return type(f"Packed{own.__name__}", (own, PackedEmbedding), {})
+
+
+class HeadParts(nn.Linear):
+    """An output head whose rows are streamed in parts, one after the other."""
+
+    def __init__(self, parts: Sequence[Any], dtype: torch.dtype, device: torch.device) -> None:
+        nn.Module.__init__(self)
+        self.parts = list(parts)  # each a Matrix under a unit: `use()` binds it for a while
+        self.in_features = self.parts[0].matrix.shape.inputs
+        self.out_features = sum(p.matrix.shape.rows for p in self.parts)
+        self.dtype, self.device = dtype, device
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Return a tensor of the weight's shape and kind; its values are streamed."""
+        nothing = torch.full((1,), torch.nan, dtype=self.dtype, device=self.device)
+        return nothing.expand(self.out_features, self.in_features)
+
+    bias = None  # type: ignore[assignment]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return input · Wᵀ + bias."""
+        found = []
+        for part in self.parts:
+            with part.use():
+                found.append(part.matrix.multiply(input))
+        return torch.cat(found, -1)
+
+
+class Stack:
+    """Matrices of the same size, packed as one, that are taken out by number: experts' weights."""
+
+    def __init__(self, matrix: Matrix, count: int) -> None:
+        self.matrix, self.count = matrix, count
+        self.each = matrix.shape.rows // count
+        self.shape = torch.Size((count, self.each, matrix.shape.inputs))
+        self.dtype, self.device = matrix.dtype, matrix.device
+
+    def __getitem__(self, which: Any) -> Tensor:
+        """Return matrix number `which`, unpacked: [rows, inputs]."""
+        low = int(which) * self.each
+        return self.matrix.dense(low, low + self.each)

@@ -1,0 +1,115 @@
+"""A unit: the tensors that come and go together, most often one block, in one slab of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bmkit.runtime.cpu.pack import ALIGN, Layout, lay_out, round_up
+from bmkit.runtime.placed.matrix import Matrix
+
+
+@dataclass
+class Packed:
+    """A matrix of a unit: where it is in the slab, and how its bytes get there."""
+
+    matrix: Matrix
+    write: Callable[[Layout, int, np.ndarray], None]
+
+
+@dataclass
+class Dense:
+    """A tensor of a unit in the compute dtype: every place in the model that holds it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    write: Callable[[np.ndarray], None]
+    parameters: list[nn.Parameter] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        """Return its size."""
+        return self.shape.numel() * self.dtype.itemsize
+
+
+class Unit:
+    """Matrices and tensors that share a slab."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name, self.device = name, device
+        self.packed: list[Packed] = []
+        self.dense: list[Dense] = []
+        self.places: list[int] = []
+        self.layout: Layout = lay_out([])
+        self.bytes = 0
+        self._views: dict[int, list[Tensor]] = {}
+
+    def close(self) -> None:
+        """Give every tensor its place; nothing is added after this."""
+        self.layout = lay_out([p.matrix.shape for p in self.packed])
+        for packed, m in zip(self.packed, self.layout.table, strict=True):
+            packed.matrix.m = m
+        end = self.layout.bytes
+        for tensor in self.dense:
+            self.places.append(end)
+            end = round_up(end + tensor.bytes, ALIGN)
+        self.bytes = end
+
+    def load(self, slab: np.ndarray) -> None:
+        """Fill a slab from the checkpoint's files."""
+        for row, packed in enumerate(self.packed):
+            packed.write(self.layout, row, slab)
+        for place, tensor in zip(self.places, self.dense, strict=True):
+            tensor.write(slab[place : place + tensor.bytes])
+
+    def bind(self, slab: Tensor) -> None:
+        """Let the model's modules read from `slab`, uint8 [bytes] on the device."""
+        for packed in self.packed:
+            packed.matrix.bind(slab)
+        views = self._views.get(slab.data_ptr())
+        if views is None:
+            views = self._views[slab.data_ptr()] = [
+                slab[p : p + t.bytes].view(t.dtype).view(t.shape)
+                for p, t in zip(self.places, self.dense, strict=True)
+            ]
+        for tensor, view in zip(self.dense, views, strict=True):
+            for parameter in tensor.parameters:
+                parameter.data = view
+
+    def release(self) -> None:
+        """Take the weights away: what reads them now gets NaN, or an assertion."""
+        for packed in self.packed:
+            packed.matrix.bind(None)
+        for tensor in self.dense:
+            for parameter in tensor.parameters:
+                parameter.data = nothing(tensor.shape, tensor.dtype, self.device)
+
+
+def nothing(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor of a shape that takes no memory, all NaN."""
+    value = torch.nan if dtype.is_floating_point else 0
+    return torch.full((1,), value, dtype=dtype, device=device).expand(shape)
+
+
+@dataclass
+class Used:
+    """A unit that is streamed: `use` holds its weights in place."""
+
+    unit: Unit
+    matrix: Matrix
+    hold: Callable[[], AbstractContextManager[Tensor]]
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Bind the unit for a while."""
+        with self.hold() as slab:
+            self.unit.bind(slab)
+            try:
+                yield
+            finally:
+                self.unit.release()

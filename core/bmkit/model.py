@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from bmkit.errors import (
     first_line,
     machine_refusal,
 )
-from bmkit.plan import Headers
+from bmkit.plan import Headers, Task
+from bmkit.plan import task as task_of
 
 SMALLER = "close other programs, or take a smaller model"
 SHARD_BYTES = 2 * 2**30
@@ -88,6 +90,11 @@ def stored_dtype(config: Any) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
+def task(config: Any) -> Task:
+    """Tell what the checkpoint of a config is for."""
+    return task_of(config.to_dict())
+
+
 def load_config(path: Path) -> Any:
     """Read a checkpoint's config. Raises InputError if transformers doesn't know the model."""
     from transformers import AutoConfig
@@ -119,16 +126,26 @@ def load_tokenizer(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 
+def auto_class(config: Any) -> Any:
+    """Return transformers' Auto class that loads a checkpoint for its task."""
+    import transformers
+
+    kind = {"classify": "AutoModelForSequenceClassification", "embed": "AutoModel"}.get(
+        task(config), "AutoModelForCausalLM"
+    )
+    if config.is_encoder_decoder and task(config) == "generate":
+        kind = "AutoModelForSeq2SeqLM"
+    return getattr(transformers, kind)
+
+
 def load_model(path: Path, *, device: torch.device, dtype: str = "auto") -> Any:
     """Load a model that generates, decoder or encoder-decoder, dense, in eval mode.
 
     Quantised checkpoints are unpacked to the compute dtype. Peak memory: the dense model and one
     shard. Raises InputError for a checkpoint that doesn't fit its config, ResourceError for memory.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
     config = load_config(path)
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    kind = auto_class(config)
     chosen = compute_dtype(dtype, stored_dtype(config), device)
     options: dict[str, Any] = {}
     if quantization := getattr(config, "quantization_config", None):
@@ -156,8 +173,8 @@ def load_model(path: Path, *, device: torch.device, dtype: str = "auto") -> Any:
     return model.eval()
 
 
-def attach(model: Any, adapters: Sequence[Path]) -> Any:
-    """Put PEFT adapters on `model`, all active at once, each loaded from its directory.
+def attach(model: Any, adapters: Mapping[str, Path]) -> Any:
+    """Put PEFT adapters on `model` by their names, all active at once; `adapter` takes one.
 
     Raises InputError for one that doesn't fit the model.
     """
@@ -166,8 +183,8 @@ def attach(model: Any, adapters: Sequence[Path]) -> Any:
     from peft import PeftModel
 
     wrapped = None
-    names = [f"a{i}" for i in range(len(adapters))]
-    for name, path in zip(names, adapters, strict=True):
+    names = [f"a{i}" for i in range(len(adapters))]  # PEFT allows no dots in them
+    for name, path in zip(names, adapters.values(), strict=True):
         try:
             if wrapped is None:
                 wrapped = PeftModel.from_pretrained(model, path, adapter_name=name)
@@ -181,7 +198,28 @@ def attach(model: Any, adapters: Sequence[Path]) -> Any:
     assert wrapped is not None  # there is at least one adapter
     if len(names) > 1:
         wrapped.base_model.set_adapter(names)
+    wrapped.bmkit_adapters = dict(zip(adapters, names, strict=True))
     return wrapped.eval()
+
+
+@contextmanager
+def adapter(model: Any, name: str | None) -> Iterator[None]:
+    """Let only adapter `name` of an `attach`ed model work while the block runs; None: no adapter.
+
+    `*` stands for all, as they are outside of the block.
+    """
+    known: dict[str, str] = getattr(model, "bmkit_adapters", {})
+    if not known or name == "*":
+        yield
+    elif name is None:
+        with model.disable_adapter():
+            yield
+    else:
+        model.base_model.set_adapter([known[name]])
+        try:
+            yield
+        finally:
+            model.base_model.set_adapter(list(known.values()))
 
 
 def _dense(quantization: Any, path: Path) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from bmkit.artifact import MANIFEST, Artifact, open_artifact, read_manifest
 from bmkit.errors import BmkitError, InputError, OutputTaken, ResourceError, machine_refusal
@@ -123,12 +124,7 @@ def new_file(file: Path, *, force: bool = False) -> Iterator[IO[str]]:
     with refusals(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with scratch.open("a", encoding="utf-8") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputTaken(
-                    f"{file} is being written by another bmkit", hint="name another -o"
-                ) from None
+            _lock(stream, file)
             try:
                 stream.truncate(0)
                 yield stream
@@ -138,6 +134,75 @@ def new_file(file: Path, *, force: bool = False) -> Iterator[IO[str]]:
             except BaseException:
                 scratch.unlink(missing_ok=True)
                 raise
+
+
+@contextmanager
+def resumed_file(
+    file: Path, key: str | None, *, force: bool = False
+) -> Iterator[tuple[IO[str], int]]:
+    """Do as `new_file`, going on where an earlier run of the same `key` was stopped.
+
+    Gives the file, and how many whole lines it holds already. What was written stays beside `file`
+    when the block fails, for the same command to go on with; without a key nothing stays.
+    """
+    refuse_existing(file, force=force)
+    scratch = file.with_name(f".{file.name}.partial")
+    note = file.with_name(f".{file.name}.partial-key")
+    with refusals(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("a+b") as raw:
+            _lock(raw, file)
+            done = _whole_lines(raw) if key is not None and _text(note) == key else 0
+            if not done:
+                raw.truncate(0)
+            if key is not None:
+                note.write_text(key)
+            stream = io.TextIOWrapper(raw, encoding="utf-8", newline="\n")
+            try:
+                yield stream, done
+                stream.flush()
+                refuse_existing(file, force=force)
+                scratch.replace(file)
+                note.unlink(missing_ok=True)
+            except BaseException:
+                with suppress(OSError):
+                    stream.flush()
+                if key is None or not _whole_lines(raw):
+                    scratch.unlink(missing_ok=True)
+                    note.unlink(missing_ok=True)
+                raise
+            finally:
+                with suppress(ValueError, OSError):
+                    stream.detach()
+
+
+def _lock(stream: IO[Any], file: Path) -> None:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputTaken(
+            f"{file} is being written by another bmkit", hint="name another -o"
+        ) from None
+
+
+def _text(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
+def _whole_lines(stream: IO[bytes]) -> int:
+    """Cut off a last line that isn't whole; return how many there are."""
+    stream.seek(0)
+    count = end = 0
+    for line in stream:
+        if not line.endswith(b"\n"):
+            break
+        count, end = count + 1, end + len(line)
+    stream.truncate(end)
+    stream.seek(0, os.SEEK_END)
+    return count
 
 
 def refuse_existing(file: Path, *, force: bool) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bmkit import env
 from bmkit.artifact import WEIGHTS, Artifact
@@ -26,6 +26,23 @@ DTYPE_BYTES = {
 MAX_HEADER_BYTES = 100_000_000
 RUNTIME_BYTES = 700 * 2**20  # torch, transformers and their code, as measured on CPU
 """Resident memory of a process that has imported torch, transformers and peft."""
+
+
+Task = Literal["generate", "classify", "embed"]
+ENCODERS = (
+    *("albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie"),
+    *("esm", "modernbert", "mpnet", "nomic_bert", "roberta", "roformer", "xlm-roberta"),
+    *("eurobert", "jina_embeddings_v3", "megatron-bert", "mobilebert", "rembert", "xmod"),
+)
+"""Model types that read a text and don't go on with it."""
+
+
+def task(config: Mapping[str, Any]) -> Task:
+    """Tell what a checkpoint is for, by its `config.json`."""
+    names = config.get("architectures") or [""]
+    if names[0].endswith("ForSequenceClassification"):
+        return "classify"
+    return "embed" if config.get("model_type") in ENCODERS else "generate"
 
 
 @dataclass(frozen=True)
@@ -236,6 +253,8 @@ class Outcome:
     kind: str
     metrics: Mapping[str, float | int | str] = field(default_factory=dict)
     loads_in: tuple[str, ...] = ()
+    report: Mapping[str, Any] = field(default_factory=dict)
+    """What `--report` says besides, and the artifact doesn't: it is another each time."""
 
 
 def check_fits(

@@ -153,12 +153,20 @@ def test_a_stage_that_is_stopped_in_the_middle_of_its_work(
     assert out == ""
     assert "Traceback" not in err
     assert not (tmp_path / "x").exists()
-    assert (tmp_path / ".x.partial").exists() == (number == signal.SIGKILL)
+    assert (tmp_path / ".x.partial").exists() == (number == signal.SIGKILL or stage == "infer")
+    if stage == "infer":
+        written = (tmp_path / ".x.partial").read_text()
+        whole = written[: written.rfind("\n") + 1]
     if stage != "compress" or number == signal.SIGKILL:
         again = bmkit(*words)
         assert again.returncode == 0, again.stderr
         assert (tmp_path / "x").exists()
         assert not (tmp_path / ".x.partial").exists()
+    if stage == "infer":  # rows that were done are not answered again
+        found = (tmp_path / "x").read_text()
+        assert whole and found.startswith(whole)
+        assert f"{whole.count(chr(10))} rows are done, going on with the next" in again.stderr
+        assert [json.loads(line)["id"] for line in found.splitlines()] == list(range(80))
 
 
 def test_training_resumes_after_a_kill_with_the_same_result(

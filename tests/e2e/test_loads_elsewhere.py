@@ -23,6 +23,7 @@ def logits(path: Path, **options: Any) -> torch.Tensor:
         "import sys, torch; from transformers import AutoModelForCausalLM as A\n"
         f"m = A.from_pretrained(sys.argv[1], dtype=torch.float32, **{options!r})\n"
         f"ids = torch.tensor({IDS.tolist()})\n"
+        f"torch.set_num_threads({torch.get_num_threads()})\n"  # sums depend on it
         "with torch.no_grad(): out = m(ids).logits\n"
         "assert 'bmkit' not in sys.modules\n"
         "torch.save(out, sys.argv[2])\n"
@@ -112,7 +113,9 @@ def test_a_delta_loads_in_plain_peft_on_its_int8_base(delta: Path, bmkit: Run) -
             base = model(IDS).logits
     from bmkit import model as models
 
-    ours = models.attach(models.load_model(delta.parent / "a", device=torch.device("cpu")), [delta])
+    ours = models.attach(
+        models.load_model(delta.parent / "a", device=torch.device("cpu")), {"a": delta}
+    )
     with torch.no_grad():
         torch.testing.assert_close(ours(IDS).logits, theirs, rtol=0, atol=1e-5)
     assert (theirs - base).abs().max() > 1e-3
@@ -128,7 +131,9 @@ def test_merge_writes_a_model_that_answers_as_base_and_delta(
     assert json.loads(merged.stdout)["kind"] == "model", merged.stderr
     from bmkit import model as models
 
-    apart = models.attach(models.load_model(tiny, device=torch.device("cpu")), [tmp_path / "d"])
+    apart = models.attach(
+        models.load_model(tiny, device=torch.device("cpu")), {"a": tmp_path / "d"}
+    )
     with torch.no_grad():
         expected = apart(IDS).logits
     found = logits(tmp_path / "m")

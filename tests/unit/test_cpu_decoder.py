@@ -248,6 +248,10 @@ def adapter(
     return tmp_path / name
 
 
+def named(paths: list[Path]) -> dict[str, Path]:
+    return {path.name: path for path in paths}
+
+
 @pytest.mark.parametrize("name", ["llama", "llama, biases, untied", "qwen3"])
 def test_adapters_equal_pefts(tmp_path: Path, name: str) -> None:
     from bmkit import model as models
@@ -262,8 +266,8 @@ def test_adapters_equal_pefts(tmp_path: Path, name: str) -> None:
     model = model_of(config)
     decoder = Decoder(config, plain(dict(model.state_dict())), threads=2)
     for chosen in (paths[:1], paths[1:], paths):
-        load.attach(decoder, chosen)
-        wanted = logits_of(models.attach(model_of(config), chosen), IDS)
+        load.attach(decoder, named(chosen))
+        wanted = logits_of(models.attach(model_of(config), named(chosen)), IDS)
         cache = decoder.cache(2, 128)
         close(decoder.chain(cache, 0, IDS)[0], wanted[-1])
         for i, token in enumerate(IDS):
@@ -277,7 +281,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     config = CONFIGS["llama"]
     decoder = Decoder(config, plain(dict(model_of(config).state_dict())), threads=2)
     with pytest.raises(InputError, match="doesn't fit"):
-        load.attach(decoder, [path])
+        load.attach(decoder, {"a": path})
 
 
 def test_what_is_no_plain_lora_is_left_to_peft(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -61,6 +62,13 @@ def infer(
         Literal["int8", "int4"] | None,
         typer.Option("--quant", help="Round weights while they are loaded, for this run."),
     ] = None,
+    score: Annotated[
+        bool, typer.Option("--score", help="Answer nothing; tell how likely the text is.")
+    ] = False,
+    logprobs: Annotated[
+        int | None,
+        typer.Option("--logprobs", min=0, help="Add log-probabilities, of so many top tokens."),
+    ] = None,
     assign: SetOpt = None,
     device: DeviceOpt = None,
     seed: SeedOpt = None,
@@ -77,14 +85,17 @@ def infer(
     verbose: VerboseOpt = False,
     quiet: QuietOpt = False,
 ) -> None:
-    """Generate text."""
+    """Generate text; without -p and -i, on a terminal, chat."""
     reporter = session.start(how, quiet=quiet, loud=verbose)
     from bmkit import place
     from bmkit.errors import UsageError
+    from bmkit.pipeline import generate
     from bmkit.pipeline import stage as stages
+    from bmkit_cli import chat
     from bmkit_cli.commands.stages import show_plan
     from bmkit_cli.output import out as stdout
 
+    at_terminal = chat.is_possible()
     stdout()
     if out is not None and source not in {None, "-"} and out.resolve() == Path(source).resolve():
         raise UsageError(f"-o and -i both name {out}")
@@ -92,7 +103,9 @@ def infer(
         place.refuse_existing(out, force=force)
     if prompt and source:
         raise UsageError("-p and -i exclude each other")
-    if not prompt and not source and not plan:
+    talk = not prompt and not source and not plan and out is None and not as_json
+    talk = talk and model != "-" and recipe != "-" and at_terminal
+    if not prompt and not source and not plan and not talk:
         raise UsageError("there is nothing to answer", hint="give -p TEXT or -i FILE.jsonl")
     if [model, source, recipe].count("-") > 1:
         raise UsageError("only one of the recipe, -m and -i can be stdin")
@@ -112,6 +125,8 @@ def infer(
             "raw": raw or None,
             "max_new_tokens": max_new_tokens,
             "quant": quant,
+            "score": score or None,
+            "logprobs": logprobs,
         },
     )
     checked = stages.check(request)
@@ -120,6 +135,10 @@ def infer(
         prepared = stages.prepare(request, reporter, bring=False)
         show_plan(stages.describe_plan(prepared, reporter), as_json=as_json)
         stages.check_fits(prepared, reporter)
+        return
+    if talk:
+        _, opened = generate.open_session(replace(request, rows=1), reporter)
+        chat.Chat(opened, reporter, stdout()).run()
         return
     options = {"prompt": prompt, "input": source, "as_json": as_json, "report": report}
     options |= {"out": out, "force": force}
@@ -132,21 +151,25 @@ def answer(request: Any, options: Mapping[str, Any], reporter: Reporter) -> None
     if isinstance(prompts, str):
         prompts = [prompts]
     source = options.get("input")
-    with _rows(prompts, source) as (rows, total):
+    with _rows(prompts, source) as (rows, total, content):
+        options = {**options, "content": content}
         _write(request, rows, total, options, source or "-p", reporter)
 
 
 @contextmanager
-def _rows(prompts: list[str] | None, source: str | None) -> Iterator[tuple[Iterable[Any], int]]:
-    """Give the rows to answer, and how many they are (0 if that can't be known)."""
+def _rows(
+    prompts: list[str] | None, source: str | None
+) -> Iterator[tuple[Iterable[Any], int, str | None]]:
+    """Give the rows to answer, how many they are (0: not known), and their digest if known."""
     from bmkit.data import rows
     from bmkit.errors import InputError
 
     if prompts:
         given = [rows.Row(i, {"prompt": text}) for i, text in enumerate(prompts, 1)]
-        yield given, len(given)
+        text = json.dumps(prompts).encode()
+        yield given, len(given), hashlib.sha256(text).hexdigest()
     elif source == "-":
-        yield rows.read(_lines_of(0)), 0
+        yield rows.read(_lines_of(0)), 0, None
     else:
         path = Path(source or "")
         try:
@@ -154,9 +177,12 @@ def _rows(prompts: list[str] | None, source: str | None) -> Iterator[tuple[Itera
         except OSError as exc:
             raise InputError(f"{path} cannot be read: {exc.strerror}") from None
         with stream:
-            total = sum(bool(line.strip()) for line in stream)
+            digest, total = hashlib.sha256(), 0
+            for line in stream:
+                digest.update(line)
+                total += bool(line.strip())
             stream.seek(0)
-            yield rows.read(stream), total
+            yield rows.read(stream), total, digest.hexdigest()
 
 
 def _lines_of(number: int) -> Iterator[bytes]:
@@ -191,24 +217,32 @@ def _write(
     live = stream.terminal and not as_json and out is None
     write = (lambda piece: stream.text(piece, end="")) if live else None
     request = replace(request, rows=total or None)
-    answers = generate.open_answers(request, rows, reporter, write=write)
-    plan = stages.describe_plan(answers.prepared, reporter)
-    count = 0
-    several = total > 1 and not live
-    task = report.task(reporter, "infer", total, "prompts") if several else nullcontext()
-    new = place.new_file(out, force=bool(options.get("force"))) if out else nullcontext()
-    with new as file, task as bar:
-        for found in answers:
-            count += 1
-            if file is not None:
-                file.write(_line(found))
-                file.flush()
-            elif as_json:
-                stream.json(found)
-            else:
-                stream.text("" if live else found["text"])
-            if bar is not None:
-                bar.advance()
+    force = bool(options.get("force"))
+    key = None
+    if out is not None and options.get("content"):
+        key = generate.resume_key(request, reporter, options["content"])
+    new = place.resumed_file(out, key, force=force) if out else nullcontext((None, 0))
+    with new as (file, done):
+        if done:
+            reporter.info(f"infer: {done} rows are done, going on with the next")
+        answers = generate.open_answers(request, rows, reporter, write=write, done=done)
+        plan = stages.describe_plan(answers.prepared, reporter)
+        several = total - done > 1 and not live
+        count = done
+        task = report.task(reporter, "infer", total - done, "prompts") if several else nullcontext()
+        with task as bar:
+            for found in answers:
+                count += 1
+                if file is not None:
+                    file.write(json.dumps(found.values(), ensure_ascii=False) + "\n")
+                    file.flush()
+                elif as_json:
+                    stream.json(found.values())
+                else:
+                    written = live and found.streamed
+                    stream.text("" if written else found.line())
+                if bar is not None:
+                    bar.advance()
     if out is not None:
         stream.text(str(out))
     if options.get("report"):
@@ -223,7 +257,3 @@ def _write(
         raise InputError(f"{source}:{first.line}: {first.problem}{more}; {others} done")
     if count == 0:
         raise InputError(f"{source} holds no rows", hint="it takes one JSON object a line")
-
-
-def _line(found: Mapping[str, Any]) -> str:
-    return json.dumps(found, ensure_ascii=False) + "\n"

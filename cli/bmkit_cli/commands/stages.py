@@ -153,7 +153,7 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
     if not result.reused:
         reporter.info(f"{stage}: wrote {path} in {result.seconds:.1f} s")
     if given["report"]:
-        write_report(given["report"], {**summary, "stage": stage})
+        write_report(given["report"], {**summary, **result.report, "stage": stage})
     if given["as_json"]:
         stream.json(summary)
     stages.require_gates(result)

@@ -8,7 +8,7 @@ from typing import Literal
 from bmkit.env import format_bytes
 from bmkit.errors import RecipeError
 from bmkit.infer.recipe import InferRecipe
-from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers
+from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers, task
 from bmkit.runtime import budget, family
 from bmkit.runtime.budget import Placement
 
@@ -46,7 +46,8 @@ def choose(job: Job, headers: Headers) -> Chosen:
     besides = sum(3 * read_headers(delta.path).bytes for delta in job.deltas)
     rows = min(recipe.batch_size, job.rows or recipe.batch_size)
     lora = all(family.plain_lora(delta.path) for delta in job.deltas)
-    if recipe.device == "cpu" and exact and lora and family.covers(headers.config):
+    generates = task(headers.config) == "generate"
+    if recipe.device == "cpu" and exact and lora and generates and family.covers(headers.config):
         found = budget.place(
             headers,
             rows=rows,
@@ -57,7 +58,7 @@ def choose(job: Job, headers: Headers) -> Chosen:
         )
         return Chosen("packed", found)
     packed = any(t.name.endswith("_packed") for t in headers.tensors)
-    wanted = recipe.quant is not None or limit is not None or packed
+    wanted = recipe.quant is not None or limit is not None or packed or not generates
     if readable and ((recipe.device == "cpu" and exact) or (on_gpu and wanted)):
         width = 4 if recipe.device == "cpu" or recipe.dtype == "float32" else 2
         placed = budget.place_any(

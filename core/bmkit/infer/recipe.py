@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from bmkit import env
 from bmkit.errors import UsageError
@@ -46,6 +47,15 @@ class InferRecipe(Recipe):
         description="Round weights while they are loaded, for this run: int8 with a scale a row, "
         "int4 with one per 64 inputs; embedding and head to int8 in both.",
     )
+    score: bool = Field(
+        default=False, description="Answer nothing; tell how likely the given text is."
+    )
+    logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="Add each token's log-probability to the JSON, and so many of the likeliest.",
+    )
     gpu_memory: str | None = Field(
         default=None, description="A budget on the GPU for everything, as 6GiB."
     )
@@ -62,16 +72,22 @@ class InferRecipe(Recipe):
             return self.do_sample
         return bool(self.temperature)
 
+    @field_validator("gpu_memory", "cpu_memory", mode="before")
+    @classmethod
+    def _is_a_size(cls, value: object) -> object:
+        if type(value) is int:
+            value = str(value)  # bytes
+        if isinstance(value, str):
+            try:
+                env.parse_bytes(value)
+            except UsageError as exc:
+                raise PydanticCustomError("size", "{text}", {"text": str(exc)}) from None
+        return value
+
     @model_validator(mode="after")
     def _draws_agree(self) -> InferRecipe:
         if self.do_sample and self.temperature == 0:
             raise contradiction("temperature", "do_sample is true, but temperature 0 is greedy")
-        for key in ("gpu_memory", "cpu_memory"):
-            if (size := getattr(self, key)) is not None:
-                try:
-                    env.parse_bytes(size)
-                except UsageError as exc:
-                    raise contradiction(key, str(exc)) from None
         if "" in self.stop_strings:
             raise contradiction(
                 "stop_strings", "an empty stop string would end every answer at once"

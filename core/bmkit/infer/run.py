@@ -1,4 +1,4 @@
-"""The infer engine: rows in, answers out, in order."""
+"""The infer engine: rows in, answers, scores, labels or embeddings out, in order."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from bmkit import env
 from bmkit import model as models
-from bmkit.data import chat, rows
 from bmkit.data.rows import BadRow, Row
-from bmkit.errors import InputError, ResourceError
-from bmkit.infer.plan import Chosen, choose
+from bmkit.errors import InputError, UsageError
+from bmkit.infer import encode, score
+from bmkit.infer.load import names, open_engine
+from bmkit.infer.prompts import Bad, Prompt, Reader
 from bmkit.infer.recipe import InferRecipe
-from bmkit.plan import Job, read_headers
-from bmkit.runtime.generate import Answer, Generation, eos_ids, generate, plain_defaults
+from bmkit.plan import Job
+from bmkit.runtime.generate import Answer, Generation, eos_ids, generate
 
 WINDOW_BATCHES = 8
 """Rows of this many batches are sorted by length together: less padding, answers still flow."""
@@ -28,25 +28,39 @@ WINDOW_BATCHES = 8
 class Answered:
     """One row and its answer."""
 
+    streamed: ClassVar = True
+    """Whether its text was written while it was made."""
+
     id: Any
     prompt: str
     answer: Answer
 
+    def values(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        answer = self.answer
+        count = len(answer.token_ids)
+        found = {
+            "id": self.id,
+            "prompt": self.prompt,
+            "text": answer.text,
+            "token_ids": answer.token_ids,
+            "finish": answer.finish,
+            "seconds": round(answer.seconds, 4),
+            "tokens_per_second": round(count / max(answer.seconds, 1e-9), 2),
+        }
+        if answer.logprobs is not None:
+            found["token_logprobs"] = [round(c.logprob, 6) for c in answer.logprobs]
+            found["top_logprobs"] = [
+                [[token, round(p, 6)] for token, p in c.top] for c in answer.logprobs
+            ]
+        return found
 
-@dataclass(frozen=True)
-class _Prompt:
-    number: int
-    id: Any
-    text: str
-    ids: list[int]
+    def line(self) -> str:
+        """Return what is printed as text."""
+        return self.answer.text
 
 
-@dataclass(frozen=True)
-class _Bad:
-    number: int
-    row: BadRow
-
-
+Result = Answered | score.Scored | encode.Labelled | encode.Embedded
 _NOTHING: tuple[Any, Any] = (None, None)
 
 
@@ -59,122 +73,91 @@ class Session:
         self.recipe = recipe
         if job.threads:
             torch.set_num_threads(job.threads)
-        self.device = models.pick_device(recipe.device)
         self.tokenizer = models.load_tokenizer(job.checkpoint)
         config = models.load_config(job.checkpoint)
+        task = models.task(config)
+        if recipe.score and task != "generate":
+            raise UsageError(f"{job.checkpoint} doesn't generate text: it has nothing to --score")
+        self.encodes = task if task != "generate" else None
         self.context: int | None = getattr(config, "max_position_embeddings", None)
-        self.tokens = 0
-        self.seconds = 0.0
-        self.raw = recipe.raw or self.tokenizer.chat_template is None
-        self.chosen = choose(job, read_headers(job.checkpoint))
-        self.rows = recipe.batch_size
-        self.chunk: int | None = None
-        self.placed: Any = None
-        self.server = self._server(job, config)
-        if self.server is None:
-            self.rss_before_bytes = env.rss_bytes()
-            model = self._placed(job) or models.load_model(
-                job.checkpoint, device=self.device, dtype=recipe.dtype
-            )
-            plain_defaults(model)
-            self.model = models.attach(model, [delta.path for delta in job.deltas])
+        self.encoder_decoder = bool(config.is_encoder_decoder)
+        self.tokens = self.scored_tokens = 0
+        self.logprob = self.seconds = 0.0
+        self.adapters = names([delta.path for delta in job.deltas])
+        self.reader = Reader(
+            self.tokenizer,
+            recipe,
+            context=self.context,
+            encoder=self.encoder_decoder or self.encodes is not None,
+            task="score" if recipe.score else "encode" if self.encodes else "generate",
+            adapters=self.adapters,
+        )
+        self.pooling = encode.Pooling.of(job.checkpoint) if task == "embed" else None
+        self.engine = open_engine(job, config)
+        self.rss_before_bytes = self.engine.rss_before_bytes
+        self.server = self._server(job)
 
-    def _server(self, job: Job, config: Any) -> Any:
-        """Return what answers on packed weights, where the device and the model allow it."""
-        found = self.chosen.placement
-        if self.chosen.way != "packed" or found is None:
+    def _server(self, job: Job) -> Any:
+        if self.engine.decoder is None:
             return None
-        from bmkit.runtime import cpu
-        from bmkit.runtime.cpu import load
         from bmkit.runtime.cpu.serve import Server
 
-        if not cpu.compiled():
-            job.reporter.info("compiling kernels for this machine, once (some 15 seconds)")
-
-        threads = torch.get_num_threads()
-        load.warm(threads)
-        env.forget_peak_rss()
-        self.rss_before_bytes = env.rss_bytes()
-        decoder = load.load_decoder(
-            job.checkpoint, threads=threads, quant=self.recipe.quant, placement=found
-        )
-        budget = job.cpu_memory is not None  # then two unpacked blocks may be too much
-        differ = load.tiny_difference(config) if budget else load.largest_difference(decoder)
-        if differ > load.TOLERANCE:
-            said = f"the fused blocks differ from the model's own code by {differ:.1e}"
-            if budget or self.recipe.quant:
-                raise ResourceError(said, hint="this model runs without budget and quant only")
-            job.reporter.warn(f"{said}; not used")
-            self.chosen = Chosen("dense", None)
-            return None
-        if job.deltas:
-            load.attach(decoder, [delta.path for delta in job.deltas])
         eos = eos_ids(models.load_generation_config(job.checkpoint), self.tokenizer)
-        how = self._how(self.recipe.max_new_tokens)
-        most = found.tokens if job.cpu_memory is not None else None
-        rows = min(self.recipe.batch_size, job.rows or self.recipe.batch_size)
-        return Server(decoder, self.tokenizer, eos, how, rows=rows, most=most)
-
-    def _placed(self, job: Job) -> Any:
-        """Return the model on placed weights, in transformers' own code; None if it isn't to be."""
-        found = self.chosen.placement
-        if self.chosen.way != "placed" or found is None:
-            return None
-        from bmkit.runtime import cpu
-
-        if self.device.type == "cpu" and not cpu.compiled():
-            job.reporter.info("compiling kernels for this machine, once (some 5 seconds)")
-        from bmkit.runtime.placed import load
-        from bmkit.runtime.placed.model import Room, place_model
-
-        model = load.empty(job.checkpoint)
-        model.generation_config = models.load_generation_config(job.checkpoint)
-        stored = models.stored_dtype(model.config)
-        dtype = models.compute_dtype(self.recipe.dtype, stored, self.device)
-        if self.device.type == "cpu":
-            load.warm()
-        env.forget_peak_rss()
-        self.rss_before_bytes = env.rss_bytes()
-        self.rows = found.rows
-        limit = job.cpu_memory if self.device.type == "cpu" else job.gpu_memory
-        weights = None if limit is None else limit - found.fixed_bytes + found.rest_bytes
-        room = Room(weights, None if self.device.type == "cpu" else job.cpu_memory)
-        if room.device is not None and not getattr(model, "_is_stateful", False):
-            self.chunk = found.chunk
-        self.placed = place_model(
-            job.checkpoint,
-            model,
-            device=self.device,
-            dtype=dtype,
-            quant=self.recipe.quant,
-            room=room,
+        return Server(
+            self.engine.decoder,
+            self.tokenizer,
+            eos,
+            self._how(self.recipe.max_new_tokens),
+            rows=self.engine.rows,
+            most=self.engine.most_tokens,
         )
-        return model
 
     def answer(
-        self, given: Iterable[Row | BadRow], *, write: Callable[[str], None] | None = None
-    ) -> Iterator[Answered | BadRow]:
+        self,
+        given: Iterable[Row | BadRow],
+        *,
+        write: Callable[[str], None] | None = None,
+        done: int = 0,
+    ) -> Iterator[Result | BadRow]:
         """Answer rows of `prompt` or `messages`, batched by length, in the order they came.
 
         A row that can't be used comes back as a BadRow in its place. `write` gets the text of each
-        answer while it is made; rows are then answered one at a time.
+        answer while it is made; rows are then answered one at a time. The first `done` rows that
+        can be used are passed over: an earlier run has answered them.
         """
-        if self.server is not None:
-            yield from self._serve(given, write)
-            return
-        size = 1 if write else self.rows
+        read = self._rest(given, done)
+        if self.recipe.score:
+            yield from map(self._score, read)
+        elif self.encodes:
+            yield from self._encode(read)
+        elif self.server is not None:
+            yield from self._serve(read, write)
+        else:
+            yield from self._generate(read, write)
+
+    def _rest(self, given: Iterable[Row | BadRow], done: int) -> Iterator[Prompt | Bad]:
+        for number, row in enumerate(given):
+            found = self.reader.read(number, row)
+            if done and isinstance(found, Prompt):
+                done -= 1
+            else:
+                yield found
+
+    def _generate(
+        self, read: Iterator[Prompt | Bad], write: Callable[[str], None] | None
+    ) -> Iterator[Result | BadRow]:
+        """Answer in transformers' own code, rows of like length together."""
+        size = 1 if write else self.engine.rows
         window = size if write else size * WINDOW_BATCHES
-        numbered = enumerate(given)
-        while taken := list(itertools.islice(numbered, window)):
-            done: dict[int, Answered | BadRow] = {}
+        while taken := list(itertools.islice(read, window)):
+            done: dict[int, Result | BadRow] = {}
             prompts = []
-            for number, row in taken:
-                found = self._read(number, row)
-                if isinstance(found, _Bad):
-                    done[number] = found.row
+            for found in taken:
+                if isinstance(found, Bad):
+                    done[found.number] = found.row
                 else:
                     prompts.append(found)
-            waiting = [number for number, _ in reversed(taken)]
+            waiting = [found.number for found in reversed(taken)]
             for batch in [*self._batches(prompts, size), []]:
                 while waiting and waiting[-1] in done:
                     yield done.pop(waiting.pop())
@@ -182,14 +165,20 @@ class Session:
                     done[prompt.number] = Answered(prompt.id, prompt.text, answer)
 
     def _serve(
-        self, given: Iterable[Row | BadRow], write: Callable[[str], None] | None
-    ) -> Iterator[Answered | BadRow]:
+        self, read: Iterator[Prompt | Bad], write: Callable[[str], None] | None
+    ) -> Iterator[Result | BadRow]:
         """Answer on packed weights: rows begin and end when they can, and come back in order."""
         if write:
             self.server.rows = 1
-        prompts = (self._read(number, row) for number, row in enumerate(given))
-        found = self.server.answer(prompts, write=write)
-        done: dict[int, Answered | BadRow] = {}
+        numbers: list[int] = []
+
+        def noted() -> Iterator[Prompt | Bad]:
+            for prompt in read:
+                numbers.append(prompt.number)
+                yield prompt
+
+        found = self.server.answer(noted(), write=write)
+        done: dict[int, Result | BadRow] = {}
         due = 0
         while True:
             start = time.perf_counter()
@@ -197,22 +186,76 @@ class Session:
             self.seconds += time.perf_counter() - start
             if prompt is None:
                 return
-            if isinstance(prompt, _Prompt):
+            if isinstance(prompt, Prompt):
                 self.tokens += len(answer.token_ids)
                 done[prompt.number] = Answered(prompt.id, prompt.text, answer)
             else:
                 done[prompt.number] = prompt.row
-            while due in done:
-                yield done.pop(due)
+            while due < len(numbers) and numbers[due] in done:
+                yield done.pop(numbers[due])
                 due += 1
+
+    def _score(self, prompt: Prompt | Bad) -> Result | BadRow:
+        if isinstance(prompt, Bad):
+            return prompt.row
+        start = time.perf_counter()
+        if self.engine.decoder is not None:
+            self.engine.decoder.choose(prompt.adapter)
+            found = score.packed(self.engine.decoder, prompt.ids, prompt.scored, self.context)
+        else:
+            with models.adapter(self.engine.model, prompt.adapter):
+                found = score.score(self.engine.model, prompt.ids, prompt.scored, self.context)
+        seconds = time.perf_counter() - start
+        result = score.Scored(prompt.id, prompt.text, prompt.ids, found, seconds)
+        self.seconds += seconds
+        self.tokens += len(prompt.ids)
+        self.scored_tokens += len(found)
+        self.logprob += result.logprob
+        return result
+
+    def _encode(self, read: Iterator[Prompt | Bad]) -> Iterator[Result | BadRow]:
+        """Read rows in the order they came, some together."""
+        while taken := list(itertools.islice(read, self.engine.rows)):
+            good = [p for p in taken if isinstance(p, Prompt)]
+            start = time.perf_counter()
+            pad = self.tokenizer.pad_token_id or 0
+            vectors = iter(
+                encode.encode(self.engine.model, [p.ids for p in good], pad, self.pooling)
+                if good
+                else ()
+            )
+            self.seconds += time.perf_counter() - start
+            self.tokens += sum(len(p.ids) for p in good)
+            for found in taken:
+                if isinstance(found, Bad):
+                    yield found.row
+                elif self.pooling is not None:
+                    yield encode.Embedded(found.id, found.text, next(vectors))
+                else:
+                    labels = self.engine.model.config.id2label
+                    pairs = {str(labels[i]): p for i, p in enumerate(next(vectors))}
+                    yield encode.Labelled(found.id, found.text, pairs)
 
     def peak_gpu_bytes(self) -> int:
         """Return the most GPU memory that torch has held, 0 on the CPU."""
-        on_gpu = self.device.type == "cuda"
-        return int(torch.cuda.max_memory_reserved(self.device)) if on_gpu else 0
+        device = self.engine.device
+        on_gpu = device.type == "cuda"
+        return int(torch.cuda.max_memory_reserved(device)) if on_gpu else 0
 
-    def _batches(self, prompts: list[_Prompt], size: int) -> list[list[_Prompt]]:
-        """Group prompts by length, those that are due first coming first.
+    def figures(self) -> dict[str, Any]:
+        """Return what a report says besides time and memory."""
+        if not self.recipe.score:
+            return {}
+        mean = -self.logprob / max(self.scored_tokens, 1)
+        whole = score.Scored(None, "", [], [-mean], 0.0)
+        return {
+            "logprob": round(self.logprob, 6),
+            "scored_tokens": self.scored_tokens,
+            "perplexity": round(whole.perplexity, 6),
+        }
+
+    def _batches(self, prompts: list[Prompt], size: int) -> list[list[Prompt]]:
+        """Group prompts of one adapter by length, those that are due first coming first.
 
         A prompt near the end of the context is answered alone: what it leaves room for must not
         bound the answers of others.
@@ -220,29 +263,34 @@ class Session:
         most = self.recipe.max_new_tokens
         groups = [[p] for p in prompts if self._room(p) < most]
         roomy = sorted((p for p in prompts if self._room(p) == most), key=lambda p: -len(p.ids))
-        groups += [roomy[i : i + size] for i in range(0, len(roomy), size)]
+        for adapter in dict.fromkeys(p.adapter for p in roomy):
+            mine = [p for p in roomy if p.adapter == adapter]
+            groups += [mine[i : i + size] for i in range(0, len(mine), size)]
         return sorted(groups, key=lambda group: min(p.number for p in group))
 
-    def _room(self, prompt: _Prompt) -> int:
+    def _room(self, prompt: Prompt) -> int:
         most = self.recipe.max_new_tokens
-        return most if self.context is None else min(most, self.context - len(prompt.ids))
+        if self.context is None:
+            return most
+        return min(most, self.context - (0 if self.encoder_decoder else len(prompt.ids)))
 
     def _batch(
-        self, prompts: list[_Prompt], write: Callable[[str], None] | None
-    ) -> list[tuple[_Prompt, Answer]]:
+        self, prompts: list[Prompt], write: Callable[[str], None] | None
+    ) -> list[tuple[Prompt, Answer]]:
         if not prompts:
             return []
         how = self._how(min(map(self._room, prompts)))
         start = time.perf_counter()
-        answers = generate(
-            self.model,
-            self.tokenizer,
-            [p.ids for p in prompts],
-            how,
-            numbers=[p.number for p in prompts],
-            write=write,
-            chunk=self.chunk,
-        )
+        with models.adapter(self.engine.model, prompts[0].adapter):
+            answers = generate(
+                self.engine.model,
+                self.tokenizer,
+                [p.ids for p in prompts],
+                how,
+                numbers=[p.number for p in prompts],
+                write=write,
+                chunk=self.engine.chunk,
+            )
         self.seconds += time.perf_counter() - start
         self.tokens += sum(len(a.token_ids) for a in answers)
         return list(zip(prompts, answers, strict=True))
@@ -259,49 +307,8 @@ class Session:
             repetition_penalty=r.repetition_penalty,
             stop_strings=tuple(r.stop_strings),
             seed=r.seed,
+            logprobs=r.logprobs,
         )
-
-    def _read(self, number: int, row: Row | BadRow) -> _Prompt | _Bad:
-        def bad(text: str) -> _Bad:
-            return _Bad(number, BadRow(row.line, text))
-
-        if isinstance(row, BadRow):
-            return _Bad(number, row)
-        try:
-            text, ids = self._tokenise(row.values)
-        except ValueError as exc:
-            return bad(str(exc))
-        if not ids:
-            return bad("the prompt is empty")
-        if self.context is not None and len(ids) >= self.context:
-            return bad(f"the prompt has {len(ids)} tokens, the model reads {self.context}")
-        return _Prompt(number, row.values.get("id", number), text, ids)
-
-    def _tokenise(self, values: dict[str, Any]) -> tuple[str, list[int]]:
-        messages = values.get("messages")
-        if messages is not None:
-            if problem := rows.messages_problem(messages):
-                raise ValueError(problem)
-            if self.raw:
-                raise ValueError("it holds `messages`, which need a chat template (and no --raw)")
-            text = str(messages[-1]["content"])
-        elif isinstance(values.get("prompt"), str):
-            text = values["prompt"]
-            messages = [{"role": "user", "content": text}]
-        else:
-            raise ValueError(rows.unknown_shape(values, "`prompt` or `messages`"))
-        if self.raw:
-            return text, self._start(self.tokenizer(rows.require_text(text))["input_ids"])
-        if self.recipe.system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.recipe.system}, *messages]
-        whole = rows.require_text(chat.render(self.tokenizer, messages, answer=True))
-        return text, self.tokenizer(whole, add_special_tokens=False)["input_ids"]
-
-    def _start(self, ids: list[int]) -> list[int]:
-        """Drop an end token that some tokenizers put after every text."""
-        if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
-            return ids[:-1]
-        return ids
 
 
 def run(job: Job) -> Session:

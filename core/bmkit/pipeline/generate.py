@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,23 +23,16 @@ class Answers:
     session: Any
     bad: list[BadRow] = field(default_factory=list)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield one JSON-ready object a good row, in order; bad rows go to `bad`."""
+    def __iter__(self) -> Iterator[Any]:
+        """Yield what each good row gave, in order; bad rows go to `bad`.
+
+        It has `values()`, ready for JSON, and `line()`, for people.
+        """
         for row in self.rows:
             if isinstance(row, BadRow):
                 self.bad.append(row)
                 continue
-            answer = row.answer
-            count = len(answer.token_ids)
-            yield {
-                "id": row.id,
-                "prompt": row.prompt,
-                "text": answer.text,
-                "token_ids": answer.token_ids,
-                "finish": answer.finish,
-                "seconds": round(answer.seconds, 4),
-                "tokens_per_second": round(count / max(answer.seconds, 1e-9), 2),
-            }
+            yield row
 
     def report(self, plan: dict[str, Any]) -> dict[str, Any]:
         """Return what `--report` holds."""
@@ -52,8 +46,23 @@ class Answers:
             "tokens": session.tokens,
             "seconds": round(session.seconds, 4),
             "tokens_per_second": round(session.tokens / max(session.seconds, 1e-9), 2),
+            **session.figures(),
             "plan": plan,
         }
+
+
+def open_session(request: Request, reporter: Reporter) -> tuple[Prepared, Any]:
+    """Check the request and load its model. Raises BmkitError before anything is loaded."""
+    prepared = stage.prepare(request, reporter)
+    stage.check_fits(prepared, reporter)
+    job = prepared.job(prepared.out, prepared.out, reporter)
+    return prepared, registry.load(prepared.stage.run)(job)
+
+
+def resume_key(request: Request, reporter: Reporter, content: str) -> str:
+    """Return what tells two runs apart: the stage's key, and the digest of what they answer."""
+    key = stage.prepare(request, reporter).key
+    return hashlib.sha256(f"{key} {content}".encode()).hexdigest()
 
 
 def open_answers(
@@ -62,13 +71,13 @@ def open_answers(
     reporter: Reporter,
     *,
     write: Callable[[str], None] | None = None,
+    done: int = 0,
 ) -> Answers:
     """Check the request, load its model, and start answering `given` rows.
 
+    The first `done` rows that can be used are passed over.
+
     Raises BmkitError before anything is loaded if the request is wrong.
     """
-    prepared = stage.prepare(request, reporter)
-    stage.check_fits(prepared, reporter)
-    job = prepared.job(prepared.out, prepared.out, reporter)
-    session = registry.load(prepared.stage.run)(job)
-    return Answers(session.answer(given, write=write), prepared, session)
+    prepared, session = open_session(request, reporter)
+    return Answers(session.answer(given, write=write, done=done), prepared, session)

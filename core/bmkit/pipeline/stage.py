@@ -93,6 +93,8 @@ class Result:
     seconds: float
     unmet: tuple[str, ...] = ()
     """Bounds of `gates` that are not met."""
+    report: Mapping[str, Any] = field(default_factory=dict)
+    """What the engine says of this run alone."""
 
 
 def load_recipe(request: Request) -> tuple[Document, Recipe]:
@@ -285,7 +287,8 @@ def run_stage(request: Request, reporter: Reporter) -> Result:
         shutil.rmtree(work, ignore_errors=True)
     artifact.remember(prepared.out, manifest)
     built = Artifact(prepared.out, manifest.kind, manifest.digest, manifest)
-    return _result(built, prepared, reused=False, start=start)
+    result = _result(built, prepared, reused=False, start=start)
+    return replace(result, report=outcome.report)
 
 
 def check_fits(prepared: Prepared, reporter: Reporter) -> None:

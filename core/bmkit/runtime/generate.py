@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 
 from bmkit.runtime import sampling
 from bmkit.runtime.stream import TextStream, cut_at, visible
+
+EVERY = "*"
+"""Instead of one adapter's name: all of them."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Generation:
     repetition_penalty: float = 1.0
     stop_strings: tuple[str, ...] = ()
     seed: int = 0
+    logprobs: int | None = None
+    """Of how many likeliest tokens to tell the log-probability, beside the chosen one's."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Answer:
     token_ids: list[int]
     finish: str  # "eos", "stop" or "length"
     seconds: float
+    logprobs: list[sampling.Chosen] | None = None
+    """What the model itself thought of each token, before penalties and temperature."""
 
 
 @torch.inference_mode()
@@ -73,6 +80,9 @@ def generate(
         "use_cache": True,
     }
     steps = LogitsProcessorList()
+    said = sampling.Told(how.logprobs) if how.logprobs is not None else None
+    if said is not None:
+        steps.append(said)
     if how.repetition_penalty != 1.0:
         padding = [0 if encoder else longest - len(p) for p in prompts]
         steps.append(sampling.RepetitionPenalty(how.repetition_penalty, padding))
@@ -96,7 +106,11 @@ def generate(
     out = model.generate(input_ids=ids, attention_mask=mask, **options)
     seconds = time.perf_counter() - begun
     rows = out[:, start:].tolist()
-    return [_answer(row, tokenizer, eos, how, seconds) for row in rows]
+    answers = [_answer(row, tokenizer, eos, how, seconds) for row in rows]
+    if said is None:
+        return answers
+    told = said.chosen(out[:, start:])
+    return [replace(a, logprobs=t[: len(a.token_ids)]) for a, t in zip(answers, told, strict=True)]
 
 
 def _padded(rows: Sequence[list[int]], pad: int, *, left: bool) -> Tensor:

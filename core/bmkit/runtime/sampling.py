@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,47 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The log-probability of a chosen token, and the likeliest ones with theirs."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+def judge(scores: Tensor, token: int, top: int) -> Chosen:
+    """Say what `scores` [vocabulary] tell of `token` and of the `top` likeliest."""
+    logprobs = scores.float().log_softmax(-1)
+    found = logprobs.topk(min(top, len(logprobs)))
+    pairs = list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
+    return Chosen(float(logprobs[token]), pairs)
+
+
+class Told(LogitsProcessor):  # type: ignore[misc]
+    """Stands first among processors and remembers what the model itself says."""
+
+    def __init__(self, top: int) -> None:
+        self.top = top
+        self.before: Tensor | None = None
+        self.steps: list[list[Chosen]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return `scores` [batch, vocabulary] as they are."""
+        self._close(input_ids[:, -1])
+        self.before = scores.float().log_softmax(-1)
+        return scores
+
+    def _close(self, tokens: Tensor) -> None:
+        if self.before is not None:
+            pairs = zip(self.before, tokens.tolist(), strict=True)
+            self.steps.append([judge(row, token, self.top) for row, token in pairs])
+
+    def chosen(self, made: Tensor) -> list[list[Chosen]]:
+        """Return for each row of `made` [batch, tokens] what was said of its tokens."""
+        self._close(made[:, -1])
+        return [list(row) for row in zip(*self.steps, strict=True)]
 
 
 class SeededDraw(LogitsProcessor):  # type: ignore[misc]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from bmkit.deltas import address
-from bmkit.errors import InputError
+from bmkit.env import format_bytes
+from bmkit.errors import InputError, RecipeError
 from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers
+from bmkit.runtime.budget import Placement, Sizes, place_any
+from bmkit.runtime.family import readable
 from bmkit.tune.recipe import TuneRecipe
 
 
@@ -18,23 +21,74 @@ def estimate(job: Job) -> Estimate:
     assert isinstance(recipe, TuneRecipe)  # the registry pairs recipe and plan
     headers = read_headers(job.checkpoint)
     delta = recipe.deltas[0]
-    modules = addressable(headers)
-    found = address.matched(modules, delta.target_modules, delta.exclude_modules, delta.layers)
-    trained = sum(delta.r * _widths(headers, name) for name in found)
-    config = headers.config
-    tokens = recipe.train.per_device_train_batch_size * _longest(job, recipe.data.max_length)
-    hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
-    depth = int(config.get("num_hidden_layers") or config.get("n_layer") or 1)
-    kept = depth if not recipe.train.gradient_checkpointing else 2
-    activations = 4 * tokens * (34 * hidden * kept + 3 * int(config.get("vocab_size") or 0))
-    model = 4 * headers.dense_numel
-    ram = RUNTIME_BYTES + model + 16 * trained + activations
-    disk = (2 * headers.dense_numel if recipe.merge else 4 * trained) + 2**24
+    found, trained = _trained(headers, recipe)
     step = f"train {delta.type} on {len(found)} modules ({trained} parameters)"
     steps = [step, *(["merge it into the model"] if recipe.merge else [])]
-    gpu = ram - RUNTIME_BYTES if recipe.device != "cpu" else 0
+    disk = (2 * headers.dense_numel if recipe.merge else 4 * trained) + 2**24
     work = 3 * (12 * trained + 2**22)  # two checkpoints are kept while a third is written
+    placed = placement(job)
+    if placed is not None:
+        kept = f"{len(placed.resident)} of {len(placed.units)} units resident"
+        steps.insert(0, f"{kept}, {format_bytes(placed.streamed_bytes)} streamed there and back")
+        ram = RUNTIME_BYTES + (placed.peak_bytes if recipe.device == "cpu" else 2**30)
+        gpu = 0 if recipe.device == "cpu" else placed.peak_bytes
+        return Estimate(steps, Peak(ram, gpu, disk_bytes=disk, work_bytes=work))
+    depth = Sizes.of(headers.config).layers
+    kept_layers = depth if not recipe.train.gradient_checkpointing else 2
+    activations = _activations(job, headers, kept_layers)
+    ram = RUNTIME_BYTES + 4 * headers.dense_numel + 16 * trained + activations
+    gpu = ram - RUNTIME_BYTES if recipe.device != "cpu" else 0
     return Estimate(steps, Peak(ram, gpu, disk_bytes=disk, work_bytes=work))
+
+
+def placement(job: Job) -> Placement | None:
+    """Say where the frozen weights will be, if the device's memory has a budget; else None.
+
+    Raises ResourceError if the budget can't work, RecipeError if something needs the whole model.
+    """
+    recipe = job.recipe
+    assert isinstance(recipe, TuneRecipe)  # as above
+    on_gpu = recipe.device.startswith("cuda")
+    budget = job.gpu_memory if on_gpu else job.cpu_memory
+    if budget is None or not (on_gpu or recipe.device == "cpu"):
+        return None
+    if recipe.merge:
+        raise RecipeError(
+            "merge: the model is never whole in memory under a budget",
+            hint="tune without merge, then merge without the budget",
+        )
+    headers = read_headers(job.checkpoint)
+    if not readable(headers.config.get("quantization_config")):
+        raise InputError(f"{job.checkpoint} is packed in a way that can't be placed")
+    depth = Sizes.of(headers.config).layers
+    # One block's activations, and the hidden states between all of them.
+    training = 16 * _trained(headers, recipe)[1] + _activations(job, headers, 2 + depth // 16)
+    return place_any(
+        headers,
+        rows=1,
+        tokens=64,
+        prompt=64,
+        budget=budget,
+        besides=training,
+        gpu=on_gpu,
+        width=4 if not on_gpu or recipe.dtype == "float32" else 2,
+    )
+
+
+def _trained(headers: Headers, recipe: TuneRecipe) -> tuple[list[str], int]:
+    """Return the modules that get the delta, and how many parameters that trains."""
+    delta = recipe.deltas[0]
+    modules = addressable(headers)
+    found = address.matched(modules, delta.target_modules, delta.exclude_modules, delta.layers)
+    return found, sum(delta.r * _widths(headers, name) for name in found)
+
+
+def _activations(job: Job, headers: Headers, layers: int) -> int:
+    recipe = job.recipe
+    assert isinstance(recipe, TuneRecipe)  # as above
+    sizes = Sizes.of(headers.config)
+    tokens = recipe.train.per_device_train_batch_size * _longest(job, recipe.data.max_length)
+    return 4 * tokens * (34 * sizes.hidden * layers + 3 * sizes.vocabulary)
 
 
 def _longest(job: Job, max_length: int) -> int:

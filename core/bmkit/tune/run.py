@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from bmkit import env, plan
 from bmkit import model as models
-from bmkit import plan
 from bmkit.data.batch import Padding
 from bmkit.data.chat import Encoded, encode_file
 from bmkit.deltas import address, lora
@@ -19,6 +19,7 @@ from bmkit.nn import walk
 from bmkit.plan import Job, Outcome
 from bmkit.train.loss import mean_loss
 from bmkit.train.trainer import train
+from bmkit.tune.plan import placement
 from bmkit.tune.recipe import TuneRecipe
 
 METHODS: dict[str, Callable[[Any, Sequence[str]], Any]] = {"lora": lora.config}
@@ -38,13 +39,19 @@ def run(job: Job) -> Outcome:
     encoded = _encode(job, recipe, tokenizer, "data.train")
     assert encoded is not None  # `train` is required
     dev = _encode(job, recipe, tokenizer, "data.dev")
-    base = models.load_model(job.checkpoint, device=device, dtype=recipe.dtype)
+    from peft import get_peft_model
+
+    report: dict[str, Any] = {"budget_bytes": {"cpu": job.cpu_memory, "gpu": job.gpu_memory}}
+    placed = _placed(job, recipe, device, report)
+    base = (
+        placed.model
+        if placed
+        else models.load_model(job.checkpoint, device=device, dtype=recipe.dtype)
+    )
     delta = recipe.deltas[0]
     modules = address.matched(
         list(walk.linears(base)), delta.target_modules, delta.exclude_modules, delta.layers
     )
-    from peft import get_peft_model
-
     torch.manual_seed(recipe.seed)
     config = METHODS[delta.type](delta, modules)
     peft_model = get_peft_model(base, config)
@@ -58,7 +65,9 @@ def run(job: Job) -> Outcome:
         peft_model,
         encoded.examples,
         collate,
-        recipe.train,
+        recipe.train.model_copy(update={"gradient_checkpointing": False})  # blocks do that
+        if placed
+        else recipe.train,
         seed=recipe.seed,
         work=job.work,
         device=device,
@@ -80,11 +89,49 @@ def run(job: Job) -> Outcome:
     }
     if recipe.merge:
         _save_merged(peft_model, job)
-        return Outcome("model", metrics, ("transformers",))
+        return Outcome("model", metrics, ("transformers",), report)
+    if placed:
+        placed.close()
     peft_model.save_pretrained(job.out, safe_serialization=True)
     (job.out / "README.md").unlink(missing_ok=True)  # a template with nothing filled in
     _put_in_order(job.out / "adapter_config.json", job.checkpoint.absolute())
-    return Outcome("delta", metrics, ("peft",))
+    return Outcome("delta", metrics, ("peft",), report)
+
+
+def _placed(job: Job, recipe: TuneRecipe, device: torch.device, report: dict[str, Any]) -> Any:
+    """Return the frozen base on placed weights, where there is a budget; else None.
+
+    `report` gets the resident memory just before the model is opened.
+    """
+    found = placement(job)
+    if found is None:
+        report["rss_before_bytes"] = env.rss_bytes()
+        return None
+    from bmkit.runtime.placed import load
+    from bmkit.runtime.placed.model import Room, place_model
+
+    model = load.empty(job.checkpoint)
+    dtype = models.compute_dtype(recipe.dtype, models.stored_dtype(model.config), device)
+    on_cpu = device.type == "cpu"
+    if on_cpu:
+        load.warm()
+    env.forget_peak_rss()
+    report["rss_before_bytes"] = env.rss_bytes()
+    limit = job.cpu_memory if on_cpu else job.gpu_memory
+    assert limit is not None  # else there is no placement
+    weights = limit - found.fixed_bytes + found.rest_bytes
+    job.reporter.info(
+        f"{len(found.resident)} of {len(found.units)} units resident, "
+        f"{env.format_bytes(found.streamed_bytes)} streamed there and back each step"
+    )
+    return place_model(
+        job.checkpoint,
+        model,
+        device=device,
+        dtype=dtype,
+        room=Room(weights, None if on_cpu else job.cpu_memory),
+        checkpoint=True,
+    )
 
 
 def _encode(job: Job, recipe: TuneRecipe, tokenizer: Any, which: str) -> Encoded | None:

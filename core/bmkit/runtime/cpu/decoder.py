@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from bmkit.runtime.cpu.dots import BFLOAT16, FLOAT32, INT8
 from bmkit.runtime.cpu.pack import Layout, Packed, empty_slab, lay_out, pack_floats, round_up
 from bmkit.runtime.cpu.source import Source
 from bmkit.runtime.cpu.store import Store
+from bmkit.runtime.generate import EVERY
 
 ACTIVATIONS = {
     "silu": kernels.SILU,
@@ -129,8 +130,13 @@ class Decoder:
         chosen = set(range(len(self.layouts))) if resident is None else resident
         self.store = Store(self.layouts, self._load, resident=chosen)
         self.deltas: list[Delta] | None = None
+        self.delta_sets: dict[str | None, list[Delta] | None] = {None: None, EVERY: None}
         self.unpacked = np.empty(0, np.float32)
         self._scratch: dict[int, tuple[np.ndarray, ...]] = {}
+
+    def choose(self, adapter: str | None) -> None:
+        """Let one adapter work from now on, by its name; none, or all at once."""
+        self.deltas = self.delta_sets[adapter]
 
     def _load(self, unit: int, slab: np.ndarray) -> None:
         if unit < self.blocks:
@@ -229,6 +235,27 @@ class Decoder:
                 self._head(h[-1:], out)
             cache.done[sequence] += len(part)
         return out
+
+    def all_logits(
+        self, cache: Cache, sequence: int, ids: Sequence[int], size: int
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Run tokens of one sequence in a row, yielding all logits, those of `size` tokens a time.
+
+        Yields the number of the first token, and float32 [tokens, vocabulary] that last until the
+        next are asked for.
+        """
+        for start in range(0, len(ids), self.chunk):
+            part = ids[start : start + self.chunk]
+            if len(part) > FEW:
+                h = self.many(self.embed(part), cache, sequence)
+            else:
+                h = self.few_in_a_row(self.embed(part), cache, sequence)
+            cache.done[sequence] += len(part)
+            for low in range(0, len(part), size):
+                some = np.ascontiguousarray(h[low : low + size])
+                logits = np.empty((len(some), self.vocabulary), np.float32)
+                self._head(some, logits)
+                yield start + low, logits
 
     def few_in_a_row(self, h: np.ndarray, cache: Cache, sequence: int) -> np.ndarray:
         """Run a few tokens of one sequence, each seeing those before it; see `few`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from bmkit.runtime.budget import Placement
 from bmkit.runtime.cpu.decoder import FEW, NAMES, Decoder, Delta, head_name
 from bmkit.runtime.cpu.source import Files, Source, plain
 from bmkit.runtime.family import lora_part
+from bmkit.runtime.generate import EVERY
 
 TOLERANCE = 1e-4
 """How far the fused blocks may be from the model's own code, relative to the largest value."""
@@ -155,35 +156,56 @@ def largest_difference(decoder: Decoder, *, layers: int = 2, tokens: int = 20) -
     return float(max(abs(many - wanted).max(), abs(few - wanted).max()) / scale)
 
 
-def attach(decoder: Decoder, adapters: Sequence[Path]) -> None:
-    """Put plain LoRA adapters on a decoder, all active at once.
+def attach(decoder: Decoder, adapters: Mapping[str, Path]) -> None:
+    """Put plain LoRA adapters on a decoder by their names; `Decoder.choose` takes one, or all.
 
     Raises InputError for one that doesn't fit the model.
     """
-    found: dict[tuple[int, str], list[tuple[Tensor, Tensor]]] = {}
-    for path in adapters:
-        config = read_json(path / "adapter_config.json")
-        halves: dict[tuple[int, str], dict[str, Tensor]] = {}
-        with safe_open(path / "adapter_model.safetensors", framework="pt") as stream:
-            for name in stream.keys():  # noqa: SIM118 - not a dict
-                block, module, half = lora_part(name)
-                halves.setdefault((block, module), {})[half] = stream.get_tensor(name).float()
-        for (block, module), parts in halves.items():
-            rank = len(parts["A"]) if "A" in parts else 0
-            scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank or 1)
-            shape = decoder.layouts[block].shapes[NAMES[module]] if block < decoder.blocks else None
-            sizes = (tuple(parts["A"].shape), tuple(parts["B"].shape)) if len(parts) == 2 else None
-            if shape is None or sizes != ((rank, shape.inputs), (shape.rows, rank)):
-                raise InputError(
-                    f"{path} doesn't fit this model: layer {block}, {module}",
-                    hint="was it trained on another base?",
-                )
-            found.setdefault((block, module), []).append((parts["A"], parts["B"] * scale))
-    decoder.deltas = [
+    found = {name: _pairs(decoder, path) for name, path in adapters.items()}
+    decoder.delta_sets[EVERY] = _deltas(decoder, list(found.values()))
+    for name, pairs in found.items():
+        alone = len(found) == 1
+        decoder.delta_sets[name] = decoder.delta_sets[EVERY] if alone else _deltas(decoder, [pairs])
+    decoder.choose(EVERY)
+
+
+Pairs = dict[tuple[int, str], tuple[Tensor, Tensor]]
+
+
+def _pairs(decoder: Decoder, path: Path) -> Pairs:
+    """Read an adapter: by block and module, A [rank, in] and B [out, rank], which is scaled."""
+    found: Pairs = {}
+    config = read_json(path / "adapter_config.json")
+    halves: dict[tuple[int, str], dict[str, Tensor]] = {}
+    with safe_open(path / "adapter_model.safetensors", framework="pt") as stream:
+        for name in stream.keys():  # noqa: SIM118 - not a dict
+            block, module, half = lora_part(name)
+            halves.setdefault((block, module), {})[half] = stream.get_tensor(name).float()
+    for (block, module), parts in halves.items():
+        rank = len(parts["A"]) if "A" in parts else 0
+        scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank or 1)
+        shape = decoder.layouts[block].shapes[NAMES[module]] if block < decoder.blocks else None
+        sizes = (tuple(parts["A"].shape), tuple(parts["B"].shape)) if len(parts) == 2 else None
+        if shape is None or sizes != ((rank, shape.inputs), (shape.rows, rank)):
+            raise InputError(
+                f"{path} doesn't fit this model: layer {block}, {module}",
+                hint="was it trained on another base?",
+            )
+        found[block, module] = (parts["A"], parts["B"] * scale)
+    return found
+
+
+def _deltas(decoder: Decoder, adapters: Sequence[Pairs]) -> list[Delta]:
+    """Make one update of every block of several adapters, their ranks put together."""
+    joined: dict[tuple[int, str], list[tuple[Tensor, Tensor]]] = {}
+    for pairs in adapters:
+        for where, pair in pairs.items():
+            joined.setdefault(where, []).append(pair)
+    return [
         Delta(
             {
                 NAMES[module]: (torch.cat([a for a, _ in p]), torch.cat([b for _, b in p], 1))
-                for (block, module), p in found.items()
+                for (block, module), p in joined.items()
                 if block == i
             }
         )

@@ -27,6 +27,7 @@ class Prompt(Protocol):
 
     number: int
     ids: list[int]
+    adapter: str | None
 
 
 @dataclass
@@ -36,6 +37,7 @@ class _Row:
     steps: LogitsProcessorList
     start: float
     made: list[int] = field(default_factory=list)
+    told: list[sampling.Chosen] = field(default_factory=list)
     stream: TextStream | None = None
 
 
@@ -110,17 +112,20 @@ class Server:
         self.decoder, self.tokenizer, self.eos, self.how = decoder, tokenizer, set(eos), how
         self.rows, self.most = rows, most
         self.context: int | None = getattr(decoder.config, "max_position_embeddings", None)
+        self.cache: Cache | None = None
+        self.reuse = False
+        """Whether a prompt is read on from where it agrees with the one before it, as in a chat."""
+        self.known: tuple[str | None, list[int]] | None = None  # what place 0 holds then
 
     def answer(
         self, prompts: Iterable[Any], *, write: Callable[[str], None] | None = None
     ) -> Iterator[tuple[Any, Answer]]:
-        """Answer prompts (with `number` and `ids`), each as soon as it is done.
+        """Answer prompts (with `number`, `ids`, `adapter`), each as soon as it is done.
 
         Items that have no `ids` are handed through. `write` gets the text while it is made; use one
         row then. Raises InputError if the model's output is not a number.
         """
         source = _Ahead(prompts, 2 * self.rows)
-        cache: Cache | None = None
         active: dict[int, _Row] = {}
         while True:
             while len(active) < self.rows:
@@ -132,9 +137,13 @@ class Server:
                     continue
                 place = next(i for i in range(self.rows) if i not in active)
                 row = self._begin(prompt, write)
-                cache = self._room(cache, len(prompt.ids) + row.limit)
-                cache.done[place] = 0
-                logits = self.decoder.chain(cache, place, prompt.ids)
+                cache = self.cache = self._room(self.cache, len(prompt.ids) + row.limit)
+                cache.done[place] = known = self._known(prompt)
+                self.decoder.choose(prompt.adapter)
+                self.known = None
+                logits = self.decoder.chain(cache, place, prompt.ids[known:])
+                if self.reuse:
+                    self.known = (prompt.adapter, list(prompt.ids))
                 if (found := self._take(row, logits[0])) is not None:
                     yield prompt, found
                 else:
@@ -144,15 +153,26 @@ class Server:
                     source.stop()
                     return
                 continue
-            assert cache is not None  # an active row has one
-            places = list(active)
-            logits = self.decoder.step(cache, [active[p].made[-1] for p in places], places)
-            cache.done[places] += 1
-            for place, scores in zip(places, logits, strict=True):
-                row = active[place]
-                if (found := self._take(row, scores)) is not None:
-                    del active[place]
-                    yield row.prompt, found
+            assert self.cache is not None  # an active row has one
+            for adapter in dict.fromkeys(row.prompt.adapter for row in active.values()):
+                places = [p for p, row in active.items() if row.prompt.adapter == adapter]
+                self.decoder.choose(adapter)
+                last = [active[p].made[-1] for p in places]
+                logits = self.decoder.step(self.cache, last, places)
+                self.cache.done[places] += 1
+                for place, scores in zip(places, logits, strict=True):
+                    row = active[place]
+                    if (found := self._take(row, scores)) is not None:
+                        del active[place]
+                        yield row.prompt, found
+
+    def _known(self, prompt: Any) -> int:
+        """Return how many of a prompt's tokens the cache holds from the row before it."""
+        if self.known is None or self.known[0] != prompt.adapter:
+            return 0
+        most = min(len(self.known[1]), len(prompt.ids) - 1)
+        pairs = zip(self.known[1][:most], prompt.ids, strict=False)
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), most)
 
     def _begin(self, prompt: Any, write: Callable[[str], None] | None) -> _Row:
         how = self.how
@@ -202,6 +222,10 @@ class Server:
             token = int(scores.argmax())
         if not np.isfinite(scores[token]):
             raise InputError("the model's output is not a number; its weights are damaged")
+        if self.how.logprobs is not None:
+            row.told.append(sampling.judge(torch.from_numpy(scores), token, self.how.logprobs))
+        if self.known is not None and row.made:  # a token is in the cache once it has been read
+            self.known[1].append(row.made[-1])
         row.made.append(token)
         if row.stream is not None:
             row.stream.put(torch.tensor([token]))
@@ -212,7 +236,9 @@ class Server:
             row.stream.end()
         text, stopped = visible(row.made, self.tokenizer, self.how.stop_strings)
         finish = "stop" if stopped is not None else "eos" if ended else "length"
-        return Answer(text, row.made[:stopped], finish, time.perf_counter() - row.start)
+        seconds = time.perf_counter() - row.start
+        told = row.told[:stopped] if self.how.logprobs is not None else None
+        return Answer(text, row.made[:stopped], finish, seconds, told)
 
     def _stopped(self, made: list[int]) -> bool:
         stops = self.how.stop_strings

@@ -27,26 +27,33 @@ class Sized(Protocol):
 class Order:
     """In which order units are used: round in a ring at first, then as they were last time.
 
-    A decoder with an encoder before it goes through the encoder once and through itself many times.
+    What comes after a unit depends on the one before it: gradients go the way back, and a decoder
+    with an encoder before it goes through the encoder once and through itself many times.
     """
 
     def __init__(self, units: Sequence[int]) -> None:
-        self.after = dict(zip(units, [*units[1:], *units[:1]], strict=True))
-        self.last: int | None = None
+        self.ring = dict(zip(units, [*units[1:], *units[:1]], strict=True))
+        self.after: dict[tuple[int | None, int], int] = {}
+        self.last: tuple[int | None, int] | None = None
 
     def used(self, unit: int) -> None:
         """Take notice that `unit` is used now."""
-        if self.last is not None and self.last != unit:
+        if self.last is None:
+            self.last = (None, unit)
+        elif self.last[1] != unit:
             self.after[self.last] = unit
-        self.last = unit
+            self.last = (self.last[1], unit)
 
     def following(self, unit: int, held: Container[int]) -> int | None:
-        """Return the next unit after `unit` that isn't held; None if all that come are."""
-        found, seen = self.after[unit], {unit}
-        while found in held and found not in seen:
-            seen.add(found)
-            found = self.after[found]
-        return None if found in held else found
+        """Return the next unit after `unit`, in use now, that isn't held; None if all are."""
+        before = self.last[0] if self.last is not None and self.last[1] == unit else None
+        seen = set()
+        while (before, unit) not in seen:
+            seen.add((before, unit))
+            before, unit = unit, self.after.get((before, unit), self.ring[unit])
+            if unit not in held:
+                return unit
+        return None
 
 
 class Store:

@@ -37,14 +37,11 @@ Write = Callable[[Layout, int, np.ndarray], None]
 
 
 def empty(path: Path) -> Any:
-    """Build the checkpoint's generating model with parameters on the meta device, buffers real."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
+    """Build the checkpoint's model with parameters on the meta device, buffers real."""
     config = copy.deepcopy(models.load_config(path))
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return build(kind, config)
+    return build(models.auto_class(config), config)
 
 
 def build(kind: Any, config: Any) -> Any:

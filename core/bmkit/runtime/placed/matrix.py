@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ class Matrix:
         self.shape, self.m, self.dtype, self.device = shape, m, dtype, device
         self.slab: Tensor | None = None
         self.raw: np.ndarray | None = None
+        self.hold: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Brings the slab for a while, where it is streamed apart from its module."""
 
     def bind(self, slab: Tensor | None) -> None:
         """Set the slab, uint8 [bytes] on the device; None takes it away."""
@@ -151,7 +154,8 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return ctx.matrix.backward(grads[0]), None
+        with ctx.matrix.hold():
+            return ctx.matrix.backward(grads[0]), None
 
 
 class PackedLinear(nn.Linear):
@@ -224,11 +228,11 @@ def embedding_class(own: type[nn.Embedding]) -> type[nn.Embedding]:
 class HeadParts(nn.Linear):
     """An output head whose rows are streamed in parts, one after the other."""
 
-    def __init__(self, parts: Sequence[Any], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, parts: Sequence[Matrix], dtype: torch.dtype, device: torch.device) -> None:
         nn.Module.__init__(self)
-        self.parts = list(parts)  # each a Matrix under a unit: `use()` binds it for a while
-        self.in_features = self.parts[0].matrix.shape.inputs
-        self.out_features = sum(p.matrix.shape.rows for p in self.parts)
+        self.parts = list(parts)
+        self.in_features = self.parts[0].shape.inputs
+        self.out_features = sum(p.shape.rows for p in self.parts)
         self.dtype, self.device = dtype, device
 
     @property
@@ -243,8 +247,8 @@ class HeadParts(nn.Linear):
         """Return input · Wᵀ + bias."""
         found = []
         for part in self.parts:
-            with part.use():
-                found.append(part.matrix.multiply(input))
+            with part.hold():
+                found.append(part.multiply(input))
         return torch.cat(found, -1)
 
 

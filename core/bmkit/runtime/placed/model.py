@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from bmkit.nn.rounding import dequantize, quantize
 from bmkit.runtime.budget import spread
 from bmkit.runtime.cpu.dots import INT8
 from bmkit.runtime.cpu.pack import Shape
+from bmkit.runtime.placed.block import wrap
 from bmkit.runtime.placed.link import CudaLink, Link
 from bmkit.runtime.placed.load import Builder
 from bmkit.runtime.placed.matrix import HeadParts, Matrix, PackedEmbedding, PackedLinear
@@ -81,12 +82,14 @@ def place_model(
     quant: str | None = None,
     room: Room | None = None,
     link: Link | None = None,
+    checkpoint: bool = False,
 ) -> Placed:
     """Give `model`, on the meta device, the checkpoint's weights, in at most `room`.
 
     What doesn't fit is streamed, spread over the model's depth. `link` is the way to the device, if
-    that is not a plain CPU. Raises InputError for weights that are missing or can't be used,
-    ResourceError with the smallest room that works.
+    that is not a plain CPU. With `checkpoint`, resident blocks too keep no activations for their
+    gradients. Raises InputError for weights that are missing or can't be used, ResourceError with
+    the smallest room that works.
     """
     origin = Origin(path, model, quant=quant)
     _refuse_missing(path, origin)
@@ -117,8 +120,13 @@ def place_model(
     if next(model.parameters(), None) is None:  # then transformers doesn't know its device
         model.placed = nn.Parameter(torch.zeros(1, dtype=dtype, device=device), requires_grad=False)
     for i, unit in enumerate(units):
-        if i not in resident and unit.name in builder.modules:
-            _hook(builder.model.get_submodule(unit.name), unit, i, tiers)
+        if unit.name not in builder.blocks:
+            continue
+        if i not in resident:
+            used = Used(unit, lambda i=i: tiers.use(i))  # type: ignore[misc]
+            wrap(model.get_submodule(unit.name), used.use)
+        elif checkpoint:
+            wrap(model.get_submodule(unit.name), nullcontext)
     streamed = sum(u.bytes for i, u in enumerate(units) if i not in resident)
     return Placed(model, units, tiers, frozenset(resident), streamed, origin)
 
@@ -245,24 +253,9 @@ class _Head:
         def hold(i: int) -> Callable[[], AbstractContextManager[Tensor]]:
             return lambda: tiers.use(i)
 
-        parts = [Used(units[i], units[i].packed[0].matrix, hold(i)) for i in heads]
+        parts = []
+        for i in heads:
+            matrix = units[i].packed[0].matrix
+            matrix.hold = Used(units[i], hold(i)).use
+            parts.append(matrix)
         self.builder.replace(name, HeadParts(parts, self.dtype, self.device))
-
-
-def _hook(module: nn.Module, unit: Unit, number: int, tiers: Tiers) -> None:
-    """Bind a unit's weights while its module runs."""
-    holds: list[AbstractContextManager[Tensor]] = []
-
-    def before(_: nn.Module, __: Any) -> None:
-        held = tiers.use(number)
-        unit.bind(held.__enter__())
-        holds.append(held)
-
-    def after(_: nn.Module, __: Any, ___: Any) -> None:
-        if holds:
-            held = holds.pop()
-            unit.release()
-            held.__exit__(None, None, None)
-
-    module.register_forward_pre_hook(before)
-    module.register_forward_hook(after, always_call=True)

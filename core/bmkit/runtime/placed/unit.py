@@ -101,7 +101,6 @@ class Used:
     """A unit that is streamed: `use` holds its weights in place."""
 
     unit: Unit
-    matrix: Matrix
     hold: Callable[[], AbstractContextManager[Tensor]]
 
     @contextmanager

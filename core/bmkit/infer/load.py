@@ -1,0 +1,145 @@
+"""Open what a job names: the packed decoder, a model on placed weights, or transformers' own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bmkit import env
+from bmkit import model as models
+from bmkit.errors import ResourceError
+from bmkit.infer.plan import Chosen, choose
+from bmkit.infer.recipe import InferRecipe
+from bmkit.plan import Job, read_headers
+from bmkit.runtime.generate import plain_defaults
+
+
+@dataclass
+class Engine:
+    """A model that is ready: `decoder` if its blocks are fused, else `model`."""
+
+    device: torch.device
+    rss_before_bytes: int
+    """Resident memory just before the model was opened."""
+    rows: int
+    """Prompts to answer together."""
+    decoder: Any = None
+    model: Any = None
+    placed: Any = None
+    chunk: int | None = None
+    """Tokens of a prompt to read at once; None: all."""
+    most_tokens: int | None = None
+    """What a budget was planned for, prompt and answer."""
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        if self.placed is not None:
+            self.placed.close()
+        if self.decoder is not None:
+            self.decoder.store.close()
+
+
+def names(paths: list[Path]) -> list[str]:
+    """Return what rows call adapters: the last part of the path, or more where that is not one."""
+    found: list[str] = []
+    for path in paths:
+        name = path.name
+        found.append(str(path) if [p.name for p in paths].count(name) > 1 else name)
+    return found
+
+
+def open_engine(job: Job, config: Any) -> Engine:
+    """Load the job's model with its adapters, in the way that `plan.choose` says.
+
+    Raises InputError for what can't be loaded, ResourceError for a budget that can't work.
+    """
+    recipe = job.recipe
+    assert isinstance(recipe, InferRecipe)  # the registry pairs recipe and engine
+    device = models.pick_device(recipe.device)
+    chosen = choose(job, read_headers(job.checkpoint))
+    rows = min(recipe.batch_size, job.rows or recipe.batch_size)
+    found = None
+    if chosen.way == "packed":
+        found = _packed(job, recipe, chosen, config, device, rows)
+    elif chosen.way == "placed":
+        found = _placed(job, recipe, chosen, device)
+    if found is None:
+        before = env.rss_bytes()
+        model = models.load_model(job.checkpoint, device=device, dtype=recipe.dtype)
+        found = Engine(device, before, rows, model=model)
+    if found.model is not None:
+        if models.task(config) == "generate":
+            plain_defaults(found.model)
+        paths = [delta.path for delta in job.deltas]
+        found.model = models.attach(found.model, dict(zip(names(paths), paths, strict=True)))
+    return found
+
+
+def _packed(
+    job: Job, recipe: InferRecipe, chosen: Chosen, config: Any, device: torch.device, rows: int
+) -> Engine | None:
+    """Load the fused decoder; None if it doesn't compute what the model's own code does."""
+    from bmkit.runtime import cpu
+    from bmkit.runtime.cpu import load
+
+    if not cpu.compiled():
+        job.reporter.info("compiling kernels for this machine, once (some 15 seconds)")
+    threads = torch.get_num_threads()
+    load.warm(threads)
+    env.forget_peak_rss()
+    before = env.rss_bytes()
+    assert chosen.placement is not None  # this way has one
+    decoder = load.load_decoder(
+        job.checkpoint, threads=threads, quant=recipe.quant, placement=chosen.placement
+    )
+    budget = job.cpu_memory is not None  # then two unpacked blocks may be too much
+    differ = load.tiny_difference(config) if budget else load.largest_difference(decoder)
+    if differ > load.TOLERANCE:
+        said = f"the fused blocks differ from the model's own code by {differ:.1e}"
+        if budget or recipe.quant:
+            raise ResourceError(said, hint="this model runs without budget and quant only")
+        job.reporter.warn(f"{said}; not used")
+        return None
+    if job.deltas:
+        paths = [delta.path for delta in job.deltas]
+        load.attach(decoder, dict(zip(names(paths), paths, strict=True)))
+    most = chosen.placement.tokens if budget else None
+    return Engine(device, before, rows, decoder=decoder, most_tokens=most)
+
+
+def _placed(job: Job, recipe: InferRecipe, chosen: Chosen, device: torch.device) -> Engine:
+    """Load the model in transformers' own code on placed weights."""
+    from bmkit.runtime import cpu
+
+    if device.type == "cpu" and not cpu.compiled():
+        job.reporter.info("compiling kernels for this machine, once (some 5 seconds)")
+    from bmkit.runtime.placed import load
+    from bmkit.runtime.placed.model import Room, place_model
+
+    plan = chosen.placement
+    assert plan is not None  # this way has one
+    model = load.empty(job.checkpoint)
+    if models.task(model.config) == "generate":
+        model.generation_config = models.load_generation_config(job.checkpoint)
+    dtype = models.compute_dtype(recipe.dtype, models.stored_dtype(model.config), device)
+    if device.type == "cpu":
+        load.warm()
+    env.forget_peak_rss()
+    before = env.rss_bytes()
+    on_cpu = device.type == "cpu"
+    limit = job.cpu_memory if on_cpu else job.gpu_memory
+    weights = None if limit is None else limit - plan.fixed_bytes + plan.rest_bytes
+    placed = place_model(
+        job.checkpoint,
+        model,
+        device=device,
+        dtype=dtype,
+        quant=recipe.quant,
+        room=Room(weights, None if on_cpu else job.cpu_memory),
+    )
+    whole = limit is None or getattr(model, "_is_stateful", False)
+    chunk = None if whole else plan.chunk
+    return Engine(device, before, plan.rows, model=model, placed=placed, chunk=chunk)

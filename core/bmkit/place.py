@@ -95,7 +95,7 @@ def create(
 
 
 @contextmanager
-def refusals(out: Path) -> Iterator[None]:
+def refusals(out: Path, kept: str = "nothing was kept") -> Iterator[None]:
     """Make a ResourceError of what the machine refuses while `out` is written."""
     try:
         yield
@@ -108,7 +108,7 @@ def refusals(out: Path) -> Iterator[None]:
         where = getattr(exc, "filename", None) or out
         raise ResourceError(
             f"cannot write {where}: {said}",
-            hint="free some, or name an --out on another disk; nothing was kept",
+            hint=f"free some, or name an --out on another disk; {kept}",
         ) from None
 
 
@@ -148,7 +148,7 @@ def resumed_file(
     refuse_existing(file, force=force)
     scratch = file.with_name(f".{file.name}.partial")
     note = file.with_name(f".{file.name}.partial-key")
-    with refusals(file):
+    with refusals(file, "the same command goes on with the rows that are done"):
         file.parent.mkdir(parents=True, exist_ok=True)
         with scratch.open("a+b") as raw:
             _lock(raw, file)

@@ -216,7 +216,12 @@ def test_a_disk_that_fills_up_in_any_stage(
     many = " ".join(f"-p word{i}" for i in range(40))
     infer = f"bmkit infer -m tiny --max-new-tokens 40 {many} -q"
     refused(sh("ulimit -f 1; " + infer + " -o x.jsonl"), 4, "x.jsonl", "too large")
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*before, "bmkit-home"])
+    left = {".x.jsonl.partial", ".x.jsonl.partial-key"}  # rows that are done are kept
+    assert {p.name for p in tmp_path.iterdir()} - left == {*before, "bmkit-home"}
+    again = sh(infer + " -o x.jsonl --json")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "x.jsonl").read_text().count("\n") == 40
+    assert not any((tmp_path / name).exists() for name in left)
 
 
 def test_a_report_or_copy_that_can_not_be_written(sh: Callable[[str], Done], tiny: Path) -> None:

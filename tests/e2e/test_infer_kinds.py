@@ -113,6 +113,18 @@ def test_quant_of_any_family(bmkit: Run, gpt2: Path) -> None:
         assert len(rows_of(bmkit(*words, "--quant", quant))[0]["token_ids"]) == 6
 
 
+def test_a_static_cache_gives_the_same_tokens(bmkit: Run, gpt2: Path) -> None:
+    words = ("infer", "-m", gpt2, "-p", "Hello", "-p", "there, you", "--max-new-tokens", "6")
+    found = [rows_of(bmkit(*words, "--json", "-s", f"cache={c}")) for c in ("dynamic", "static")]
+    assert [r["token_ids"] for r in found[0]] == [r["token_ids"] for r in found[1]]
+
+
+def test_w8a8_is_refused_on_a_cpu(bmkit: Run, gpt2: Path) -> None:
+    refused = bmkit("infer", "-m", gpt2, "-p", "x", "--quant", "w8a8", "--device", "cpu")
+    assert refused.returncode == 2
+    assert "w8a8 needs a GPU" in refused.stderr
+
+
 @pytest.mark.parametrize("kind", ["classify", "embed"])
 def test_encoders_give_labels_and_embeddings(
     bmkit: Run, make: Callable[..., Path], rows: Rows, kind: str

@@ -66,3 +66,76 @@ def test_tuning_on_the_gpu_learns_and_its_delta_answers_on_the_cpu(
     assert metrics["dev_loss"] < metrics["dev_loss_before"]
     answer = bmkit("infer", "-m", "d", "-p", "Say 1.", "--device", "cpu", "--max-new-tokens", "4")
     assert answer.returncode == 0, answer.stderr
+
+
+PLACED = ("infer", "-p", "Hi", "-p", "Tell me a story.", "--json", "--max-new-tokens", "12")
+
+
+@pytest.fixture
+def wide(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """The tiny checkpoint with 800 MB of layers."""
+    import shutil
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    path = tmp_path / "wide"
+    shutil.copytree(tiny_checkpoint, path)
+    config = AutoConfig.from_pretrained(path)
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 2048, 5632, 8
+    config.head_dim, config.initializer_range = 512, 0.05
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def tokens(done: subprocess.CompletedProcess[str]) -> list[list[int]]:
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line)["token_ids"] for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ram", [(), ("--cpu-memory", "300MiB")])
+def test_streamed_weights_give_the_resident_models_tokens_in_the_budget(
+    bmkit: Run, wide: Path, tmp_path: Path, dtype: str, ram: tuple[str, ...]
+) -> None:
+    words = (*PLACED, "-m", wide, "--device", "cuda", "-s", f"dtype={dtype}")
+    refused = bmkit(*words, "--gpu-memory", "50MiB", *ram)
+    assert refused.returncode == 4
+    least = refused.stderr.split("--gpu-memory ")[-1].split()[0]
+    tight = bmkit(*words, "--gpu-memory", least, *ram, "--report", "r.json")
+    assert tokens(tight) == tokens(bmkit(*words))
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["peak_gpu_bytes"] <= report["budget_bytes"]["gpu"]
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_quantised_float32_on_the_gpu_is_the_cpus(bmkit: Run, tiny: Path, quant: str) -> None:
+    words = (*PLACED, "-m", "tiny", "--quant", quant, "-s", "dtype=float32")
+    assert tokens(bmkit(*words, "--device", "cuda")) == tokens(bmkit(*words, "--device", "cpu"))
+
+
+def test_w8a8_scores_near_the_dense_model(bmkit: Run, wide: Path) -> None:
+    words = ("infer", "-m", wide, "--score", "-p", "A text to score, of a few words.", "--json")
+    dense, rounded = (
+        json.loads(bmkit(*words, "--device", "cuda", *more).stdout)["logprob"]
+        for more in ((), ("--quant", "w8a8"))
+    )
+    assert abs(dense - rounded) < 0.05 * abs(dense)
+
+
+def test_a_static_cache_gives_the_dynamic_ones_tokens(bmkit: Run, tiny: Path) -> None:
+    words = (*PLACED, "-m", "tiny", "--device", "cuda", "-s", "dtype=float32")
+    found = [tokens(bmkit(*words, "-s", f"cache={c}")) for c in ("dynamic", "static")]
+    assert found[0] == found[1]
+
+
+def test_tuning_on_a_streamed_base_is_the_same_training(
+    bmkit: Run, wide: Path, chats: Path, tmp_path: Path
+) -> None:
+    words = ("tune", "lora", "-m", wide, "--data", chats, "--device", "cuda", "--json")
+    words = (*words, "-s", "train.max_steps=4", "-s", "dtype=float32")
+    free = json.loads(bmkit(*words, "-o", "a").stdout)["metrics"]["train_loss"]
+    tight = bmkit(*words, "-o", "b", "--gpu-memory", "3GiB")
+    assert tight.returncode == 0, tight.stderr
+    found = json.loads(tight.stdout)["metrics"]["train_loss"]
+    assert abs(found - free) < 1e-3 * free

@@ -44,9 +44,11 @@ from transformers.pytorch_utils import Conv1D
 
 from bmkit.errors import InputError, ResourceError
 from bmkit.nn.rounding import dequantize, quantize
+from bmkit.runtime.cpu import pack
 from bmkit.runtime.cpu.dots import INT4, INT8
 from bmkit.runtime.placed import load
 from bmkit.runtime.placed.link import ThreadLink
+from bmkit.runtime.placed.matrix import Matrix
 from bmkit.runtime.placed.model import Placed, Room, place_model
 
 CPU = torch.device("cpu")
@@ -298,19 +300,19 @@ def test_weights_that_are_no_numbers_are_refused(make: Make) -> None:
 def test_packed_integers_of_a_checkpoint_stay_packed(make: Make, bits: int) -> None:
     from safetensors.torch import load_file, save_file
 
-    from bmkit.compress import pack
+    from bmkit.compress import pack as stored
 
     path, plain = make("gemma2")
     tensors = load_file(path / "model.safetensors")
     group = None if bits == 8 else 32
     for name in [n for n in tensors if n.endswith("_proj.weight")]:
         values, scale = quantize(tensors.pop(name), bits, group)
-        packed = pack.pack(values, scale, bits)
+        packed = stored.pack(values, scale, bits)
         tensors |= {name.removesuffix("weight") + k: v for k, v in packed.items()}
         plain.get_parameter(name).data = dequantize(values, scale)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] = pack.config(bits, group, ["lm_head"])
+    config["quantization_config"] = stored.config(bits, group, ["lm_head"])
     (path / "config.json").write_text(json.dumps(config))
     wanted, logits = answers(plain)
     for room in (Room(), Room(least(path))):
@@ -382,3 +384,47 @@ def test_the_way_back_is_read_ahead() -> None:
         order.used(unit)
         right += order.following(unit, {unit}) == after
     assert right == 6  # all but where it turns: there the unit itself is used again
+
+
+@pytest.mark.parametrize("outlier", [0.0, 40.0])
+def test_w8a8_sums_integers_exactly(outlier: float) -> None:
+    """Against sums in Python's own integers; a row and a token of zeros stay zero."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 40, generator=generator)
+    weight[3] = 0
+    x = torch.randn(5, 40, generator=generator)
+    x[2] = 0
+    x[1, 7] = outlier or x[1, 7]
+    values, scale = quantize(weight, 8)
+    packed = pack.pack_integers(values, scale, 8)
+    assert packed is not None
+    layout = pack.lay_out([packed.shape])
+    slab = pack.empty_slab(layout.bytes)
+    layout.write(slab, 0, packed)
+    matrix = Matrix(packed.shape, layout.table[0], torch.float32, CPU)
+    matrix.bind(torch.from_numpy(slab))
+    found = matrix.rounded(x)
+    wanted = torch.zeros(5, 24)
+    for t in range(5):
+        row = [0.0 if outlier and j == 7 else float(v) for j, v in enumerate(x[t])]
+        step = max(map(abs, row)) / 127 or 1.0
+        near = [round(v / step) for v in row]
+        for i in range(24):
+            total = sum(a * int(b) for a, b in zip(near, values[i], strict=True))
+            wanted[t, i] = total * step * float(scale[i])
+            if outlier:
+                wanted[t, i] += float(x[t, 7]) * int(values[i, 7]) * float(scale[i])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert not found[2].any() and not found[:, 3].any()
+    far_off = (found - x @ weight.T).abs().max() / (x @ weight.T).abs().max()
+    assert far_off < 0.02
+
+
+def test_w8a8_through_a_model_stays_near_it(make: Make) -> None:
+    path, plain = make("gemma2")
+    placed = put(path, quant="int8", w8a8=True)
+    with torch.inference_mode():
+        found = placed.model(input_ids=IDS).logits
+        wanted = plain(input_ids=IDS).logits
+    placed.close()
+    assert 1e-4 < far(found, wanted) < 0.1

@@ -59,7 +59,7 @@ def infer(
         int | None, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")
     ] = None,
     quant: Annotated[
-        Literal["int8", "int4"] | None,
+        Literal["int8", "int4", "w8a8"] | None,
         typer.Option("--quant", help="Round weights while they are loaded, for this run."),
     ] = None,
     score: Annotated[

@@ -14,6 +14,7 @@ from bmkit.errors import ResourceError
 from bmkit.infer.plan import Chosen, choose
 from bmkit.infer.recipe import InferRecipe
 from bmkit.plan import Job, read_headers
+from bmkit.runtime.budget import GPU_BYTES
 from bmkit.runtime.generate import plain_defaults
 
 
@@ -40,6 +41,20 @@ class Engine:
             self.placed.close()
         if self.decoder is not None:
             self.decoder.store.close()
+
+
+def cap_gpu(device: torch.device, limit: int) -> None:
+    """Let torch fail rather than take more than `limit` bytes of the GPU, CUDA's own included."""
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    free, total = torch.cuda.mem_get_info(device)
+    own = total - free - torch.cuda.memory_reserved(device)  # with what other processes hold
+    if limit > free:
+        raise ResourceError(
+            f"--gpu-memory {env.format_bytes(limit)}: {env.format_bytes(free)} are free on {device}"
+        )
+    torch.cuda.set_per_process_memory_fraction(
+        max(limit - min(own, GPU_BYTES // 2), 1) / total, device
+    )
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -132,12 +147,15 @@ def _placed(job: Job, recipe: InferRecipe, chosen: Chosen, device: torch.device)
     on_cpu = device.type == "cpu"
     limit = job.cpu_memory if on_cpu else job.gpu_memory
     weights = None if limit is None else limit - plan.fixed_bytes + plan.rest_bytes
+    if limit is not None and not on_cpu:
+        cap_gpu(device, limit)
     placed = place_model(
         job.checkpoint,
         model,
         device=device,
         dtype=dtype,
-        quant=recipe.quant,
+        quant="int8" if recipe.quant == "w8a8" else recipe.quant,
+        w8a8=recipe.quant == "w8a8",
         room=Room(weights, None if on_cpu else job.cpu_memory),
     )
     whole = limit is None or getattr(model, "_is_stateful", False)

@@ -38,6 +38,12 @@ def choose(job: Job, headers: Headers) -> Chosen:
     recipe = job.recipe
     assert isinstance(recipe, InferRecipe)  # the registry pairs recipe and plan
     on_gpu = recipe.device.startswith("cuda")
+    if recipe.quant == "w8a8" and not on_gpu:
+        raise RecipeError(
+            f"quant: w8a8 needs a GPU, this is {recipe.device}",
+            hint="int8 is as small, and the quickest on a CPU",
+        )
+    quant = "int8" if recipe.quant == "w8a8" else recipe.quant
     readable = family.readable(headers.config.get("quantization_config"))
     exact = recipe.dtype in {"auto", "float32"}
     limit = job.gpu_memory if on_gpu else job.cpu_memory
@@ -53,7 +59,7 @@ def choose(job: Job, headers: Headers) -> Chosen:
             rows=rows,
             tokens=tokens,
             budget=limit,
-            quant=recipe.quant,
+            quant=quant,
             besides=besides,
         )
         return Chosen("packed", found)
@@ -67,7 +73,7 @@ def choose(job: Job, headers: Headers) -> Chosen:
             tokens=tokens,
             prompt=min(PROMPT_TOKENS, context),
             budget=limit,
-            quant=recipe.quant,
+            quant=quant,
             besides=besides,
             gpu=on_gpu,
             width=width,

@@ -42,10 +42,17 @@ class InferRecipe(Recipe):
     stop_strings: list[str] = Field(default=[], description="The answer ends before any of these.")
     system: str | None = Field(default=None, description="A system prompt for every chat.")
     raw: bool = Field(default=False, description="Send prompts as they are, without chat template.")
-    quant: Literal["int8", "int4"] | None = Field(
+    quant: Literal["int8", "int4", "w8a8"] | None = Field(
         default=None,
         description="Round weights while they are loaded, for this run: int8 with a scale a row, "
-        "int4 with one per 64 inputs; embedding and head to int8 in both.",
+        "int4 with one per 64 inputs; embedding and head to int8 in all. w8a8, on a GPU, also "
+        "rounds what goes into the int8 products, a scale a token.",
+    )
+    cache: Literal["auto", "dynamic", "static"] = Field(
+        default="auto",
+        description="Keys and values in memory that grows, or of a fixed size, for which "
+        "transformers compiles the decode step into a CUDA graph. auto: static on a GPU for files "
+        "of many prompts.",
     )
     score: bool = Field(
         default=False, description="Answer nothing; tell how likely the given text is."

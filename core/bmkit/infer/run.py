@@ -96,6 +96,7 @@ class Session:
         self.engine = open_engine(job, config)
         self.rss_before_bytes = self.engine.rss_before_bytes
         self.server = self._server(job)
+        self.static = self._static(job.rows)
 
     def _server(self, job: Job) -> Any:
         if self.engine.decoder is None:
@@ -111,6 +112,15 @@ class Session:
             rows=self.engine.rows,
             most=self.engine.most_tokens,
         )
+
+    def _static(self, rows: int | None) -> bool:
+        """Tell whether the cache has a fixed size: compiling for it pays for many prompts only."""
+        if self.recipe.cache != "auto" or self.engine.model is None:
+            return self.recipe.cache == "static"
+        streams = self.engine.placed is not None and self.engine.placed.streamed_bytes > 0
+        many = rows is None or rows >= 8 * self.recipe.batch_size
+        can = not getattr(self.engine.model, "_is_stateful", False) and not self.encoder_decoder
+        return self.engine.device.type == "cuda" and many and can and not streams
 
     def answer(
         self,
@@ -237,10 +247,16 @@ class Session:
                     yield encode.Labelled(found.id, found.text, pairs)
 
     def peak_gpu_bytes(self) -> int:
-        """Return the most GPU memory that torch has held, 0 on the CPU."""
+        """Return the most GPU memory that was held, CUDA's own included; 0 on the CPU.
+
+        Other processes on the same GPU can't be told from CUDA's own share, and count.
+        """
         device = self.engine.device
-        on_gpu = device.type == "cuda"
-        return int(torch.cuda.max_memory_reserved(device)) if on_gpu else 0
+        if device.type != "cuda":
+            return 0
+        free, total = torch.cuda.mem_get_info(device)
+        own = total - free - torch.cuda.memory_reserved(device)
+        return int(own + torch.cuda.max_memory_reserved(device))
 
     def figures(self) -> dict[str, Any]:
         """Return what a report says besides time and memory."""
@@ -290,6 +306,7 @@ class Session:
                 numbers=[p.number for p in prompts],
                 write=write,
                 chunk=self.engine.chunk,
+                static=self.static,
             )
         self.seconds += time.perf_counter() - start
         self.tokens += sum(len(a.token_ids) for a in answers)

@@ -57,13 +57,15 @@ def generate(
     numbers: Sequence[int],
     write: Callable[[str], None] | None = None,
     chunk: int | None = None,
+    static: bool = False,
 ) -> list[Answer]:
     """Answer `prompts` (token ids, not empty) in one batch, padded on the left.
 
     `numbers` are the prompts' numbers in the run: with the seed they decide each one's draws, so
     that batching changes no draw. `write` gets the text of a single prompt while it is made.
     Memory grows with the batch's longest prompt plus `max_new_tokens`; with `chunk`, a decoder
-    reads so many tokens of the prompts at a time.
+    reads so many tokens of the prompts at a time; `static` fixes the cache's size, and lets
+    transformers compile the decode step where it can.
     """
     eos = eos_ids(model.generation_config, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos or [0])[0]
@@ -102,6 +104,8 @@ def generate(
         options["streamer"] = TextStream(tokenizer, how.stop_strings, write)
     if chunk is not None and not encoder and longest > chunk:
         options["prefill_chunk_size"] = chunk
+    if static:
+        options["cache_implementation"] = "static"
     begun = time.perf_counter()
     out = model.generate(input_ids=ids, attention_mask=mask, **options)
     seconds = time.perf_counter() - begun

@@ -17,6 +17,8 @@ from bmkit.runtime.cpu.pack import FLOAT16, Shape
 
 FEW = 32
 """Up to so many tokens a CPU multiplies with packed rows; more are worth unpacking them for."""
+OUTLIER = 6.0
+"""Inputs larger than this are left out of rounding."""
 CHUNK_BYTES = 16 * 2**20
 """A larger matrix is unpacked in parts of this size, where only its product is wanted."""
 
@@ -35,6 +37,8 @@ class Matrix:
         self.shape, self.m, self.dtype, self.device = shape, m, dtype, device
         self.slab: Tensor | None = None
         self.raw: np.ndarray | None = None
+        self.w8a8 = False
+        """Whether the inputs of products are rounded to int8 too."""
         self.hold: Callable[[], AbstractContextManager[None]] = nullcontext
         """Brings the slab for a while, where it is streamed apart from its module."""
 
@@ -80,6 +84,8 @@ class Matrix:
         needs_grad = torch.is_grad_enabled() and x.requires_grad
         if self.raw is not None and 0 < count <= FEW and not needs_grad:
             return self._few(x, count)
+        if self.w8a8 and self.shape.groups == 1 and count > 0 and not needs_grad:
+            return self.rounded(x, self.bias())
         if needs_grad:
             y: Tensor = _Frozen.apply(x, self)  # type: ignore[no-untyped-call]
             return y if (bias := self.bias()) is None else y + bias
@@ -99,6 +105,33 @@ class Matrix:
             part = None if bias is None else bias[low:high]
             y[..., low:high] = functional.linear(x, self.dense(low, high), part)
         return y
+
+    def rounded(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return x · Wᵀ + bias of int8 rows, each token of `x` rounded to int8 with its own scale.
+
+        Sums are int32, as in BMInf. Inputs above `OUTLIER` in any token, which would take the
+        others' precision, go through a product in the compute dtype (LLM.int8, arXiv 2208.07339).
+        A token of zeros stays zero.
+        """
+        shape = self.shape
+        flat = x.reshape(-1, shape.inputs).to(self.dtype)
+        rows, raw = len(flat), self._part(0, shape.rows * shape.row_bytes)
+        weights = raw.view(torch.int8).view(shape.rows, -1)  # [rows, width]
+        scales = self._part(1, 4 * shape.rows).view(torch.float32)
+        apart = (flat.abs() > OUTLIER).any(0)
+        columns = apart.nonzero()[:, 0]
+        inner = flat.masked_fill(apart, 0)
+        largest = inner.abs().amax(1, keepdim=True).float()
+        step = (largest / 127).where(largest > 0, torch.ones_like(largest))
+        values = (inner.float() / step).round_().clamp_(-127, 127).to(torch.int8)
+        values = functional.pad(values, (0, shape.width - shape.inputs, 0, max(0, 32 - rows)))
+        sums = torch._int_mm(values, weights.T)[:rows]  # [tokens, rows], int32
+        y = sums.float() * step * scales
+        if len(columns):
+            some = weights[:, columns].float() * scales[:, None]
+            y += flat[:, columns].float() @ some.T
+        found = y.to(x.dtype) if bias is None else (y + bias.float()).to(x.dtype)
+        return found.view(*x.shape[:-1], shape.rows)
 
     def backward(self, grad: Tensor) -> Tensor:
         """Return grad · W: [..., inputs] of `grad` [..., rows]."""

@@ -83,13 +83,14 @@ def place_model(
     room: Room | None = None,
     link: Link | None = None,
     checkpoint: bool = False,
+    w8a8: bool = False,
 ) -> Placed:
     """Give `model`, on the meta device, the checkpoint's weights, in at most `room`.
 
     What doesn't fit is streamed, spread over the model's depth. `link` is the way to the device, if
     that is not a plain CPU. With `checkpoint`, resident blocks too keep no activations for their
-    gradients. Raises InputError for weights that are missing or can't be used, ResourceError with
-    the smallest room that works.
+    gradients; with `w8a8`, int8 products take rounded inputs. Raises InputError for weights that
+    are missing or can't be used, ResourceError with the smallest room that works.
     """
     origin = Origin(path, model, quant=quant)
     _refuse_missing(path, origin)
@@ -117,6 +118,9 @@ def place_model(
     for i, slab in tiers.resident().items():
         units[i].bind(slab)
     head.put(tiers, units, resident)
+    for unit in units:
+        for packed in unit.packed:
+            packed.matrix.w8a8 = w8a8 and packed.matrix.shape.kind == INT8
     if next(model.parameters(), None) is None:  # then transformers doesn't know its device
         model.placed = nn.Parameter(torch.zeros(1, dtype=dtype, device=device), requires_grad=False)
     for i, unit in enumerate(units):

@@ -3,9 +3,10 @@
 python scripts/bench/infer_budget.py [--rounds 3]
 
 The checkpoint is random, Llama-shaped, in bfloat16, written to a temporary folder; files are in the
-page cache (warm). Each engine answers in a process of its own, in turns: 8 tokens of prompt, 16 of
-answer. Seconds are those of the answers, loading left out. Memory is watched from outside: the
-largest resident size while it runs, minus that just before the model is opened.
+page cache (warm), then, for one pass over all weights, not (cold). Each engine answers in a process
+of its own, in turns: 8 tokens of prompt, 16 of answer. Seconds are those of the answers, loading
+left out. Memory is watched from outside: the largest resident size while it runs, minus that just
+before the model is opened.
 """
 
 from __future__ import annotations
@@ -62,14 +63,15 @@ def bmkit(path: str, budget: int) -> Any:
     placement = budgets.place(headers, rows=1, tokens=64, budget=budget)
     decoder = load.load_decoder(Path(path), threads=THREADS, placement=placement)
     assert load.tiny_difference(models.load_config(Path(path))) < load.TOLERANCE
+    answer = yield
     while True:
         cache = decoder.cache(1, 64)
         start = time.perf_counter()
         logits = decoder.chain(cache, 0, list(range(PROMPT)))
-        for _ in range(ANSWER - 1):
+        for _ in range(answer - 1):
             logits = decoder.step(cache, [int(logits[0].argmax())])
             cache.done[0] += 1
-        yield time.perf_counter() - start, placement.streamed_bytes
+        answer = yield time.perf_counter() - start, placement.streamed_bytes
 
 
 def accelerate(path: str, budget: int) -> Any:
@@ -87,12 +89,13 @@ def accelerate(path: str, budget: int) -> Any:
             max_memory={"cpu": budget // 3},  # it keeps this much of weights; copies come on top
             offload_folder=folder,
         )
+        answer = yield
         while True:
             ids = torch.arange(PROMPT)[None]
             start = time.perf_counter()
             with torch.inference_mode():
-                model.generate(ids, max_new_tokens=ANSWER, min_new_tokens=ANSWER, do_sample=False)
-            yield time.perf_counter() - start, 0
+                model.generate(ids, max_new_tokens=answer, min_new_tokens=answer, do_sample=False)
+            answer = yield time.perf_counter() - start, 0
 
 
 def worker(name: str, path: str, budget: int) -> None:
@@ -102,17 +105,26 @@ def worker(name: str, path: str, budget: int) -> None:
     sys.stdin.readline()
     next(run)
     print(json.dumps("ready"), flush=True)
-    for _ in sys.stdin:
-        print(json.dumps(next(run)), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(run.send(int(line))), flush=True)
 
 
-def read_bandwidth(path: Path) -> float:
-    """Return bytes a second of reading the file into one buffer of 32 MiB, page cache warm."""
+def forget(path: Path) -> None:
+    """Drop a file from the page cache."""
+    with path.open("rb") as file:
+        os.fsync(file)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_bandwidth(path: Path, *, cold: bool = False) -> float:
+    """Return bytes a second of reading the file into one buffer of 32 MiB."""
     import numpy as np
 
     buffer = np.empty(2**25, np.uint8)
     best = 0.0
-    for _ in range(4):
+    for _ in range(3 if cold else 4):
+        if cold:
+            forget(path)
         with path.open("rb", buffering=0) as file:
             start, count = time.perf_counter(), 0
             while got := file.readinto(buffer):
@@ -134,8 +146,8 @@ class Watched:
         Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")  # the peak begins anew
         assert self.ask() == "ready"
 
-    def ask(self) -> Any:
-        self.process.stdin.write("\n")  # type: ignore[union-attr]
+    def ask(self, answer: int = ANSWER) -> Any:
+        self.process.stdin.write(f"{answer}\n")  # type: ignore[union-attr]
         self.process.stdin.flush()  # type: ignore[union-attr]
         return json.loads(self.process.stdout.readline())  # type: ignore[union-attr]
 
@@ -169,6 +181,13 @@ def main() -> None:
                 took, read = engine.ask()
                 seconds[name].append(took)
                 streamed = read or streamed
+        cold: dict[str, list[float]] = {name: [] for name in engines}
+        file = next(path.glob("*.safetensors"))
+        for _ in range(options.rounds):  # one pass over all weights, which are on disk only
+            for name, engine in engines.items():
+                forget(file)
+                cold[name].append(engine.ask(1)[0])
+        cold_bandwidth = read_bandwidth(file, cold=True)
         peaks = {name: engine.peak() for name, engine in engines.items()}
         for engine in engines.values():
             engine.process.kill()
@@ -188,6 +207,13 @@ def main() -> None:
             "streamed_bytes_a_token": streamed,
             "read_gigabytes_per_second": round(bandwidth / 1e9, 2),
             "fraction_of_read_bandwidth": round(rate["bmkit"] * streamed / bandwidth, 3),
+            "cold": {
+                "seconds_a_pass": {n: round(statistics.median(s), 3) for n, s in cold.items()},
+                "read_gigabytes_per_second": round(cold_bandwidth / 1e9, 2),
+                "fraction_of_read_bandwidth": round(
+                    streamed / statistics.median(cold["bmkit"]) / cold_bandwidth, 3
+                ),
+            },
         },
     )
 

@@ -140,6 +140,20 @@ def unpack_rows(slab: Any, m: Any, low: int, out: Any, threads: int) -> None:
 
 
 @njit(**_serial)
+def regroup(raw: Any, out: Any) -> None:
+    """Turn int4 values of compressed-tensors, which follow each other, into blocks of 32.
+
+    Both are uint8 of the same length: two values a byte, 8 added; in `out` the first 16 of a block
+    are the low halves.
+    """
+    for b in range(len(raw) // 16):
+        for k in range(8):
+            first, second = raw[16 * b + k], raw[16 * b + 8 + k]
+            out[16 * b + 2 * k] = (first & 15) | ((second & 15) << 4)
+            out[16 * b + 2 * k + 1] = (first >> 4) | (second & 240)
+
+
+@njit(**_serial)
 def exp(x: Any) -> Any:
     """Return e^x of a float32, within 2e-7 of it, in a form that loops can vectorise."""
     x = min(max(x, float32(-87.0)), float32(88.0))
@@ -265,6 +279,8 @@ def block(
     h: Any,
     slab: Any,
     table: Any,
+    small: Any,
+    norms: Any,
     n: Any,
     eps: float,
     scaling: float,
@@ -289,6 +305,7 @@ def block(
 ) -> None:
     """Run one decoder block on `h` [tokens, hidden], in place.
 
+    Its matrices are those of `table` in `slab`, its norms those of `norms` in the slab `small`.
     `keys` and `values` are [sequences, kv heads, slots, dim]; token t belongs to `sequence[t]`,
     goes to slot `slot[t]` of it and stands at `position[t]`. It sees the first `done[sequence]`
     slots, and the tokens u of this pass with `sees[t, u]`. `cos` and `sin` are [tokens, rotary].
@@ -300,7 +317,7 @@ def block(
     tokens, hidden = h.shape
     dim, kv, count, rotary, window = n[N_DIM], n[N_KV], n[N_HEADS], n[N_ROTARY], n[N_WINDOW]
     for t in range(tokens):
-        normalise(h[t], slab, table[NORM_1], eps, x[t, :hidden])
+        normalise(h[t], small, norms[NORM_1], eps, x[t, :hidden])
     for which in range(3):
         _shrink(address, delta, pairs, which, x, low_rank)
     for c in prange(threads):
@@ -314,9 +331,9 @@ def block(
     for t in range(tokens):
         for i in range(count + kv):
             head = heads[t, i * dim : (i + 1) * dim]
-            norm = table[NORM_Q if i < count else NORM_K]
+            norm = norms[NORM_Q if i < count else NORM_K]
             if norm[M_KIND] >= 0:
-                normalise(head, slab, norm, eps, head)
+                normalise(head, small, norm, eps, head)
             _rotate(head, cos[t], sin[t], rotary)
         for i in range(kv):
             k, v = (count + i) * dim, (count + kv + i) * dim
@@ -352,7 +369,7 @@ def block(
         call_rows(address, slab, table[OUT], low, high, mixed, h, 0, 1)
         _grow(address, delta, pairs, OUT, low, high, low_rank, h, 0)
     for t in range(tokens):
-        normalise(h[t], slab, table[NORM_2], eps, x[t, :hidden])
+        normalise(h[t], small, norms[NORM_2], eps, x[t, :hidden])
     _shrink(address, delta, pairs, GATE, x, low_rank)
     _shrink(address, delta, pairs, UP, x, low_rank)
     width = table[UP, M_ROWS]

@@ -16,6 +16,7 @@ from bmkit.runtime.cpu.dots import BFLOAT16, FLOAT32, INT8
 from bmkit.runtime.cpu.pack import Layout, Packed, empty_slab, lay_out, pack_floats, round_up
 from bmkit.runtime.cpu.source import Source
 from bmkit.runtime.cpu.store import Store
+from bmkit.runtime.cpu.window import Window
 from bmkit.runtime.generate import EVERY
 
 ACTIVATIONS = {
@@ -128,11 +129,54 @@ class Decoder:
         self.layouts = layouts(config, source, head_parts)
         self.vocabulary = sum(layout.rows for layout in self.layouts[self.blocks :])
         chosen = set(range(len(self.layouts))) if resident is None else resident
-        self.store = Store(self.layouts, self._load, resident=chosen)
+        self.small: dict[int, tuple[np.ndarray, Layout]] = {}  # norms of units that are mapped
+        windows = self._map([i for i in range(len(self.layouts)) if i not in chosen])
+        self.store = Store(self.layouts, self._load, resident=chosen, windows=windows)
         self.deltas: list[Delta] | None = None
         self.delta_sets: dict[str | None, list[Delta] | None] = {None: None, EVERY: None}
         self.unpacked = np.empty(0, np.float32)
         self._scratch: dict[int, tuple[np.ndarray, ...]] = {}
+
+    def _map(self, streamed: Sequence[int]) -> dict[int, Window]:
+        """Return windows on the units that can be computed with where they are stored."""
+        found = {}
+        for unit in streamed:
+            shapes = self.layouts[unit].shapes
+            if unit >= self.blocks:
+                low = sum(layout.rows for layout in self.layouts[self.blocks : unit])
+                assert shapes[0] is not None  # a part of the head
+                window = self.source.row_window(head_name(self.config), shapes[0], low)
+                if window is not None:
+                    found[unit] = window
+                continue
+            prefix = f"model.layers.{unit}."
+            rows = [(row, name) for name, row in NAMES.items() if shapes[row] is not None]
+            big = [(prefix + n, shapes[row]) for row, n in rows if "norm" not in n]
+            mapped = self.source.window([(n, s) for n, s in big if s is not None])
+            if mapped is None:
+                continue
+            found[unit], places = mapped
+            table = self.layouts[unit].table.copy()
+            for (row, _), place in zip(
+                [(row, n) for row, n in rows if "norm" not in n], places, strict=True
+            ):
+                table[row, kernels.M_WEIGHTS] = place
+            self._keep_norms(unit, prefix)
+            self.layouts[unit] = Layout(shapes, table, found[unit].size)
+        return found
+
+    def _keep_norms(self, unit: int, prefix: str) -> None:
+        shapes = self.layouts[unit].shapes
+        norms = {row: n for n, row in NAMES.items() if "norm" in n and shapes[row] is not None}
+        layout = lay_out([shapes[row] if row in norms else None for row in range(len(shapes))])
+        slab = empty_slab(layout.bytes)
+        for row, name in norms.items():
+            self.source.write(prefix + name, layout, row, slab)
+        self.small[unit] = (slab, layout)
+
+    def _norms(self, unit: int, slab: np.ndarray) -> tuple[np.ndarray, Layout]:
+        """Return the slab and the layout in which a block's norms are."""
+        return self.small.get(unit, (slab, self.layouts[unit]))
 
     def choose(self, adapter: str | None) -> None:
         """Let one adapter work from now on, by its name; none, or all at once."""
@@ -280,11 +324,14 @@ class Decoder:
         for i in range(self.depth):
             delta = self.deltas[i] if self.deltas else NO_DELTA
             with self.store.use(i) as slab:
+                small, norms = self._norms(i, slab)
                 kernels.block(
                     kernels.ADDRESS,
                     h,
                     slab,
                     self.layouts[i].table,
+                    small,
+                    norms.table,
                     self.numbers[i],
                     self.eps,
                     self.scaling,
@@ -370,8 +417,13 @@ class Decoder:
                     shape = self.layouts[i].shapes[which]
                     if shape is None:
                         continue
+                    if "norm" in name:
+                        small, layout = self._norms(i, slab)
+                        raw = layout.part(small, which, 0).view(np.float32)[: shape.inputs]
+                        found[f"layers.{i}.{name}.weight"] = torch.from_numpy(raw).clone()
+                        continue
                     whole = self._dense(i, slab, which, shape.inputs).clone()
-                    found[f"layers.{i}.{name}.weight"] = whole if "proj" in name else whole[0]
+                    found[f"layers.{i}.{name}.weight"] = whole
                     if shape.bias:
                         found[f"layers.{i}.{name}.bias"] = self._floats(i, slab, which, 2).clone()
         return found
@@ -386,7 +438,8 @@ class Decoder:
         return y
 
     def _norm(self, unit: int, slab: np.ndarray, which: int, x: Tensor) -> Tensor:
-        weight = self._floats(unit, slab, which, 0)[: x.shape[-1]]
+        small, layout = self._norms(unit, slab)
+        weight = torch.from_numpy(layout.part(small, which, 0).view(np.float32))[: x.shape[-1]]
         return functional.rms_norm(x, (x.shape[-1],), weight, self.eps)
 
     @torch.inference_mode()

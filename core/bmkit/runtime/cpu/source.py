@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from bmkit.plan import Headers, TensorHeader, read_headers
 from bmkit.runtime.cpu import pack
 from bmkit.runtime.cpu.dots import BFLOAT16, FLOAT32, INT8
 from bmkit.runtime.cpu.pack import Layout, Packed, Shape
+from bmkit.runtime.cpu.window import MappedFile, Window
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 QUANT = {"int8": (8, None), "int4": (4, 64)}
 """Bits and group of what `quant` means; inputs that the group doesn't divide take 32."""
 
@@ -59,6 +61,17 @@ class Source:
         for row, token in zip(out, ids, strict=True):
             block.unpack(slab, layout.table[0], token, row)
         return out
+
+    def window(self, found: Sequence[tuple[str, Shape]]) -> tuple[Window, list[int]] | None:
+        """Return a window on matrices that are in a file as they are used, and where each begins.
+
+        None where there is no such file.
+        """
+        return None
+
+    def row_window(self, name: str, shape: Shape, low: int) -> Window | None:
+        """Return a window on as many rows of a matrix, from `low` on, as `shape` has."""
+        return None
 
 
 class Fetched(Source):
@@ -112,6 +125,7 @@ class Files(Source):
         self.headers: Headers = read_headers(path)
         self.tensors = {t.name: t for t in self.headers.tensors}
         self.handles = {f: os.open(f, os.O_RDONLY) for f in {t.file for t in self.headers.tensors}}
+        self.maps: dict[Path, MappedFile] = {}
         self.checked: set[str] = set()
         self.local = threading.local()
 
@@ -241,6 +255,32 @@ class Files(Source):
         assert found is not None  # `shape` has refused what can't be packed
         return found
 
+    def integers_into(self, name: str, shape: Shape, place: np.ndarray) -> bool:
+        """Read packed integers to their place in a slab, if they are stored row by row unpadded.
+
+        compressed-tensors stores them with 2^(bits-1) added; int4 in another order.
+        """
+        header = self.tensors.get(f"{name}.weight_packed")
+        if header is None or shape.width != shape.inputs or header.bytes != len(place):
+            return False
+        if shape.kind == INT8:
+            self.pread(header, place)
+            np.bitwise_xor(place, 128, out=place)
+            return True
+        from bmkit.runtime.cpu import block
+
+        raw = self.read_again(replace(header, dtype="U8", shape=(header.bytes,)))
+        block.regroup(raw.numpy(), place)
+        return True
+
+    def scales(self, name: str) -> np.ndarray:
+        """Return the scales of packed integers: float32 [rows, groups]."""
+        scale = self.read(self.tensors[f"{name}.weight_scale"])
+        assert scale is not None  # it is in the headers
+        self.require_finite(f"{name}.weight_scale", scale)
+        found: np.ndarray = scale.reshape(len(scale), -1).float().contiguous().numpy()
+        return found
+
     def require_finite(self, name: str, values: Tensor, low: int = 0) -> None:
         """Look at the values of `name` from row `low` on, the first time.
 
@@ -261,6 +301,11 @@ class Files(Source):
         """
         shape = layout.shapes[row]
         weight = self.tensors.get(f"{name}.weight")
+        if shape is not None and self.integers_into(name, shape, layout.part(slab, row, 0)):
+            scales = self.scales(name).reshape(-1)
+            layout.part(slab, row, 1)[:] = scales.view(np.uint8)
+            self._write_bias(name, shape, layout, row, slab)
+            return
         straight = (
             shape is not None
             and weight is not None
@@ -273,10 +318,69 @@ class Files(Source):
             super().write(name, layout, row, slab)
             return
         self.pread(weight, layout.part(slab, row, 0))
+        self._write_bias(name, shape, layout, row, slab)
+
+    def _write_bias(
+        self, name: str, shape: Shape, layout: Layout, row: int, slab: np.ndarray
+    ) -> None:
         if shape.bias:
             bias = self.read(self.tensors[f"{name}.bias"])
             assert bias is not None  # it is in the headers
             layout.part(slab, row, 2)[:] = bias.float().numpy().view(np.uint8)
+
+    def window(self, found: Sequence[tuple[str, Shape]]) -> tuple[Window, list[int]] | None:
+        """Return a window on matrices that can be computed with as they are stored.
+
+        Beside it, where in it each begins. None if one is stored otherwise, has a bias, or they
+        don't lie together in one file.
+        """
+        headers = []
+        for name, shape in found:
+            header = self.tensors.get(f"{name}.weight")
+            kind = {"F32": FLOAT32, "BF16": BFLOAT16}.get(header.dtype) if header else None
+            if header is None or kind != shape.kind or shape.bias or shape.width != shape.inputs:
+                return None
+            headers.append(header)
+        window = self.span(headers)
+        if window is None:
+            return None
+        return window, [h.start - window.start for h in headers]
+
+    def span(self, headers: Sequence[TensorHeader]) -> Window | None:
+        """Return a window on tensors of floats that lie together in one file; None if they don't.
+
+        Their values are looked at when they are there for the first time.
+        """
+        start = min((h.start for h in headers), default=0)
+        size = max((h.start + h.bytes for h in headers), default=0) - start
+        if len({h.file for h in headers}) != 1 or size > 1.1 * sum(h.bytes for h in headers):
+            return None
+
+        def look(array: np.ndarray) -> None:
+            for header in headers:
+                raw = array[header.start - start : header.start - start + header.bytes]
+                values = torch.from_numpy(raw).view(DTYPES[header.dtype])
+                self.require_finite(header.name, values)
+
+        return Window(self._mapped(headers[0].file), start, size, look)
+
+    def row_window(self, name: str, shape: Shape, low: int) -> Window | None:
+        """Return a window on as many rows of a matrix, from `low` on, as `shape` has."""
+        header = self.tensors.get(f"{name}.weight")
+        whole = None if header is None else replace(shape, rows=header.shape[0])
+        if header is None or whole is None or self.window([(name, whole)]) is None:
+            return None
+
+        def look(array: np.ndarray) -> None:
+            self.require_finite(name, torch.from_numpy(array).view(DTYPES[header.dtype]), low)
+
+        start, size = header.start + low * shape.row_bytes, shape.rows * shape.row_bytes
+        return Window(self._mapped(header.file), start, size, look)
+
+    def _mapped(self, file: Path) -> MappedFile:
+        if file not in self.maps:
+            self.maps[file] = MappedFile(file)
+        return self.maps[file]
 
     def write_rows(self, name: str, low: int, layout: Layout, slab: np.ndarray) -> None:
         """Put some rows of `name` into `slab`, reading only those."""

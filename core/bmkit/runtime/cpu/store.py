@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import atexit
 import threading
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
 
 from bmkit.runtime.cpu.pack import empty_slab
+from bmkit.runtime.cpu.window import Window
 
 Load = Callable[[int, np.ndarray], None]
 """Write unit i into a slab of its size."""
@@ -62,7 +63,8 @@ class Store:
     Those in `resident` are loaded once. The others share `slots` slabs: while one is in use, a
     thread reads what comes next, round the end to the beginning, so that the first unit of the next
     token is read while the last of this one is computed. `streamed` are all the others, if not
-    given. Peak memory: residents and slots, nothing else.
+    given; those that have one of `windows` are mapped instead of read. Peak memory: residents and
+    slots, nothing else.
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class Store:
         *,
         resident: set[int],
         streamed: Sequence[int] | None = None,
+        windows: Mapping[int, Window] | None = None,
         slots: int = 2,
     ) -> None:
+        self.windows = windows or {}
         self.layouts, self.load = layouts, load
         self.resident = {i: empty_slab(layouts[i].bytes) for i in sorted(resident)}
         for i, slab in self.resident.items():
@@ -81,7 +85,7 @@ class Store:
         others = [i for i in range(len(layouts)) if i not in resident]
         self.streamed = others if streamed is None else list(streamed)
         self.order = Order(self.streamed)
-        size = max((layouts[i].bytes for i in self.streamed), default=0)
+        size = max((layouts[i].bytes for i in self.streamed if i not in self.windows), default=0)
         count = min(slots, len(self.streamed))
         self.slots = [empty_slab(size) for _ in range(count)]
         self.held: dict[int, int] = {}  # unit -> slot, wanted or there
@@ -123,8 +127,10 @@ class Store:
                 raise self.failed
             slot = self.held[unit]
         try:
-            yield self.slots[slot]
+            yield self.windows[unit].array if unit in self.windows else self.slots[slot]
         finally:
+            if unit in self.windows:
+                self.windows[unit].drop()
             with self.change:
                 self.ready.discard(unit)
                 del self.held[unit]
@@ -153,6 +159,8 @@ class Store:
             given_up = next((u for u in self.ready), None)
             if given_up is not None:
                 self.ready.discard(given_up)
+                if given_up in self.windows:
+                    self.windows[given_up].drop()
                 self.free.append(self.held.pop(given_up))
             elif self.failed is not None:
                 raise self.failed
@@ -168,8 +176,15 @@ class Store:
                     return
                 unit = self.wanted.pop(0)
                 slot = self.held[unit]
+                following = self.order.following(unit, self.held)
+            for soon in (unit, following):  # the disk goes on with one that has no slot yet
+                if soon is not None and soon in self.windows:
+                    self.windows[soon].ahead()
             try:
-                self.load(unit, self.slots[slot][: self.layouts[unit].bytes])
+                if unit in self.windows:
+                    self.windows[unit].fill()
+                else:
+                    self.load(unit, self.slots[slot][: self.layouts[unit].bytes])
             except BaseException as exc:
                 with self.change:
                     self.failed = exc

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bmkit import model as models
 from bmkit.nn.rounding import quantize
+from bmkit.plan import TensorHeader
 from bmkit.runtime.budget import block_of
 from bmkit.runtime.cpu import pack
 from bmkit.runtime.cpu.dots import BFLOAT16, FLOAT32, INT4, INT8
@@ -185,9 +186,21 @@ class Builder:
         shape = replace(shape, bias=own is not None)
         matrix = Matrix(shape, np.empty(0, np.int64), self.dtype, self.device)
         unit = self.unit(name + ".weight")
-        unit.packed.append(Packed(matrix, self.writer(weight, shape, own, transposed=transposed)))
+        write = self.writer(weight, shape, own, transposed=transposed)
+        header = None if transposed else self.mappable(weight, shape)
+        offset = None if own is None else (lambda: self.origin.tensor(own).float())
+        unit.packed.append(Packed(matrix, write, header, offset))
         self.matrices[id(weight)] = matrix
         return matrix
+
+    def mappable(self, weight: Tensor, shape: Shape) -> TensorHeader | None:
+        """Return the stored tensor that holds a matrix as it is computed with, if there is one."""
+        stored = self.stored(weight)
+        header = None if stored is None else self.origin.header(stored)
+        if header is None or shape.width != shape.inputs:
+            return None
+        kind = {"F32": FLOAT32, "BF16": BFLOAT16}.get(header.dtype)
+        return header if kind == shape.kind else None
 
     def writer(
         self,

@@ -37,6 +37,8 @@ class Matrix:
         self.shape, self.m, self.dtype, self.device = shape, m, dtype, device
         self.slab: Tensor | None = None
         self.raw: np.ndarray | None = None
+        self.apart_bias: Tensor | None = None
+        """The bias, where the matrix lies in a file and the bias does not."""
         self.w8a8 = False
         """Whether the inputs of products are rounded to int8 too."""
         self.hold: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -74,6 +76,8 @@ class Matrix:
 
     def bias(self) -> Tensor | None:
         """Return the bias [rows], None if there is none."""
+        if self.apart_bias is not None:
+            return self.apart_bias
         if not self.shape.bias:
             return None
         return self._part(2, 4 * self.shape.rows).view(torch.float32).to(self.dtype)
@@ -158,6 +162,8 @@ class Matrix:
             0,
             torch.get_num_threads(),
         )
+        if self.apart_bias is not None:
+            y += self.apart_bias.numpy()
         return torch.from_numpy(y).view(*x.shape[:-1], shape.rows).to(x.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:

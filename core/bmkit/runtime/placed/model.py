@@ -110,7 +110,9 @@ def place_model(
 
     tiers: Tiers
     if link is None:
-        tiers = InMemory(units, load, resident=resident)
+        windows = {i: units[i].window(origin.files) for i in range(len(units)) if i not in resident}
+        mapped = {i: window for i, window in windows.items() if window is not None}
+        tiers = InMemory(units, load, resident=resident, windows=mapped)
     else:
         tiers = OnDevice(
             link, units, load, resident=resident, in_ram=_in_ram(units, resident, room.ram)
@@ -214,7 +216,16 @@ class _Head:
         unit = Unit(name, self.device)
         matrix = Matrix(shape, np.empty(0, np.int64), self.dtype, self.device)
         write = self.builder.writer(self.weight, shape, self.bias, low=low)
-        unit.packed.append(Packed(matrix, write))
+        header = self.builder.mappable(self.weight, shape)
+        if header is not None:
+            first, count = header.start + low * shape.row_bytes, shape.rows * shape.row_bytes
+            header = replace(header, start=first, bytes=count, shape=(shape.rows, shape.inputs))
+        stored = self.bias
+        offset = None
+        if stored is not None:
+            offset = lambda: self.origin.tensor(stored)[low : low + shape.rows].float()  # noqa: E731
+        unit.packed.append(Packed(matrix, write, header, offset))
+        unit.matrix = matrix
         unit.close()
         return unit
 
@@ -239,7 +250,7 @@ class _Head:
             return
         matrix: Any = self.embedding
         if self.tied and len(heads) == 1 and heads[0] in resident:
-            matrix = units[heads[0]].packed[0].matrix
+            matrix = units[heads[0]].matrix
         elif self.from_files:
             matrix = RowsFromFiles(self.origin, stored, self.embedding.shape, self.embedding)
         for module in self.builder.model.modules():
@@ -251,7 +262,9 @@ class _Head:
     ) -> None:
         name = next(n for n, m in self.builder.modules.items() if m is self.linear)
         if len(heads) == 1 and heads[0] in resident:
-            self.builder.replace(name, PackedLinear(units[heads[0]].packed[0].matrix))
+            whole = units[heads[0]].matrix
+            assert whole is not None  # `_unit` has set it
+            self.builder.replace(name, PackedLinear(whole))
             return
 
         def hold(i: int) -> Callable[[], AbstractContextManager[Tensor]]:
@@ -259,7 +272,8 @@ class _Head:
 
         parts = []
         for i in heads:
-            matrix = units[i].packed[0].matrix
+            matrix = units[i].matrix
+            assert matrix is not None  # as above
             matrix.hold = Used(units[i], hold(i)).use
             parts.append(matrix)
         self.builder.replace(name, HeadParts(parts, self.dtype, self.device))

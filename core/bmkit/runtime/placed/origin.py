@@ -99,7 +99,8 @@ class Origin:
         found = converter.convert(made.first, model=self.model, config=self.model.config)
         return {n: t[0] if isinstance(t, list) else t for n, t in found.items()}
 
-    def _header(self, name: str) -> TensorHeader | None:
+    def header(self, name: str) -> TensorHeader | None:
+        """Return the one stored tensor that is parameter `name`, None if it is made otherwise."""
         return self.files.tensors.get(self.plain.get(name, ""))
 
     def holds(self, name: str) -> bool:
@@ -110,7 +111,7 @@ class Origin:
         """Return the dtype in which a parameter is stored; int8 for packed integers."""
         if name in self.made:
             return self._empty(self.made[name].keys[0][0]).dtype
-        header = self._header(name)
+        header = self.header(name)
         if header is None:
             return torch.int8
         return self._empty(header.name).dtype
@@ -134,7 +135,7 @@ class Origin:
         if name in self.made:
             with self.lock:  # transformers' rules keep what they have matched
                 found = self._convert(self.made[name], self._stored)[name]
-        elif (header := self._header(name)) is not None:
+        elif (header := self.header(name)) is not None:
             found = self._stored(header.name)
         else:
             from bmkit.nn.rounding import dequantize
@@ -157,7 +158,7 @@ class Origin:
 
         It is read straight to its place where it is stored as it is used and was looked at before.
         """
-        header = self._header(name)
+        header = self.header(name)
         if header is None or header.dtype not in DTYPES:
             found = self.tensor(name).reshape(-1, *out.shape[1:]) if out.ndim else self.tensor(name)
             out.copy_(found[low : low + len(out)] if out.ndim else found)
@@ -174,7 +175,7 @@ class Origin:
 
     def rows(self, name: str, ids: Tensor) -> Tensor:
         """Return rows of a stored matrix, reading only those: float32 [ids, inputs]."""
-        header = self._header(name)
+        header = self.header(name)
         if header is None:
             return self.tensor(name).float()[ids]
         found = [self.files.some(header.name, header, int(i), 1) for i in ids.tolist()]

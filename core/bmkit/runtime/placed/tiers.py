@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bmkit.runtime.cpu.store import Load, Order, Sized, Store
+from bmkit.runtime.cpu.window import Window
 from bmkit.runtime.placed.link import CudaLink, Link, ThreadLink
 
 
@@ -31,9 +32,15 @@ class InMemory:
     """The CPU is the device: streamed units come from disk."""
 
     def __init__(
-        self, units: Sequence[Sized], load: Load, *, resident: set[int], slots: int = 2
+        self,
+        units: Sequence[Sized],
+        load: Load,
+        *,
+        resident: set[int],
+        windows: Mapping[int, Window] | None = None,
+        slots: int = 2,
     ) -> None:
-        self.store = Store(units, load, resident=resident, slots=slots)
+        self.store = Store(units, load, resident=resident, windows=windows, slots=slots)
 
     @contextmanager
     def use(self, unit: int) -> Iterator[Tensor]:

@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bmkit.plan import TensorHeader
 from bmkit.runtime.cpu.pack import ALIGN, Layout, lay_out, round_up
+from bmkit.runtime.cpu.source import Files
+from bmkit.runtime.cpu.window import Window
 from bmkit.runtime.placed.matrix import Matrix
 
 
@@ -20,6 +23,9 @@ class Packed:
 
     matrix: Matrix
     write: Callable[[Layout, int, np.ndarray], None]
+    header: TensorHeader | None = None
+    """The tensor of a file that holds the same bytes, if one does."""
+    bias: Callable[[], Tensor] | None = None
 
 
 @dataclass
@@ -46,8 +52,11 @@ class Unit:
         self.dense: list[Dense] = []
         self.places: list[int] = []
         self.layout: Layout = lay_out([])
+        self.matrix: Matrix | None = None
+        """The one matrix of a head or an embedding."""
         self.bytes = 0
         self._views: dict[int, list[Tensor]] = {}
+        self.mapped: list[tuple[Matrix, int]] = []  # in a window instead of the slab, and where
 
     def close(self) -> None:
         """Give every tensor its place; nothing is added after this."""
@@ -60,6 +69,35 @@ class Unit:
             end = round_up(end + tensor.bytes, ALIGN)
         self.bytes = end
 
+    def window(self, files: Files) -> Window | None:
+        """Return a window on what of this unit can be computed with where it is stored, or None.
+
+        Everything else gets memory of its own, and stays.
+        """
+        chosen = [p for p in self.packed if p.header is not None]
+        headers = [p.header for p in chosen if p.header is not None]
+        size = sum(h.bytes for h in headers)
+        found = files.span(headers) if 5 * size > 4 * self.bytes else None
+        if found is None:
+            return None
+        self.packed = [p for p in self.packed if p.header is None]
+        self.places.clear()
+        self.close()
+        slab = torch.zeros(self.bytes, dtype=torch.uint8)
+        self.load(slab.numpy())
+        self.bind(slab)
+        self.bytes = found.size
+        for packed, header in zip(chosen, headers, strict=True):
+            matrix = packed.matrix
+            matrix.m = matrix.m.copy()
+            place = header.start - found.start
+            if packed.bias is not None:
+                matrix.apart_bias = packed.bias().to(matrix.dtype)
+                matrix.m[1 + 2] = -1
+            matrix.m[1] = place
+            self.mapped.append((matrix, place))
+        return found
+
     def load(self, slab: np.ndarray) -> None:
         """Fill a slab from the checkpoint's files."""
         for row, packed in enumerate(self.packed):
@@ -69,6 +107,10 @@ class Unit:
 
     def bind(self, slab: Tensor) -> None:
         """Let the model's modules read from `slab`, uint8 [bytes] on the device."""
+        if self.mapped:
+            for matrix, _ in self.mapped:
+                matrix.bind(slab)
+            return
         for packed in self.packed:
             packed.matrix.bind(slab)
         views = self._views.get(slab.data_ptr())
@@ -83,6 +125,10 @@ class Unit:
 
     def release(self) -> None:
         """Take the weights away: what reads them now gets NaN, or an assertion."""
+        if self.mapped:
+            for matrix, _ in self.mapped:
+                matrix.bind(None)
+            return
         for packed in self.packed:
             packed.matrix.bind(None)
         for tensor in self.dense:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -209,6 +209,8 @@ class Estimate:
 
     steps: list[str]
     peak: Peak
+    rates: Callable[[], Mapping[str, float]] | None = None
+    """Measures this machine for a moment, and says how fast the stage should be."""
 
 
 @dataclass(frozen=True)

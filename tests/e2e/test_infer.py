@@ -340,6 +340,14 @@ def test_the_report_says_what_it_took(bmkit: Run, tiny: Path, tmp_path: Path) ->
     assert report["tokens"] == len(rows_of(done)[0]["token_ids"])
     assert report["peak_rss_bytes"] > report["rss_before_bytes"] > 10**7
     assert report["plan"]["peak"]["ram_bytes"] > 0
+    assert "expected" not in report["plan"]  # measuring would take memory that a budget bounds
     assert report["tokens_per_second"] == pytest.approx(
         report["tokens"] / report["seconds"], rel=0.02
     )
+
+
+def test_a_plan_says_how_fast_it_should_be(bmkit: Run, tiny: Path) -> None:
+    plan = json.loads(bmkit("infer", "-m", "tiny", "-p", "a", "--plan", "--json").stdout)
+    assert set(plan["expected"]) == {"decode_tokens_per_second", "prefill_tokens_per_second"}
+    assert all(10 < rate < 1e9 for rate in plan["expected"].values())
+    assert "decode: about" in bmkit("infer", "-m", "tiny", "-p", "a", "--plan").stdout

@@ -133,7 +133,7 @@ def infer(
     request = replace(checked, model=session.model_path(model))
     if plan:
         prepared = stages.prepare(request, reporter, bring=False)
-        show_plan(stages.describe_plan(prepared, reporter), as_json=as_json)
+        show_plan(stages.describe_plan(prepared, reporter, measure=True), as_json=as_json)
         stages.check_fits(prepared, reporter)
         return
     if talk:

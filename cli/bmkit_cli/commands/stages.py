@@ -202,6 +202,9 @@ def show_plan(values: dict[str, Any], *, as_json: bool) -> None:
     peak = values["peak"]
     needs = ", ".join(f"{k.removesuffix('_bytes')} {format_bytes(v)}" for k, v in peak.items())
     lines.append(f"  needs        {needs}")
+    for name, rate in values.get("expected", {}).items():
+        phase = name.removesuffix("_tokens_per_second")
+        lines.append(f"  expected     {phase}: about {rate:.3g} tokens a second")
     lines.append(f"  key          {values['key']}")
     if values["path"] is not None:
         state = "is there already, will be reused" if values["reused"] else "will be written"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -95,8 +96,17 @@ def estimate(job: Job) -> Estimate:
     draw = "draw tokens at random" if recipe.sampled else "take the likeliest token"
     chosen = choose(job, headers)
     found = chosen.placement
+    width = 2 if "16" in recipe.dtype or (recipe.dtype == "auto" and recipe.device != "cpu") else 4
+
+    def rates() -> Mapping[str, float]:
+        from bmkit.infer import expect
+
+        file = max((t.file for t in headers.tensors), key=lambda f: f.stat().st_size)
+        machine = expect.rates(file, device=recipe.device, threads=job.threads)
+        return expect.expect(chosen, headers, machine, width=width)
+
     if found is None:
-        return _dense(job, headers, draw)
+        return _dense(job, headers, draw, width, rates)
     on_gpu = recipe.device.startswith("cuda")
     kept = len(found.resident)
     source = "copied to the GPU" if on_gpu else "read from disk"
@@ -107,17 +117,22 @@ def estimate(job: Job) -> Estimate:
         draw,
     ]
     if not on_gpu:
-        return Estimate(steps, Peak(RUNTIME_BYTES + found.peak_bytes, 0, 0))
+        return Estimate(steps, Peak(RUNTIME_BYTES + found.peak_bytes, 0, 0), rates)
     in_ram = min(found.streamed_bytes, job.cpu_memory or found.streamed_bytes)
-    return Estimate(steps, Peak(RUNTIME_BYTES + in_ram + 2**28, found.peak_bytes, 0))
+    return Estimate(steps, Peak(RUNTIME_BYTES + in_ram + 2**28, found.peak_bytes, 0), rates)
 
 
-def _dense(job: Job, headers: Headers, draw: str) -> Estimate:
+def _dense(
+    job: Job,
+    headers: Headers,
+    draw: str,
+    width: int,
+    rates: Callable[[], Mapping[str, float]],
+) -> Estimate:
     recipe = job.recipe
     assert isinstance(recipe, InferRecipe)  # as above
     sizes = budget.Sizes.of(headers.config)
     on_gpu = recipe.device != "cpu"
-    width = 2 if "16" in recipe.dtype or (recipe.dtype == "auto" and on_gpu) else 4
     tokens = recipe.batch_size * (recipe.max_new_tokens + 256)
     cache = 2 * width * sizes.layers * sizes.kv * sizes.dim * tokens
     logits = 3 * 4 * recipe.batch_size * sizes.vocabulary
@@ -128,5 +143,5 @@ def _dense(job: Job, headers: Headers, draw: str) -> Estimate:
     largest = max((t.bytes for t in headers.tensors), default=0)
     need = weights + cache + logits
     if on_gpu:
-        return Estimate(steps, Peak(RUNTIME_BYTES + 4 * largest, need + 500 * 2**20, 0))
-    return Estimate(steps, Peak(RUNTIME_BYTES + need + largest, 0, 0))
+        return Estimate(steps, Peak(RUNTIME_BYTES + 4 * largest, need + 500 * 2**20, 0), rates)
+    return Estimate(steps, Peak(RUNTIME_BYTES + need + largest, 0, 0), rates)

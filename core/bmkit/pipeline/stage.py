@@ -218,8 +218,10 @@ def estimate(prepared: Prepared, reporter: Reporter) -> Estimate:
     return found
 
 
-def describe_plan(prepared: Prepared, reporter: Reporter) -> dict[str, Any]:
-    """Return what `--plan` shows."""
+def describe_plan(
+    prepared: Prepared, reporter: Reporter, *, measure: bool = False
+) -> dict[str, Any]:
+    """Return what `--plan` shows; how fast it should be only with `measure`, which takes memory."""
     found = estimate(prepared, reporter)
     return {
         "stage": prepared.stage.name,
@@ -234,6 +236,7 @@ def describe_plan(prepared: Prepared, reporter: Reporter) -> dict[str, Any]:
             "gpu_bytes": found.peak.gpu_bytes,
             "disk_bytes": found.peak.disk_bytes,
         },
+        **({"expected": dict(found.rates())} if measure and found.rates else {}),
     }
 
 

@@ -192,11 +192,11 @@ def place_any(
         if block is not None:
             blocks[block] = blocks.get(block, 0) + size
             part = block + re.sub(r"\d+", "*", tensor.name[len(block) :])
-            parts[part] = parts.get(part, 0) + tensor.bytes
+            parts[part] = parts.get(part, 0) + _copied(tensor, quant)
         elif _is_table(tensor, headers):
             head = max(head, size)
         else:
-            rest += size
+            rest += width * tensor.numel + 64
     largest = max((*parts.values(), 0))
     experts = any(".experts." in name for name in parts)
     sizes = Sizes.of(headers.config)
@@ -240,6 +240,17 @@ def place_any(
         f"{flag} {env.format_bytes(budget)} is too small: this needs {need} MiB",
         hint=f"the smallest that works is {flag} {need}MiB",
     )
+
+
+_TRANSPOSED = re.compile(r"\.c_(attn|proj|fc)\.weight$|\.experts\.")
+
+
+def _copied(tensor: TensorHeader, quant: str | None) -> int:
+    """Return the bytes of a tensor that loading has in hand beside what it makes of them."""
+    plain = quant is None and (tensor.dtype in {"BF16", "F32"} or len(tensor.shape) < 2)
+    if plain and not _TRANSPOSED.search(tensor.name) and tensor.shape[-1:] != (1,):
+        return tensor.bytes if tensor.shape and tensor.shape[-1] % 32 else 0
+    return tensor.bytes
 
 
 def _is_table(tensor: TensorHeader, headers: Headers) -> bool:

@@ -11,9 +11,9 @@ from bmkit.errors import InputError
 
 
 def contents() -> list[dict[str, Any]]:
-    """Return the models, artifacts, training leftovers and scratch folders in BMKIT_HOME."""
+    """Return models, artifacts, compiled kernels, training leftovers and scratch in BMKIT_HOME."""
     found = []
-    for group in ("models", "artifacts", "work"):
+    for group in ("models", "artifacts", "kernels", "work"):
         for folder in sorted((env.home() / group).glob("*")) + sorted(
             (env.home() / group).glob(".*.partial")
         ):
@@ -27,6 +27,8 @@ def contents() -> list[dict[str, Any]]:
 def _kind(group: str, folder: Path) -> str:
     if group == "work" or folder.name.startswith("."):
         return "leftover"
+    if group == "kernels":
+        return "kernels"
     try:
         return artifact.read_manifest(folder).kind
     except InputError:
@@ -34,7 +36,7 @@ def _kind(group: str, folder: Path) -> str:
 
 
 def prune(*, models: bool) -> list[dict[str, Any]]:
-    """Remove artifacts and leftovers, and with `models` pulled models; what is in use stays."""
+    """Remove artifacts, kernels and leftovers, with `models` also those; what is in use stays."""
     removed = []
     for entry in contents():
         folder = Path(entry["path"])

@@ -236,6 +236,8 @@ class Job:
     """The budget in bytes for everything that the process holds on the GPU."""
     rows: int | None = None
     """How many prompts there are to answer, if that is known."""
+    longest: int | None = None
+    """The bytes of the longest of them, if that is known."""
 
     @property
     def deltas(self) -> tuple[Artifact, ...]:

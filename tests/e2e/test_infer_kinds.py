@@ -371,3 +371,28 @@ def test_tuning_under_a_budget_is_the_same_training(
     merged = bmkit(*words, "--cpu-memory", "2GiB", "-s", "merge=true")
     assert merged.returncode == 2
     assert "never whole in memory" in merged.stderr
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_a_row_beyond_what_a_budget_was_planned_for_is_refused_alone(
+    bmkit: Run, make: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192}
+    config = AutoConfig.for_model(kind, **IDS, **sizes)
+    path = make(AutoModelForCausalLM.from_config, config)
+    lines = [json.dumps({"prompt": text}) for text in ("a b " * 150, "Hi", "word " * 1000)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    words = ("infer", "-m", path, "--json", "--max-new-tokens", "8", "--cpu-memory")
+    said = bmkit(*words, "1MiB", "-i", "p.jsonl")
+    least = said.stderr.rpartition("--cpu-memory ")[2].split()[0]
+    assert said.returncode == 4
+    told = bmkit(*words, least, "-i", "p.jsonl")  # a token a byte: more than anyone plans for
+    assert "p.jsonl:3: it takes 5008 tokens, the memory budget was planned for" in told.stderr
+    piped = bmkit(*words, least, "-i", "-", stdin="\n".join(lines))
+    assert "-:1: it takes 608 tokens, the memory budget was planned for 520" in piped.stderr
+    assert told.returncode == piped.returncode == 3
+    assert [json.loads(line)["id"] for line in told.stdout.splitlines()] == [0, 1]
+    assert [json.loads(line)["id"] for line in piped.stdout.splitlines()] == [1]

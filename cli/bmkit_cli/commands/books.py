@@ -298,7 +298,7 @@ def cache_prune(
     everything: Annotated[bool, typer.Option("--all", help="Pulled models as well.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Remove cached artifacts and leftovers; pulled models stay unless --all."""
+    """Remove cached artifacts, kernels and leftovers; pulled models stay unless --all."""
     from bmkit.env import format_bytes
     from bmkit_cli import shelf
     from bmkit_cli.output import out as stdout

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -31,6 +31,9 @@ from bmkit_cli.options import (
     ThreadsOpt,
     VerboseOpt,
 )
+
+CHAT_BYTES = 4096
+"""Of what was said, so much is planned for in a budget; what doesn't fit is forgotten."""
 
 
 def infer(
@@ -132,12 +135,15 @@ def infer(
     checked = stages.check(request)
     request = replace(checked, model=session.model_path(model))
     if plan:
+        if prompt or source:
+            with _rows(prompt, source) as asked:
+                request = replace(request, rows=asked.count, longest=asked.longest)
         prepared = stages.prepare(request, reporter, bring=False)
         show_plan(stages.describe_plan(prepared, reporter, measure=True), as_json=as_json)
         stages.check_fits(prepared, reporter)
         return
     if talk:
-        _, opened = generate.open_session(replace(request, rows=1), reporter)
+        _, opened = generate.open_session(replace(request, rows=1, longest=CHAT_BYTES), reporter)
         chat.Chat(opened, reporter, stdout()).run()
         return
     options = {"prompt": prompt, "input": source, "as_json": as_json, "report": report}
@@ -151,25 +157,34 @@ def answer(request: Any, options: Mapping[str, Any], reporter: Reporter) -> None
     if isinstance(prompts, str):
         prompts = [prompts]
     source = options.get("input")
-    with _rows(prompts, source) as (rows, total, content):
-        options = {**options, "content": content}
-        _write(request, rows, total, options, source or "-p", reporter)
+    with _rows(prompts, source) as asked:
+        request = replace(request, rows=asked.count, longest=asked.longest)
+        _write(request, asked, options, source or "-p", reporter)
+
+
+class Asked(NamedTuple):
+    """The rows to answer, and what is known of them."""
+
+    rows: Iterable[Any]
+    count: int | None = None
+    digest: str | None = None
+    longest: int | None = None
+    """The bytes of the longest."""
 
 
 @contextmanager
-def _rows(
-    prompts: list[str] | None, source: str | None
-) -> Iterator[tuple[Iterable[Any], int, str | None]]:
-    """Give the rows to answer, how many they are (0: not known), and their digest if known."""
+def _rows(prompts: list[str] | None, source: str | None) -> Iterator[Asked]:
+    """Give the rows to answer, opened."""
     from bmkit.data import rows
     from bmkit.errors import InputError
 
     if prompts:
         given = [rows.Row(i, {"prompt": text}) for i, text in enumerate(prompts, 1)]
         text = json.dumps(prompts).encode()
-        yield given, len(given), hashlib.sha256(text).hexdigest()
+        longest = max(len(text.encode(errors="replace")) for text in prompts)
+        yield Asked(given, len(given), hashlib.sha256(text).hexdigest(), longest)
     elif source == "-":
-        yield rows.read(_lines_of(0)), 0, None
+        yield Asked(rows.read(_lines_of(0)))
     else:
         path = Path(source or "")
         try:
@@ -177,12 +192,13 @@ def _rows(
         except OSError as exc:
             raise InputError(f"{path} cannot be read: {exc.strerror}") from None
         with stream:
-            digest, total = hashlib.sha256(), 0
+            digest, total, longest = hashlib.sha256(), 0, 0
             for line in stream:
                 digest.update(line)
                 total += bool(line.strip())
+                longest = max(longest, len(line))
             stream.seek(0)
-            yield rows.read(stream), total, digest.hexdigest()
+            yield Asked(rows.read(stream), total or None, digest.hexdigest(), longest)
 
 
 def _lines_of(number: int) -> Iterator[bytes]:
@@ -201,8 +217,7 @@ def _lines_of(number: int) -> Iterator[bytes]:
 
 def _write(
     request: Any,
-    rows: Iterable[Any],
-    total: int,
+    asked: Asked,
     options: Mapping[str, Any],
     source: str,
     reporter: Reporter,
@@ -216,20 +231,20 @@ def _write(
     stream, out, as_json = stdout(), options.get("out"), bool(options.get("as_json"))
     live = stream.terminal and not as_json and out is None
     write = (lambda piece: stream.text(piece, end="")) if live else None
-    request = replace(request, rows=total or None)
     force = bool(options.get("force"))
     key = None
-    if out is not None and options.get("content"):
-        key = generate.resume_key(request, reporter, options["content"])
+    if out is not None and asked.digest:
+        key = generate.resume_key(request, reporter, asked.digest)
     new = place.resumed_file(out, key, force=force) if out else nullcontext((None, 0))
     with new as (file, done):
         if done:
             reporter.info(f"infer: {done} rows are done, going on with the next")
-        answers = generate.open_answers(request, rows, reporter, write=write, done=done)
+        answers = generate.open_answers(request, asked.rows, reporter, write=write, done=done)
         plan = stages.describe_plan(answers.prepared, reporter)
-        several = total - done > 1 and not live
+        left = (asked.count or 0) - done
+        several = left > 1 and not live
         count = done
-        task = report.task(reporter, "infer", total - done, "prompts") if several else nullcontext()
+        task = report.task(reporter, "infer", left, "prompts") if several else nullcontext()
         with task as bar:
             for found in answers:
                 count += 1

@@ -122,7 +122,7 @@ def _packed(
         paths = [delta.path for delta in job.deltas]
         load.attach(decoder, dict(zip(names(paths), paths, strict=True)))
     most = chosen.placement.tokens if budget else None
-    return Engine(device, before, rows, decoder=decoder, most_tokens=most)
+    return Engine(device, before, chosen.placement.rows, decoder=decoder, most_tokens=most)
 
 
 def _placed(job: Job, recipe: InferRecipe, chosen: Chosen, device: torch.device) -> Engine:
@@ -160,4 +160,7 @@ def _placed(job: Job, recipe: InferRecipe, chosen: Chosen, device: torch.device)
     )
     whole = limit is None or getattr(model, "_is_stateful", False)
     chunk = None if whole else plan.chunk
-    return Engine(device, before, plan.rows, model=model, placed=placed, chunk=chunk)
+    most = None if limit is None else plan.tokens
+    return Engine(
+        device, before, plan.rows, model=model, placed=placed, chunk=chunk, most_tokens=most
+    )

@@ -14,7 +14,9 @@ from bmkit.runtime import budget, family
 from bmkit.runtime.budget import Placement
 
 PROMPT_TOKENS = 512
-"""Tokens of a prompt that are planned for; a longer one takes more, where there is no budget."""
+"""Tokens of a prompt that are planned for where prompts aren't known before."""
+BYTES_A_TOKEN = 3
+"""The fewest that are reckoned with: of a prompt its bytes are known, not its tokens."""
 
 Way = Literal["packed", "placed", "dense"]
 
@@ -49,11 +51,16 @@ def choose(job: Job, headers: Headers) -> Chosen:
     exact = recipe.dtype in {"auto", "float32"}
     limit = job.gpu_memory if on_gpu else job.cpu_memory
     context = int(headers.config.get("max_position_embeddings") or 2**20)
-    tokens = min(recipe.max_new_tokens + PROMPT_TOKENS, context)
-    besides = sum(3 * read_headers(delta.path).bytes for delta in job.deltas)
-    rows = min(recipe.batch_size, job.rows or recipe.batch_size)
-    lora = all(family.plain_lora(delta.path) for delta in job.deltas)
+    prompt = PROMPT_TOKENS
+    if job.longest is not None:
+        size = job.longest + len((recipe.system or "").encode())
+        prompt = max(prompt, size // BYTES_A_TOKEN + 64)
     generates = task(headers.config) == "generate"
+    answer = recipe.max_new_tokens if generates and not recipe.score else 0
+    tokens = min(answer + prompt, context)
+    besides = sum(3 * read_headers(delta.path).bytes for delta in job.deltas)
+    rows = 1 if recipe.score else min(recipe.batch_size, job.rows or recipe.batch_size)
+    lora = all(family.plain_lora(delta.path) for delta in job.deltas)
     if recipe.device == "cpu" and exact and lora and generates and family.covers(headers.config):
         found = budget.place(
             headers,
@@ -72,7 +79,7 @@ def choose(job: Job, headers: Headers) -> Chosen:
             headers,
             rows=rows,
             tokens=tokens,
-            prompt=min(PROMPT_TOKENS, context),
+            prompt=min(prompt, context),
             budget=limit,
             quant=quant,
             besides=besides,

@@ -52,6 +52,8 @@ class Reader:
     ) -> None:
         self.tokenizer, self.recipe, self.context = tokenizer, recipe, context
         self.encoder, self.task, self.adapters = encoder, task, adapters
+        self.most: int | None = None
+        """Tokens of a row, its answer included, that a budget was planned for."""
         self.raw = recipe.raw or tokenizer.chat_template is None or task != "generate"
 
     def read(self, number: int, row: Row | BadRow) -> Prompt | Bad:
@@ -70,9 +72,16 @@ class Reader:
             problem = None if scored else "there is nothing to score: it has one token"
         elif self.context is not None and len(ids) >= self.context + self.encoder:
             problem = f"the prompt has {len(ids)} tokens, the model reads {self.context}"
+        if problem is None and self.most is not None and (need := self._needs(ids)) > self.most:
+            problem = f"it takes {need} tokens, the memory budget was planned for {self.most}"
         if problem:
             return Bad(number, BadRow(row.line, problem))
         return Prompt(number, row.values.get("id", number), text, ids, adapter, scored)
+
+    def _needs(self, ids: list[int]) -> int:
+        """Return the tokens that are in the cache at the most."""
+        answer = self.recipe.max_new_tokens if self.task == "generate" else 0
+        return min(len(ids) + answer, self.context or len(ids) + answer)
 
     def _adapter(self, values: dict[str, Any]) -> str | None:
         if ADAPTER not in values:

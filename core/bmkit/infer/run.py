@@ -94,6 +94,7 @@ class Session:
         )
         self.pooling = encode.Pooling.of(job.checkpoint) if task == "embed" else None
         self.engine = open_engine(job, config)
+        self.reader.most = self.engine.most_tokens
         self.rss_before_bytes = self.engine.rss_before_bytes
         self.server = self._server(job)
         self.static = self._static(job.rows)

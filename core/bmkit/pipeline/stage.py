@@ -41,6 +41,8 @@ class Request:
     """Further recipe keys that have a flag of their own, as `max_new_tokens`."""
     rows: int | None = None
     """How many prompts there are, if that is known."""
+    longest: int | None = None
+    """The bytes of the longest of them, if that is known."""
     force: bool = False
     folder: Path | None = None
     """What paths in `assign` are relative to, if not the working directory."""
@@ -74,6 +76,7 @@ class Prepared:
             cpu_memory=self.budget("cpu"),
             gpu_memory=self.budget("gpu"),
             rows=self.request.rows,
+            longest=self.request.longest,
         )
 
     def budget(self, where: str) -> int | None:

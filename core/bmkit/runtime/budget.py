@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bmkit import env
@@ -64,7 +64,8 @@ def place(
 ) -> Placement:
     """Decide what is resident, in `budget` bytes if given, for `rows` sequences of `tokens`.
 
-    `besides` are bytes of adapters, always resident.
+    `besides` are bytes of adapters, always resident. Rows are answered one after the other before
+    anything is refused.
 
     Raises ResourceError, naming the smallest budget that works, if this one doesn't.
     """
@@ -78,30 +79,36 @@ def place(
             blocks[int(parts[2])] += size
             largest = max(largest, size)
     head = _head_bytes(headers, quant)
-    fixed = _fixed(headers, rows, tokens, CHUNK) + besides
-    whole = Placement(frozenset(range(layers + 1)), (*blocks, head), 1, fixed + head, 0, tokens)
-    if budget is None or whole.peak_bytes <= budget:
-        return whole
     slot = max(blocks)
     head_parts = math.ceil(head / slot)
     units = (*blocks, *([math.ceil(head / head_parts)] * head_parts))
-    fixed = _fixed(headers, rows, tokens, SMALL_CHUNK) + besides
-    fixed += 3 * largest  # the first reading of a matrix goes through a copy that is looked at
-    streamed = Placement(frozenset(), units, head_parts, fixed, 2 * slot, tokens, SMALL_CHUNK)
-    if streamed.peak_bytes > budget:
-        need = math.ceil(streamed.peak_bytes / 2**20)
-        raise ResourceError(
-            f"--cpu-memory {env.format_bytes(budget)} is too small: this needs {need} MiB",
-            hint=f"the smallest that works is --cpu-memory {need}MiB"
-            + ("; fewer rows at a time take less: -s batch_size=1" if rows > 1 else ""),
+    while True:
+        fixed = _fixed(headers, rows, tokens, CHUNK) + besides
+        everything = frozenset(range(layers + 1))
+        whole = Placement(everything, (*blocks, head), 1, fixed + head, 0, tokens, rows=rows)
+        if budget is None or whole.peak_bytes <= budget:
+            return whole
+        fixed = _fixed(headers, rows, tokens, SMALL_CHUNK) + besides
+        fixed += 3 * largest  # the first reading of a matrix goes through a copy that is looked at
+        streamed = Placement(
+            frozenset(), units, head_parts, fixed, 2 * slot, tokens, SMALL_CHUNK, rows
         )
+        if streamed.peak_bytes <= budget:
+            break
+        if rows == 1:
+            need = math.ceil(streamed.peak_bytes / 2**20)
+            raise ResourceError(
+                f"--cpu-memory {env.format_bytes(budget)} is too small: this needs {need} MiB",
+                hint=f"the smallest that works is --cpu-memory {need}MiB",
+            )
+        rows //= 2
     if quant is not None:
         raise ResourceError(
             f"--cpu-memory {env.format_bytes(budget)} is too small for --quant while loading",
             hint=f"write it to disk first: bmkit compress {quant} -m MODEL, and run that",
         )
     chosen = spread(units, budget - streamed.peak_bytes)
-    return Placement(frozenset(chosen), units, head_parts, fixed, 2 * slot, tokens, SMALL_CHUNK)
+    return replace(streamed, resident=frozenset(chosen))
 
 
 def spread(sizes: tuple[int, ...], room: int) -> set[int]:

@@ -137,7 +137,7 @@ def infer(
     if plan:
         if prompt or source:
             with _rows(prompt, source) as asked:
-                request = replace(request, rows=asked.count, longest=asked.longest)
+                request = replace(request, rows=asked.total, longest=asked.longest)
         prepared = stages.prepare(request, reporter, bring=False)
         show_plan(stages.describe_plan(prepared, reporter, measure=True), as_json=as_json)
         stages.check_fits(prepared, reporter)
@@ -158,7 +158,7 @@ def answer(request: Any, options: Mapping[str, Any], reporter: Reporter) -> None
         prompts = [prompts]
     source = options.get("input")
     with _rows(prompts, source) as asked:
-        request = replace(request, rows=asked.count, longest=asked.longest)
+        request = replace(request, rows=asked.total, longest=asked.longest)
         _write(request, asked, options, source or "-p", reporter)
 
 
@@ -166,7 +166,7 @@ class Asked(NamedTuple):
     """The rows to answer, and what is known of them."""
 
     rows: Iterable[Any]
-    count: int | None = None
+    total: int | None = None
     digest: str | None = None
     longest: int | None = None
     """The bytes of the longest."""
@@ -241,7 +241,7 @@ def _write(
             reporter.info(f"infer: {done} rows are done, going on with the next")
         answers = generate.open_answers(request, asked.rows, reporter, write=write, done=done)
         plan = stages.describe_plan(answers.prepared, reporter)
-        left = (asked.count or 0) - done
+        left = (asked.total or 0) - done
         several = left > 1 and not live
         count = done
         task = report.task(reporter, "infer", left, "prompts") if several else nullcontext()

@@ -115,6 +115,10 @@ _REFUSALS = {
 }
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "std::bad_alloc", "Cannot allocate")
+_DEVICE_LOST = (
+    *("GPU is lost", "has fallen off the bus", "device not ready", "unspecified launch failure"),
+    *("uncorrectable ECC", "CUDA driver", "no CUDA-capable device", "all CUDA-capable devices"),
+)
 _TORCH_WRITER = ("PytorchStreamWriter failed", "unexpected pos ")
 
 
@@ -145,6 +149,8 @@ def _one_refusal(exc: BaseException) -> str | None:
         return "out of memory"
     if isinstance(exc, RuntimeError) and any(word in text for word in _NO_MEMORY):
         return "out of memory"
+    if isinstance(exc, RuntimeError) and any(word in text for word in _DEVICE_LOST):
+        return f"the GPU can't be used any more: {first_line(exc)}"
     if isinstance(exc, RuntimeError) and any(word in text for word in _TORCH_WRITER):
         return "the disk is full, or can't be written"
     return None

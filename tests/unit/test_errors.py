@@ -14,7 +14,10 @@ from bmkit.errors import machine_refusal
     [
         (OSError(errno.ENOSPC, "write"), "No space left on device"),
         (MemoryError(), "out of memory"),
-        (RuntimeError("[enforce fail] not enough memory: you tried to allocate 9"), "out of memory"),
+        (
+            RuntimeError("[enforce fail] not enough memory: you tried to allocate 9"),
+            "out of memory",
+        ),
         (
             RuntimeError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA"),
             "the GPU can't be used any more: CUDA error: unspecified launch failure",

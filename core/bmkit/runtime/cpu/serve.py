@@ -5,41 +5,17 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import LogitsProcessorList
 
-from bmkit.errors import InputError, ResourceError
-from bmkit.runtime import sampling
+from bmkit.errors import ResourceError
 from bmkit.runtime.cpu.decoder import Cache, Decoder
 from bmkit.runtime.generate import Answer, Generation
-from bmkit.runtime.stream import TextStream, cut_at, visible
-
-
-class Prompt(Protocol):
-    """What is to be answered: its number in the run decides its random draws."""
-
-    number: int
-    ids: list[int]
-    adapter: str | None
-
-
-@dataclass
-class _Row:
-    prompt: Any
-    limit: int
-    steps: LogitsProcessorList
-    start: float
-    made: list[int] = field(default_factory=list)
-    told: list[sampling.Chosen] = field(default_factory=list)
-    stream: TextStream | None = None
-
+from bmkit.runtime.row import Row
 
 _END = object()
 
@@ -126,7 +102,7 @@ class Server:
         row then. Raises InputError if the model's output is not a number.
         """
         source = _Ahead(prompts, 2 * self.rows)
-        active: dict[int, _Row] = {}
+        active: dict[int, Row] = {}
         while True:
             while len(active) < self.rows:
                 prompt = source.next(wait=not active)
@@ -136,7 +112,9 @@ class Server:
                     yield prompt, None  # type: ignore[misc]
                     continue
                 place = next(i for i in range(self.rows) if i not in active)
-                row = self._begin(prompt, write)
+                row = Row(
+                    prompt, self.how, self.tokenizer, self.eos, context=self.context, write=write
+                )
                 cache = self.cache = self._room(self.cache, len(prompt.ids) + row.limit)
                 cache.done[place] = known = self._known(prompt)
                 self.decoder.choose(prompt.adapter)
@@ -174,27 +152,6 @@ class Server:
         pairs = zip(self.known[1][:most], prompt.ids, strict=False)
         return next((i for i, (a, b) in enumerate(pairs) if a != b), most)
 
-    def _begin(self, prompt: Any, write: Callable[[str], None] | None) -> _Row:
-        how = self.how
-        room = how.max_new_tokens
-        if self.context is not None:
-            room = min(room, self.context - len(prompt.ids))
-        steps = LogitsProcessorList()
-        if how.repetition_penalty != 1.0:
-            steps.append(sampling.RepetitionPenalty(how.repetition_penalty, [0]))
-        if how.sampled:
-            steps += sampling.processors(
-                [sampling.row_seed(how.seed, prompt.number)],
-                temperature=how.temperature,
-                top_k=how.top_k,
-                top_p=how.top_p,
-                min_p=how.min_p,
-            )
-        stream = TextStream(self.tokenizer, how.stop_strings, write) if write else None
-        if stream is not None:
-            stream.put(torch.tensor(prompt.ids))
-        return _Row(prompt, room, steps, time.perf_counter(), stream=stream)
-
     def _room(self, cache: Cache | None, slots: int) -> Cache:
         """Return a cache of at least `slots`, with what the old one held."""
         if cache is not None and cache.slots >= slots:
@@ -213,37 +170,10 @@ class Server:
             larger.done[:] = cache.done
         return larger
 
-    def _take(self, row: _Row, scores: np.ndarray) -> Answer | None:
+    def _take(self, row: Row, scores: np.ndarray) -> Answer | None:
         """Choose a token; return the answer if it was the last one."""
-        if row.steps:
-            seen = torch.tensor([row.prompt.ids + row.made])
-            token = int(row.steps(seen, torch.from_numpy(scores)[None].clone())[0].argmax())
-        else:
-            token = int(scores.argmax())
-        if not np.isfinite(scores[token]):
-            raise InputError("the model's output is not a number; its weights are damaged")
-        if self.how.logprobs is not None:
-            row.told.append(sampling.judge(torch.from_numpy(scores), token, self.how.logprobs))
+        logits = torch.from_numpy(scores)
+        token = row.choose(logits)
         if self.known is not None and row.made:  # a token is in the cache once it has been read
             self.known[1].append(row.made[-1])
-        row.made.append(token)
-        if row.stream is not None:
-            row.stream.put(torch.tensor([token]))
-        ended = token in self.eos
-        if not ended and len(row.made) < row.limit and not self._stopped(row.made):
-            return None
-        if row.stream is not None:
-            row.stream.end()
-        text, stopped = visible(row.made, self.tokenizer, self.how.stop_strings)
-        finish = "stop" if stopped is not None else "eos" if ended else "length"
-        seconds = time.perf_counter() - row.start
-        told = row.told[:stopped] if self.how.logprobs is not None else None
-        return Answer(text, row.made[:stopped], finish, seconds, told)
-
-    def _stopped(self, made: list[int]) -> bool:
-        stops = self.how.stop_strings
-        if not stops:
-            return False
-        tail = made[-(4 * max(map(len, stops)) + 8) :]
-        texts = (self.tokenizer.decode(tail, skip_special_tokens=s) for s in (True, False))
-        return any(cut_at(text, stops) != text for text in texts)
+        return row.take(token, logits)

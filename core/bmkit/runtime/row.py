@@ -1,0 +1,105 @@
+"""One prompt while it is answered: what was said, what may follow, when it is over."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from bmkit.errors import InputError
+from bmkit.runtime import sampling
+from bmkit.runtime.generate import Answer, Generation
+from bmkit.runtime.stream import TextStream, cut_at, visible
+
+
+class Prompt(Protocol):
+    """What is to be answered: its number in the run decides its random draws."""
+
+    number: int
+    ids: list[int]
+    adapter: str | None
+
+
+class Row:
+    """A prompt and its answer so far."""
+
+    def __init__(
+        self,
+        prompt: Any,
+        how: Generation,
+        tokenizer: Any,
+        eos: Collection[int],
+        *,
+        context: int | None,
+        write: Callable[[str], None] | None = None,
+    ) -> None:
+        self.prompt, self.how, self.tokenizer, self.eos = prompt, how, tokenizer, eos
+        self.start = time.perf_counter()
+        self.limit = how.max_new_tokens
+        if context is not None:
+            self.limit = min(self.limit, context - len(prompt.ids))
+        self.made: list[int] = []
+        self.told: list[sampling.Chosen] = []
+        self.steps = LogitsProcessorList()
+        if how.repetition_penalty != 1.0:
+            self.steps.append(sampling.RepetitionPenalty(how.repetition_penalty, [0]))
+        if how.sampled:
+            self.steps += sampling.processors(
+                [sampling.row_seed(how.seed, prompt.number)],
+                temperature=how.temperature,
+                top_k=how.top_k,
+                top_p=how.top_p,
+                min_p=how.min_p,
+            )
+        self.stream = TextStream(tokenizer, how.stop_strings, write) if write else None
+        if self.stream is not None:
+            self.stream.put(torch.tensor(prompt.ids))
+
+    @property
+    def left(self) -> int:
+        """Return how many tokens the answer may still have."""
+        return self.limit - len(self.made)
+
+    def choose(self, scores: Tensor) -> int:
+        """Choose the next token by `scores` [vocabulary]; a random draw is made once a token.
+
+        Raises InputError if the scores are no numbers.
+        """
+        if self.steps:
+            seen = torch.tensor([self.prompt.ids + self.made])
+            token = int(self.steps(seen, scores[None].clone())[0].argmax())
+        else:
+            token = int(scores.argmax())
+        if not torch.isfinite(scores[token]):
+            raise InputError("the model's output is not a number; its weights are damaged")
+        return token
+
+    def take(self, token: int, scores: Tensor) -> Answer | None:
+        """Add a token that was chosen by `scores`; return the answer if it was the last one."""
+        if self.how.logprobs is not None:
+            self.told.append(sampling.judge(scores, token, self.how.logprobs))
+        self.made.append(token)
+        if self.stream is not None:
+            self.stream.put(torch.tensor([token]))
+        ended = token in self.eos
+        if not ended and self.left > 0 and not self._stopped():
+            return None
+        if self.stream is not None:
+            self.stream.end()
+        text, stopped = visible(self.made, self.tokenizer, self.how.stop_strings)
+        finish = "stop" if stopped is not None else "eos" if ended else "length"
+        seconds = time.perf_counter() - self.start
+        told = self.told[:stopped] if self.how.logprobs is not None else None
+        return Answer(text, self.made[:stopped], finish, seconds, told)
+
+    def _stopped(self) -> bool:
+        stops = self.how.stop_strings
+        if not stops:
+            return False
+        tail = self.made[-(4 * max(map(len, stops)) + 8) :]
+        texts = (self.tokenizer.decode(tail, skip_special_tokens=s) for s in (True, False))
+        return any(cut_at(text, stops) != text for text in texts)

@@ -78,6 +78,14 @@ class Row:
             raise InputError("the model's output is not a number; its weights are damaged")
         return token
 
+    def steps_ahead(self) -> LogitsProcessorList:
+        """Return a copy of what turns scores into choices, that draws what will be drawn here."""
+        found = LogitsProcessorList()
+        for step in self.steps:
+            ahead = step.ahead() if isinstance(step, sampling.SeededDraw) else step
+            found.append(ahead)
+        return found
+
     def take(self, token: int, scores: Tensor) -> Answer | None:
         """Add a token that was chosen by `scores`; return the answer if it was the last one."""
         if self.how.logprobs is not None:

@@ -69,6 +69,12 @@ class SeededDraw(LogitsProcessor):  # type: ignore[misc]
     def __init__(self, seeds: Sequence[int]) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
+    def ahead(self) -> SeededDraw:
+        """Return one that draws the same from now on, and leaves this one as it is."""
+        found = SeededDraw([])
+        found.generators = [g.clone_state() for g in self.generators]
+        return found
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return `scores` [batch, vocabulary] with fresh noise added."""
         rows = [torch.empty(scores.shape[-1]).exponential_(generator=g) for g in self.generators]

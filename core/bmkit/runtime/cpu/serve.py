@@ -2,74 +2,17 @@
 
 from __future__ import annotations
 
-import atexit
-import queue
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
 
 from bmkit.errors import ResourceError
+from bmkit.runtime.ahead import Ahead
 from bmkit.runtime.cpu.decoder import Cache, Decoder
 from bmkit.runtime.generate import Answer, Generation
 from bmkit.runtime.row import Row
-
-_END = object()
-
-
-class _Ahead:
-    """An iterator read by a thread, so that a slow source doesn't hold up what is under way."""
-
-    def __init__(self, source: Iterable[Any], size: int) -> None:
-        self.queue: queue.Queue[Any] = queue.Queue(size)
-        self.over = self.stopped = False
-        self.reader = threading.Thread(target=self._read, args=(source,), daemon=True)
-        self.reader.start()
-        atexit.register(self.stop)
-
-    def _read(self, source: Iterable[Any]) -> None:
-        try:
-            for item in source:
-                self._put(item)
-                if self.stopped:
-                    return
-            self._put(_END)
-        except BaseException as exc:
-            self._put(exc)
-
-    def _put(self, item: Any) -> None:
-        while not self.stopped:
-            with suppress(queue.Full):
-                self.queue.put(item, timeout=0.1)
-                return
-
-    def stop(self) -> None:
-        """End the thread, unless it waits for its source: then it holds nothing and may be left.
-
-        One that is in a library's code when Python ends would abort the process.
-        """
-        self.stopped = True
-        self.reader.join(0.5)
-        atexit.unregister(self.stop)
-
-    def next(self, *, wait: bool) -> Any:
-        """Return the next item; None if there is none yet (without `wait`) or no more."""
-        if self.over:
-            return None
-        try:
-            item = self.queue.get(block=wait)
-        except queue.Empty:
-            return None
-        if item is _END:
-            self.over = True
-            return None
-        if isinstance(item, BaseException):
-            self.over = True
-            raise item
-        return item
 
 
 class Server:
@@ -101,7 +44,7 @@ class Server:
         Items that have no `ids` are handed through. `write` gets the text while it is made; use one
         row then. Raises InputError if the model's output is not a number.
         """
-        source = _Ahead(prompts, 2 * self.rows)
+        source = Ahead(prompts, 2 * self.rows)
         active: dict[int, Row] = {}
         while True:
             while len(active) < self.rows:

@@ -100,7 +100,8 @@ def test_looking_something_up_loads_nothing_heavy(loads: Loads, arguments: list[
 def test_a_plan_loads_nothing_heavy(loads: Loads, arguments: list[str], tiny: Path) -> None:
     code, out, packages = loads(*arguments, "-m", tiny, "--plan")
     assert (code, bool(out)) == (0, True)
-    assert packages & HEAVY == set()
+    measured = {"numpy"} if arguments[0] == "infer" else set()  # tokens a second of this machine
+    assert packages & HEAVY == measured
 
 
 def test_a_reused_result_loads_nothing_heavy(loads: Loads, tiny: Path) -> None:

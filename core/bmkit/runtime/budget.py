@@ -330,7 +330,8 @@ def _fixed(headers: Headers, rows: int, tokens: int, chunk: int) -> int:
     dim = int(config.get("head_dim") or hidden // heads)
     kv = int(config.get("num_key_value_heads") or heads)
     inner = int(config["intermediate_size"])
-    cache = 2 * 4 * int(config["num_hidden_layers"]) * kv * dim * rows * _ceil(tokens, 64)
+    layers = int(config["num_hidden_layers"])
+    cache = 2 * 4 * layers * kv * _ceil(dim, 32) * rows * _ceil(tokens, 64)
     activations = 4 * chunk * (8 * hidden + 5 * inner + 8 * heads * dim)
     scratch = 4 * max(inner, heads * dim, hidden) * hidden
     logits = 3 * 4 * int(config["vocab_size"]) * (rows + 1)

@@ -20,10 +20,15 @@ from bmkit.runtime.cpu.dots import (
     INT8,
     ROWS,
     call_rows,
-    dot_1,
-    dot_4,
-    dot_8,
+    dot_1x1,
+    dot_2x4,
+    dot_2x6,
+    dot_4x1,
+    dot_4x2,
+    dot_4x3,
     float_of_bits,
+    mix_1,
+    mix_2,
 )
 
 M_KIND, M_WEIGHTS, M_SCALES, M_BIAS, M_ROWS, M_WIDTH, M_GROUP, M_ROW_BYTES, M_SCALE_BYTES = range(9)
@@ -35,6 +40,12 @@ SILU, GELU, GELU_TANH, RELU = range(4)
 
 _serial = {"fastmath": True, "nogil": True, "cache": KEPT}
 _parallel = {**_serial, "parallel": True}
+
+
+@njit(**_serial)
+def _put(y: Any, at: int, value: float, add: int) -> None:
+    """Write a product where it belongs, or add it to what is there."""
+    y[at] = value + (y[at] if add else float32(0.0))
 
 
 @cfunc(ROWS, cache=KEPT, fastmath=True)
@@ -57,31 +68,56 @@ def _rows(
     kind, weights, scales, group = m[M_KIND], m[M_WEIGHTS], m[M_SCALES], m[M_GROUP]
     width = m[M_WIDTH]
     bias = carray(slab, (m[M_BIAS] + 4 * m[M_ROWS],), np.uint8)
-    for i in range(low, high):
-        w = weights + i * m[M_ROW_BYTES]
-        s = scales + i * m[M_SCALE_BYTES]
-        b = float32(0.0)
-        if m[M_BIAS] >= 0:
+    one, scale = m[M_ROW_BYTES], m[M_SCALE_BYTES]
+    # Four rows at a time, so that they are still in the first cache when more tokens come.
+    whole = low + (high - low) // 4 * 4
+    for i in range(low, whole, 4):
+        w, s = weights + i * one, scales + i * scale
+        t = 0
+        while t < tokens:
+            rest = tokens - t
+            if rest == 1:
+                d1 = dot_4x1(kind, slab, w, one, s, scale, x, width, t, group)
+                for u in range(4):
+                    _put(y, t * stride + column + i + u, d1[u], add)
+                t += 1
+            elif rest == 2:
+                d2 = dot_4x2(kind, slab, w, one, s, scale, x, width, t, group)
+                for u in range(8):
+                    _put(y, (t + u % 2) * stride + column + i + u // 2, d2[u], add)
+                t += 2
+            elif rest == 3 or rest == 5:
+                d3 = dot_4x3(kind, slab, w, one, s, scale, x, width, t, group)
+                for u in range(12):
+                    _put(y, (t + u % 3) * stride + column + i + u // 3, d3[u], add)
+                t += 3
+            elif rest == 4 or rest == 7 or rest == 8:
+                for r in range(0, 4, 2):
+                    d4 = dot_2x4(
+                        kind, slab, w + r * one, one, s + r * scale, scale, x, width, t, group
+                    )
+                    for u in range(8):
+                        _put(y, (t + u % 4) * stride + column + i + r + u // 4, d4[u], add)
+                t += 4
+            else:
+                for r in range(0, 4, 2):
+                    d6 = dot_2x6(
+                        kind, slab, w + r * one, one, s + r * scale, scale, x, width, t, group
+                    )
+                    for u in range(12):
+                        _put(y, (t + u % 6) * stride + column + i + r + u // 6, d6[u], add)
+                t += 6
+    for i in range(whole, high):
+        w, s = weights + i * one, scales + i * scale
+        for t in range(tokens):
+            d = dot_1x1(kind, slab, w, one, s, scale, x, width, t, group)
+            _put(y, t * stride + column + i, d[0], add)
+    if m[M_BIAS] >= 0:
+        for i in range(low, high):
             at = m[M_BIAS] + 4 * i
             b = bias[at : at + 4].view(np.float32)[0]
-        t = 0
-        while t + 8 <= tokens:
-            d8 = dot_8(kind, slab, w, s, x, width, t, group)
-            for u in range(8):
-                j = (t + u) * stride + column + i
-                y[j] = d8[u] + b + (y[j] if add else float32(0.0))
-            t += 8
-        if t + 4 <= tokens:
-            d4 = dot_4(kind, slab, w, s, x, width, t, group)
-            for u in range(4):
-                j = (t + u) * stride + column + i
-                y[j] = d4[u] + b + (y[j] if add else float32(0.0))
-            t += 4
-        while t < tokens:
-            d1 = dot_1(kind, slab, w, s, x, width, t, group)
-            j = t * stride + column + i
-            y[j] = d1[0] + b + (y[j] if add else float32(0.0))
-            t += 1
+            for t in range(tokens):
+                y[t * stride + column + i] += b
 
 
 ADDRESS: int = _rows.address
@@ -212,39 +248,108 @@ def _rotate(x: Any, cos: Any, sin: Any, count: int) -> None:
         x[i + half] = b * cos[i + half] + a * sin[i + half]
 
 
+SPAN = 128
+"""Cache slots that are attended to at a time: their keys and values stay in the second cache."""
+_NEVER = float32(-1e30)
+"""The score of what isn't seen (no infinity: the compiler may assume that there is none)."""
+
+
+@njit(**_serial)
+def _members(sequence: Any, t: int, out: Any) -> int:
+    """Write the tokens of t's sequence into `out`, and return their number: 0 if one is before."""
+    count = 0
+    for u in range(len(sequence)):
+        if sequence[u] == sequence[t]:
+            if u < t:
+                return 0
+            out[count] = u
+            count += 1
+    return count
+
+
 @njit(**_serial)
 def _attend(
-    q: Any,
+    address: int,
     keys: Any,
     values: Any,
-    first: int,
-    until: int,
-    others: Any,
+    low: int,
+    high: int,
+    queries: Any,
+    masks: Any,
+    begin: Any,
+    done: int,
+    per: int,
     scaling: float,
     scores: Any,
-    out: Any,
+    mixed: Any,
+    peaks: Any,
+    sums: Any,
 ) -> None:
-    """Attend from `q` [dim] to the cache slots from `first` to `until`, and to slots `others`."""
-    dim = len(q)
-    count = until - first + len(others)
-    top = float32(-np.inf)
-    for j in range(count):
-        at = first + j if j < until - first else others[j - until + first]
-        total = float32(0.0)
-        for i in range(dim):
-            total += q[i] * keys[at, i]
-        scores[j] = total * float32(scaling)
-        top = max(top, scores[j])
+    """Attend from `queries` [n, width] to the slots from `low` to `high` of one key-value head.
+
+    `keys` and `values` are [slots, width]. Query r belongs to token r // per of this pass: it sees
+    the slots from `begin` of its token on, those from `done` on as `masks` [tokens, tokens] says.
+    Writes the mix of values [n, width], yet to be divided by `sums` [n]: of e to the score minus
+    `peaks` [n], the greatest score.
+    """
+    n = len(queries)
+    matrix = np.zeros(MATRIX_NUMBERS, np.int64)
+    width = queries.shape[1]
+    matrix[M_KIND], matrix[M_BIAS], matrix[M_WIDTH], matrix[M_GROUP] = FLOAT32, -1, width, width
+    matrix[M_ROW_BYTES] = 4 * width
+    mixed[:n] = float32(0.0)
+    peaks[:n] = _NEVER
+    sums[:n] = float32(0.0)
+    for start in range(low, high, SPAN):
+        count = min(SPAN, high - start)
+        matrix[M_WEIGHTS] = 4 * width * start
+        call_rows(address, keys, matrix, 0, count, queries, scores, 0, 0)
+        for r in range(n):
+            mine, token = scores[r], r // per
+            for j in range(count):
+                mine[j] *= float32(scaling)
+            for j in range(min(begin[token] - start, count)):
+                mine[j] = _NEVER
+            for j in range(max(done - start, 0), count):
+                if not masks[token, start + j - done]:
+                    mine[j] = _NEVER
+            peak = _NEVER
+            for j in range(count):
+                peak = max(peak, mine[j])
+            if peak > peaks[r]:
+                less = exp(peaks[r] - peak)
+                peaks[r] = peak
+                sums[r] *= less
+                for i in range(width):
+                    mixed[r, i] *= less
+            peak, whole = peaks[r], float32(0.0)
+            for j in range(count):
+                mine[j] = exp(mine[j] - peak) if mine[j] > _NEVER else float32(0.0)
+                whole += mine[j]
+            sums[r] += whole
+        r = 0
+        while r + 2 <= n:
+            mix_2(values, start, count, scores, r, mixed)
+            r += 2
+        if r < n:
+            mix_1(values, start, count, scores, r, mixed)
+
+
+@njit(**_serial)
+def _merge(parts: Any, peaks: Any, sums: Any, out: Any, dim: int) -> None:
+    """Put together what each thread found with its part of the slots: `parts` [threads, width]."""
+    peak = _NEVER
+    for c in range(len(parts)):
+        peak = max(peak, peaks[c])
     whole = float32(0.0)
-    for j in range(count):
-        scores[j] = exp(scores[j] - top)
-        whole += scores[j]
-    out[:] = float32(0.0)
-    for j in range(count):
-        at = first + j if j < until - first else others[j - until + first]
-        share = scores[j] / whole
+    for c in range(len(parts)):
+        whole += exp(peaks[c] - peak) * sums[c]
+    for i in range(dim):
+        out[i] = float32(0.0)
+    for c in range(len(parts)):
+        share = exp(peaks[c] - peak) / whole
         for i in range(dim):
-            out[i] += share * values[at, i]
+            out[i] += share * parts[c, i]
 
 
 @njit(**_serial)
@@ -297,7 +402,10 @@ def block(
     heads: Any,
     mixed: Any,
     inner: Any,
+    queries: Any,
     scores: Any,
+    parts: Any,
+    peaks: Any,
     delta: Any,
     pairs: Any,
     low_rank: Any,
@@ -306,12 +414,15 @@ def block(
     """Run one decoder block on `h` [tokens, hidden], in place.
 
     Its matrices are those of `table` in `slab`, its norms those of `norms` in the slab `small`.
-    `keys` and `values` are [sequences, kv heads, slots, dim]; token t belongs to `sequence[t]`,
-    goes to slot `slot[t]` of it and stands at `position[t]`. It sees the first `done[sequence]`
-    slots, and the tokens u of this pass with `sees[t, u]`. `cos` and `sin` are [tokens, rotary].
+    `keys` and `values` are [sequences, kv heads, slots, width], the heads' dim rounded up to 32;
+    token t belongs to `sequence[t]`, goes to slot `slot[t]` of it, which is among the first after
+    those that are done, and stands at `position[t]`. It sees the first `done[sequence]` slots, and
+    the tokens u of this pass with `sees[t, u]`. `cos` and `sin` are [tokens, rotary].
     Scratch: `x` [tokens, hidden], `heads` [tokens, all of q, k, v], `mixed` [tokens, q],
-    `inner` [2, tokens, intermediate] (widths rounded up to 32, the rest zero), `scores`
-    [threads, slots]. `pairs` are the matrices A and B, in the slab `delta`, of a low-rank update of
+    `inner` [2, tokens, intermediate] (widths rounded up to 32, the rest zero), and of each thread
+    `queries` [threads, tokens * heads a kv head, width], `scores` [.., SPAN] for as many, `parts`
+    [threads, kv heads, tokens * heads a kv head, width] and `peaks` [threads, 2, kv heads, tokens *
+    heads a kv head]. `pairs` are the matrices A and B, in the slab `delta`, of a low-rank update of
     each projection (kind -1: none); `low_rank` is scratch [7, tokens, rank].
     """
     tokens, hidden = h.shape
@@ -337,32 +448,70 @@ def block(
             _rotate(head, cos[t], sin[t], rotary)
         for i in range(kv):
             k, v = (count + i) * dim, (count + kv + i) * dim
-            keys[sequence[t], i, slot[t]] = heads[t, k : k + dim]
-            values[sequence[t], i, slot[t]] = heads[t, v : v + dim]
-    jobs = tokens * count
+            keys[sequence[t], i, slot[t], :dim] = heads[t, k : k + dim]
+            values[sequence[t], i, slot[t], :dim] = heads[t, v : v + dim]
+    per = count // kv
+    # Each thread takes a part of the slots, for all heads: so each key and value is read once.
     for c in prange(threads):
-        others = np.empty(tokens, np.int64)
-        for job in range(c * jobs // threads, (c + 1) * jobs // threads):
-            t, i = job // count, job % count
-            s, until, first, more = sequence[t], done[sequence[t]], 0, 0
-            if window > 0:
-                first = min(max(position[t] - window + 1, 0), until)
-            for u in range(tokens):
-                if sees[t, u] and (window == 0 or position[t] - position[u] < window):
-                    others[more] = slot[u]
-                    more += 1
-            group = i * kv // count
-            _attend(
-                heads[t, i * dim : (i + 1) * dim],
-                keys[s, group],
-                values[s, group],
-                first,
-                until,
-                others[:more],
-                scaling,
-                scores[c],
-                mixed[t, i * dim : (i + 1) * dim],
-            )
+        members = np.empty(tokens, np.int64)
+        masks = np.empty((tokens, tokens), np.bool_)
+        begin = np.empty(tokens, np.int64)
+        for t in range(tokens):
+            mine = _members(sequence, t, members)
+            if mine == 0:
+                continue
+            s = sequence[t]
+            until = done[s]
+            masks[:mine, :mine] = False
+            first = until + mine
+            for a in range(mine):
+                u = members[a]
+                begin[a] = 0
+                if window > 0:
+                    begin[a] = max(position[u] - window + 1, 0)
+                first = min(first, begin[a])
+                begin[a] = min(begin[a], until)
+                for other in range(mine):
+                    o = members[other]
+                    near = window == 0 or position[u] - position[o] < window
+                    masks[a, slot[o] - until] = sees[u, o] and near
+            whole = until + mine - first
+            low, high = first + c * whole // threads, first + (c + 1) * whole // threads
+            for g in range(kv):
+                for a in range(mine):
+                    for e in range(per):
+                        at = (g * per + e) * dim
+                        queries[c, a * per + e, :dim] = heads[members[a], at : at + dim]
+                place = t * per
+                _attend(
+                    address,
+                    keys[s, g],
+                    values[s, g],
+                    low,
+                    high,
+                    queries[c, : mine * per],
+                    masks,
+                    begin,
+                    until,
+                    per,
+                    scaling,
+                    scores[c],
+                    parts[c, g, place : place + mine * per],
+                    peaks[c, 0, g, place : place + mine * per],
+                    peaks[c, 1, g, place : place + mine * per],
+                )
+    members = np.empty(tokens, np.int64)
+    for t in range(tokens):
+        mine = _members(sequence, t, members)
+        for g in range(kv):
+            for r in range(mine * per):
+                _merge(
+                    parts[:, g, t * per + r],
+                    peaks[:, 0, g, t * per + r],
+                    peaks[:, 1, g, t * per + r],
+                    mixed[members[r // per], (g * per + r % per) * dim :],
+                    dim,
+                )
     _shrink(address, delta, pairs, OUT, mixed, low_rank)
     for c in prange(threads):
         low, high = c * hidden // threads, (c + 1) * hidden // threads

@@ -80,7 +80,7 @@ class Cache:
     """Keys and values of several sequences, `slots` tokens each at most; `done` says how many."""
 
     def __init__(self, layers: int, sequences: int, kv: int, slots: int, dim: int) -> None:
-        shape = (layers, sequences, kv, slots, dim)
+        shape = (layers, sequences, kv, slots, round_up(dim))
         self.keys = np.zeros(shape, np.float32)
         self.values = np.zeros(shape, np.float32)
         self.done = np.zeros(sequences, np.int64)
@@ -136,6 +136,7 @@ class Decoder:
         self.delta_sets: dict[str | None, list[Delta] | None] = {None: None, EVERY: None}
         self.unpacked = np.empty(0, np.float32)
         self._scratch: dict[int, tuple[np.ndarray, ...]] = {}
+        self._attention: dict[int, tuple[np.ndarray, ...]] = {}
 
     def _map(self, streamed: Sequence[int]) -> dict[int, Window]:
         """Return windows on the units that can be computed with where they are stored."""
@@ -252,14 +253,13 @@ class Decoder:
         if depth is not None:
             offsets[:] = depth
         position = cache.done[sequence] + offsets
-        slot = position.copy()
+        slot = cache.done[sequence]
+        seen: dict[int, int] = {}
+        for t, s in enumerate(sequence.tolist()):
+            slot[t] += seen.get(s, 0)
+            seen[s] = seen.get(s, 0) + 1
         if sees is None:
             sees = np.eye(count, dtype=np.bool_)
-        else:
-            seen: dict[int, int] = {}
-            for t, s in enumerate(sequence.tolist()):
-                slot[t] = cache.done[s] + seen.get(s, 0)
-                seen[s] = seen.get(s, 0) + 1
         h = self.few(self.embed(ids), cache, sequence, slot, position, sees)
         logits = self._space(count)[-1]
         self._head(h, logits)
@@ -320,7 +320,7 @@ class Decoder:
         """Run embeddings `h` [tokens, hidden] through the fused blocks, in place; see `block`."""
         cos, sin = self.angles(position)
         x, heads, mixed, inner, _ = self._space(len(h))
-        scores = np.empty((self.threads, cache.slots + len(h)), np.float32)
+        queries, scores, parts, peaks = self._attention_space(len(h))
         for i in range(self.depth):
             delta = self.deltas[i] if self.deltas else NO_DELTA
             with self.store.use(i) as slab:
@@ -348,7 +348,10 @@ class Decoder:
                     heads,
                     mixed,
                     inner,
+                    queries,
                     scores,
+                    parts,
+                    peaks,
                     delta.slab,
                     delta.table,
                     delta.scratch(len(h)),
@@ -379,6 +382,17 @@ class Decoder:
                 np.zeros((tokens, self.vocabulary), np.float32),
             )
         return self._scratch[tokens]
+
+    def _attention_space(self, tokens: int) -> tuple[np.ndarray, ...]:
+        if tokens not in self._attention:
+            rows, width = tokens * self.heads // self.kv, round_up(self.dim)
+            self._attention[tokens] = (
+                np.zeros((self.threads, rows, width), np.float32),
+                np.zeros((self.threads, rows, kernels.SPAN), np.float32),
+                np.zeros((self.threads, self.kv, rows, width), np.float32),
+                np.zeros((self.threads, 2, self.kv, rows), np.float32),
+            )
+        return self._attention[tokens]
 
     def _dense(self, unit: int, slab: np.ndarray, which: int, inputs: int) -> Tensor:
         """Unpack a matrix into scratch, where it lasts until the next one comes."""
@@ -475,8 +489,8 @@ class Decoder:
             q = self._norm(i, slab, kernels.NORM_Q, q)
             k = self._norm(i, slab, kernels.NORM_K, k)
         q, k = q * cos + _turned(q) * sin, k * cos + _turned(k) * sin
-        keys = torch.from_numpy(cache.keys[i, sequence])
-        values = torch.from_numpy(cache.values[i, sequence])
+        keys = torch.from_numpy(cache.keys[i, sequence])[..., : self.dim]
+        values = torch.from_numpy(cache.values[i, sequence])[..., : self.dim]
         keys[:, start : start + count] = k.transpose(0, 1)
         values[:, start : start + count] = v.transpose(0, 1)
         mixed = self._sdpa(q, keys, values, start, int(self.numbers[i][kernels.N_WINDOW]))

@@ -1,9 +1,9 @@
 """Inner products of one packed weight row with a few activation rows, as vector code.
 
 numba's own loops leave half of the memory bus unused for bytes, and more for nibbles; these are
-built instruction by instruction through its IR, for the vector width of AVX2. A row is read once
-for up to eight activation rows. The functions
-`dot_1`, `dot_4` and `dot_8` are for as many activation rows.
+built instruction by instruction through its IR, for the vector width of AVX2. `dot_RxT` multiplies
+R weight rows with T activation rows at a time, so that one token or four cost about the same: what
+is read from memory. `mix_1` and `mix_2` add up the values that attention weighs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,12 @@ LANES = 8
 FLOAT32, BFLOAT16, INT8, INT4 = KINDS = range(4)
 """How a matrix is stored. INT8 and INT4 are symmetric, with a float32 scale per group of inputs."""
 
+BITS = {FLOAT32: 32, BFLOAT16: 16, INT8: 8, INT4: 4}
+
+AHEAD = 8
+"""Weight rows that are asked for before they are needed: into the second cache, since the first is
+taken up by activations. Rows are too short for the processor to see by itself what comes next."""
+
 INT4_BLOCK = 32
 """Inputs whose nibbles share 16 bytes: byte i holds input i low and input i + 16 high."""
 
@@ -34,6 +40,14 @@ _FAST = ("fast",)
 def _load(b: Any, base: Any, byte: Any, kind: ir.VectorType) -> Any:
     """Load a vector from `base` plus `byte` bytes, aligned or not."""
     return b.load(b.bitcast(b.gep(base, [byte]), kind.as_pointer()), align=1)
+
+
+def _prefetch(b: Any, base: Any, byte: Any) -> None:
+    """Ask for the cache line at `base` plus `byte`, which may lie outside of what is mapped."""
+    place = b.gep(base, [byte])
+    kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
+    call = b.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
+    b.call(call, [place, *(ir.Constant(_I32, value) for value in (0, 2, 1))])
 
 
 def _floats(b: Any, base: Any, at: Any, width: int) -> Any:
@@ -84,22 +98,27 @@ def _product(
     b: Any,
     kind: int,
     data: Any,
-    weights: Any,
-    scales: Any,
+    weights: list[Any],
+    scales: list[Any],
     inputs: list[Any],
     width: Any,
     group: Any,
+    row_bytes: Any,
 ) -> list[Any]:
-    """Emit the code of one kind: return the products of a row with each of `inputs`."""
-    tokens = len(inputs)
+    """Emit the code of one kind: return the products of `weights` rows with each of `inputs`.
+
+    All that is summed stays in registers: each weight is widened once for all inputs, each input
+    loaded once for all weight rows. The result has the first weight row's products first.
+    """
+    rows, tokens = len(weights), len(inputs)
+    pairs = [(r, t) for r in range(rows) for t in range(tokens)]
     scaled = kind in {INT8, INT4}
-    chunks = 4 if kind == INT4 or tokens <= 2 else 2 if tokens == 4 else 1
-    apart = 4 if tokens == 1 else 2 if tokens <= 4 else 1  # sums a token: all must fit in registers
+    chunks = 4 if kind == INT4 or len(pairs) <= 2 else 2 if len(pairs) <= 4 else 1
+    apart = max(1, min(4, 8 // len(pairs)))  # sums a pair: one addition waits for the one before
     step = chunks * LANES
-    base = b.gep(data, [weights])
-    total = [cgutils.alloca_once_value(b, _ZERO) for _ in range(tokens)]
-    # Several sums a token, so that one addition doesn't wait for the one before.
-    sums = [[cgutils.alloca_once_value(b, _ZERO) for _ in range(apart)] for _ in range(tokens)]
+    bases = [b.gep(data, [row]) for row in weights]
+    total = [cgutils.alloca_once_value(b, _ZERO) for _ in pairs]
+    sums = [[cgutils.alloca_once_value(b, _ZERO) for _ in range(apart)] for _ in pairs]
     for place in total:
         b.store(_ZERO, place)
     span = group if scaled else width
@@ -109,48 +128,64 @@ def _product(
             b.store(_ZERO, place)
         with cgutils.for_range(b, b.udiv(span, ir.Constant(_I64, step))) as inner:
             at = b.add(begin, b.mul(inner.index, ir.Constant(_I64, step)))
-            four = _nibbles(b, base, at) if kind == INT4 else []
+            if rows > 1:
+                byte = b.lshr(b.mul(at, ir.Constant(_I64, BITS[kind])), ir.Constant(_I64, 3))
+                ahead = b.add(byte, b.mul(row_bytes, ir.Constant(_I64, AHEAD)))
+                for base in bases:
+                    _prefetch(b, base, ahead)
+            if kind == INT4:
+                four = [_nibbles(b, base, at) for base in bases]
             for c in range(chunks):
                 here = b.add(at, ir.Constant(_I64, c * LANES))
                 if kind == INT4:
-                    w = four[c]
+                    w = [each[c] for each in four]
                 elif kind == BFLOAT16:
-                    w = _halves(b, base, here)
+                    w = [_halves(b, base, here) for base in bases]
                 else:
-                    w = _floats(b, base, here, 1 if kind == INT8 else 4)
+                    w = [_floats(b, base, here, 1 if kind == INT8 else 4) for base in bases]
                 for t in range(tokens):
                     place = b.bitcast(b.gep(inputs[t], [here]), _V.as_pointer())
-                    product = b.fmul(w, b.load(place, align=4), flags=_FAST)
-                    sum_ = sums[t][c % apart]
-                    b.store(b.fadd(product, b.load(sum_), flags=_FAST), sum_)
+                    x = b.load(place, align=4)
+                    for r in range(rows):
+                        sum_ = sums[r * tokens + t][c % apart]
+                        product = b.fmul(w[r], x, flags=_FAST)
+                        b.store(b.fadd(product, b.load(sum_), flags=_FAST), sum_)
+        scale = []
         if scaled:
-            byte = b.add(scales, b.mul(outer.index, ir.Constant(_I64, 4)))
-            scale = _scale(b, data, byte)
-        for t in range(tokens):
-            found = b.load(sums[t][0])
-            for place in sums[t][1:]:
+            after = b.mul(outer.index, ir.Constant(_I64, 4))
+            scale = [_scale(b, data, b.add(row, after)) for row in scales]
+        for i, (r, _) in enumerate(pairs):
+            found = b.load(sums[i][0])
+            for place in sums[i][1:]:
                 found = b.fadd(found, b.load(place), flags=_FAST)
             if scaled:
-                found = b.fmul(found, scale, flags=_FAST)
-            b.store(b.fadd(found, b.load(total[t]), flags=_FAST), total[t])
+                found = b.fmul(found, scale[r], flags=_FAST)
+            b.store(b.fadd(found, b.load(total[i]), flags=_FAST), total[i])
     return [_sum(b, b.load(place)) for place in total]
 
 
 def _scale(b: Any, data: Any, byte: Any) -> Any:
     """Load a float32 into every lane."""
     place = b.bitcast(b.gep(data, [byte]), _F32.as_pointer())
+    return _everywhere(b, b.load(place, align=1))
+
+
+def _everywhere(b: Any, value: Any) -> Any:
+    """Put a float32 into every lane."""
     nothing = ir.Constant(_V, ir.Undefined)
-    lane = b.insert_element(nothing, b.load(place, align=1), ir.Constant(_I32, 0))
+    lane = b.insert_element(nothing, value, ir.Constant(_I32, 0))
     lanes = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
     return b.shuffle_vector(lane, nothing, lanes)
 
 
-def _make(tokens: int) -> Callable[..., Any]:
-    """Build `dot(kind, slab, weights, scales, x, width, first, group)` for `tokens` rows of `x`.
+def _make(rows: int, tokens: int) -> Callable[..., Any]:
+    """Build `dot` for `rows` weight rows and `tokens` rows of `x`.
 
-    `weights` and `scales` are byte offsets of the weight row from the pointer `slab`; `x` points to
-    float32 [rows, width], its rows from `first` on are taken; `group` inputs share a scale. Width
-    and group are multiples of 32. Returns the products as a tuple of float32.
+    It is called as dot(kind, slab, weights, row_bytes, scales, scale_bytes, x, width, first,
+    group). `weights` and `scales` are byte offsets of the first weight row from the pointer `slab`,
+    `row_bytes` and `scale_bytes` what leads to the next one; `x` points to float32 [.., width], its
+    rows from `first` on are taken; `group` inputs share a scale. Width and group are multiples of
+    32. Returns the products as a tuple of float32, all tokens of the first weight row first.
     """
 
     @intrinsic
@@ -159,28 +194,36 @@ def _make(tokens: int) -> Callable[..., Any]:
         kind: Any,
         slab: Any,
         weights: Any,
+        row_bytes: Any,
         scales: Any,
+        scale_bytes: Any,
         x: Any,
         width: Any,
         first: Any,
         group: Any,
     ) -> Any:
-        result = types.UniTuple(types.float32, tokens)
+        result = types.UniTuple(types.float32, rows * tokens)
         whole = types.int64
-        signature = result(whole, BYTES, whole, whole, FLOATS, whole, whole, whole)
+        signature = result(whole, BYTES, *4 * (whole,), FLOATS, *3 * (whole,))
 
         def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            kind, data, weights, scales, x, width, first, group = args
+            kind, data, weights, row_bytes, scales, scale_bytes, x, width, first, group = args
             start = b.gep(x, [b.mul(first, width)])
             inputs = [b.gep(start, [b.mul(ir.Constant(_I64, t), width)]) for t in range(tokens)]
-            found = [cgutils.alloca_once(b, _F32) for _ in range(tokens)]
+            firsts, first_scales = [weights], [scales]
+            for _ in range(rows - 1):
+                firsts.append(b.add(firsts[-1], row_bytes))
+                first_scales.append(b.add(first_scales[-1], scale_bytes))
+            found = [cgutils.alloca_once(b, _F32) for _ in range(rows * tokens)]
             done = b.append_basic_block("done")
             switch = b.switch(kind, done)
             for each in KINDS:
                 block = b.append_basic_block(f"kind{each}")
                 switch.add_case(ir.Constant(_I64, each), block)
                 b.position_at_end(block)
-                values = _product(b, each, data, weights, scales, inputs, width, group)
+                values = _product(
+                    b, each, data, firsts, first_scales, inputs, width, group, row_bytes
+                )
                 for value, place in zip(values, found, strict=True):
                     b.store(value, place)
                 b.branch(done)
@@ -193,7 +236,66 @@ def _make(tokens: int) -> Callable[..., Any]:
 
 
 BYTES, FLOATS, WHOLES = (types.CPointer(t) for t in (types.uint8, types.float32, types.int64))
-dot_1, dot_4, dot_8 = (_make(tokens) for tokens in (1, 4, 8))
+dot_1x1, dot_4x1, dot_4x2, dot_4x3, dot_2x4, dot_2x6 = (
+    _make(*tile) for tile in ((1, 1), (4, 1), (4, 2), (4, 3), (2, 4), (2, 6))
+)
+"""Weight rows x activation rows: as many as sixteen vector registers can sum up at a time."""
+
+
+def _make_mix(rows: int) -> Callable[..., Any]:
+    """Build `mix(values, first, count, shares, row, out)` for `rows` rows of `shares`.
+
+    Adds to each of the `rows` rows of `out` [.., width] from `row` on the sum of the `count` rows
+    of `values` [.., width] from `first` on, each times its share: shares [.., at least count]. All
+    are contiguous float32, the width a multiple of 32.
+    """
+
+    @intrinsic
+    def mix(
+        typingctx: Any, values: Any, first: Any, count: Any, shares: Any, row: Any, out: Any
+    ) -> Any:
+        whole = types.int64
+        signature = types.void(values, whole, whole, shares, whole, out)
+
+        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            kinds = signature.args
+            arrays = [context.make_array(kinds[i])(context, b, args[i]) for i in (0, 3, 5)]
+            width = cgutils.unpack_tuple(b, arrays[0].shape)[1]
+            stride = cgutils.unpack_tuple(b, arrays[1].shape)[1]
+            first, count, row = args[1], args[2], args[4]
+            values = b.gep(arrays[0].data, [b.mul(first, width)])
+            numbers = [b.add(row, ir.Constant(_I64, r)) for r in range(rows)]
+            shares = [b.gep(arrays[1].data, [b.mul(n, stride)]) for n in numbers]
+            outs = [b.gep(arrays[2].data, [b.mul(n, width)]) for n in numbers]
+            part = ir.Constant(_I64, 4 * LANES)
+            with cgutils.for_range(b, b.udiv(width, part)) as outer:
+                begin = b.mul(outer.index, part)
+                at = [b.add(begin, ir.Constant(_I64, c * LANES)) for c in range(4)]
+                places = [[b.bitcast(b.gep(out, [a]), _V.as_pointer()) for a in at] for out in outs]
+                sums = [[cgutils.alloca_once_value(b, _ZERO) for _ in at] for _ in outs]
+                for r in range(rows):
+                    for place, sum_ in zip(places[r], sums[r], strict=True):
+                        b.store(b.load(place, align=4), sum_)
+                with cgutils.for_range(b, count) as inner:
+                    start = b.gep(values, [b.mul(inner.index, width)])
+                    mine = [_everywhere(b, b.load(b.gep(s, [inner.index]))) for s in shares]
+                    for c, a in enumerate(at):
+                        v = b.load(b.bitcast(b.gep(start, [a]), _V.as_pointer()), align=4)
+                        for r in range(rows):
+                            product = b.fmul(v, mine[r], flags=_FAST)
+                            sum_ = sums[r][c]
+                            b.store(b.fadd(product, b.load(sum_), flags=_FAST), sum_)
+                for r in range(rows):
+                    for place, sum_ in zip(places[r], sums[r], strict=True):
+                        b.store(b.load(sum_), place, align=4)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return mix  # type: ignore[no-any-return]
+
+
+mix_1, mix_2 = (_make_mix(rows) for rows in (1, 2))
 
 ROWS = types.void(
     BYTES, WHOLES, types.int64, types.int64, FLOATS, types.int64, FLOATS, *3 * (types.int64,)

@@ -50,7 +50,7 @@ def bmkit(path: str, quant: str, rows: str = "1") -> Callable[[list[int], int], 
 
     torch.set_num_threads(THREADS)
     from bmkit import model as models
-    from bmkit.infer.run import _Prompt
+    from bmkit.infer.prompts import Prompt
     from bmkit.runtime.cpu import load
     from bmkit.runtime.cpu.serve import Server
     from bmkit.runtime.generate import Generation
@@ -62,7 +62,7 @@ def bmkit(path: str, quant: str, rows: str = "1") -> Callable[[list[int], int], 
 
     def run(ids: list[int], count: int) -> int:
         server = Server(decoder, tokenizer, [], Generation(count), rows=int(rows))
-        prompts = [_Prompt(i, i, "", ids) for i in range(int(rows))]
+        prompts = [Prompt(i, i, "", ids, None) for i in range(int(rows))]
         return sum(len(answer.token_ids) for _, answer in server.answer(prompts))
 
     run.bytes_a_token = decoder.bytes_a_token  # type: ignore[attr-defined]

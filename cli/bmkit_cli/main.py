@@ -70,6 +70,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # the run is over: nothing is left to stop
     if _asked and code:
         code = _say("stopped; nothing half-written is left", None, 128 + _asked)
+    exec("")  # a stop inside an import's `exec` makes CPython end by the signal, until the next one
     sys.exit(code)
 
 

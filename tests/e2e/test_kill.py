@@ -315,3 +315,18 @@ def test_an_impatient_user_who_stops_twice_gets_130_and_one_line(
         "error: stopped; nothing half-written is left"
     ]
     assert not list(tmp_path.glob(".x*"))
+
+
+def test_a_stop_inside_generated_code_ends_with_130(bmkit: Run, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'yaml':\n"  # as dataclasses and namedtuple do while modules load
+        "            exec('import os; os.kill(os.getpid(), 2)\\nfor _ in range(10**6): pass')\n"
+        "sys.meta_path.insert(0, Stop())\n"
+    )
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    done = bmkit("show", "int8", PYTHONPATH=path)
+    assert done.returncode == 130, (done.returncode, done.stderr)
+    assert done.stderr == "error: stopped; nothing half-written is left\n"

@@ -238,6 +238,10 @@ class Job:
     """How many prompts there are to answer, if that is known."""
     longest: int | None = None
     """The bytes of the longest of them, if that is known."""
+    draft: Artifact | None = None
+    """A model that guesses what `model` will say."""
+    phrases: Path | None = None
+    """Where the phrase pool is, or is to be."""
 
     @property
     def deltas(self) -> tuple[Artifact, ...]:

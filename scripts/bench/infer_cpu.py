@@ -50,10 +50,10 @@ def bmkit(path: str, quant: str, rows: str = "1") -> Callable[[list[int], int], 
 
     torch.set_num_threads(THREADS)
     from bmkit import model as models
-    from bmkit.infer.prompts import Prompt
     from bmkit.runtime.cpu import load
     from bmkit.runtime.cpu.serve import Server
     from bmkit.runtime.generate import Generation
+    from bmkit.runtime.prompts import Prompt
 
     load.warm(THREADS)
     chosen = None if quant == "stored" else quant

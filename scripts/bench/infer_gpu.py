@@ -100,11 +100,12 @@ def prompt(words: dict[str, Any]) -> str:
 def bmkit(words: dict[str, Any]) -> Answer:
     from bmkit.artifact import Artifact
     from bmkit.data.rows import Row
-    from bmkit.infer.plan import choose
     from bmkit.infer.recipe import InferRecipe
-    from bmkit.infer.run import Answered, Session
+    from bmkit.infer.run import Session
     from bmkit.plan import Job, read_headers
     from bmkit.report import Silent
+    from bmkit.runtime.answered import Answered
+    from bmkit.runtime.choose import choose
 
     path, text = Path(words["path"]), prompt(words)
     more = {"quant": words.get("quant"), "cache": words.get("cache", "auto")}

@@ -25,11 +25,10 @@ from transformers import (
 )
 
 from bmkit.errors import ResourceError
-from bmkit.infer import expect
-from bmkit.infer.plan import Chosen
 from bmkit.plan import Headers, read_headers
-from bmkit.runtime import budget, family
+from bmkit.runtime import budget, expect, family
 from bmkit.runtime.budget import Placement
+from bmkit.runtime.choose import Chosen
 from bmkit.runtime.cpu.load import load_decoder
 from bmkit.runtime.placed import load
 from bmkit.runtime.placed.model import Room, place_model

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -14,50 +13,15 @@ from bmkit import model as models
 from bmkit.data.rows import BadRow, Row
 from bmkit.errors import InputError, UsageError
 from bmkit.infer import encode, score
-from bmkit.infer.load import names, open_engine
-from bmkit.infer.prompts import Bad, Prompt, Reader
 from bmkit.infer.recipe import InferRecipe
 from bmkit.plan import Job
-from bmkit.runtime.generate import Answer, Generation, eos_ids, generate
+from bmkit.runtime.answered import Answered, how_to
+from bmkit.runtime.generate import Answer, eos_ids, generate
+from bmkit.runtime.opening import names, open_engine, peak_gpu_bytes
+from bmkit.runtime.prompts import Bad, Prompt, Reader
 
 WINDOW_BATCHES = 8
 """Rows of this many batches are sorted by length together: less padding, answers still flow."""
-
-
-@dataclass(frozen=True)
-class Answered:
-    """One row and its answer."""
-
-    streamed: ClassVar = True
-    """Whether its text was written while it was made."""
-
-    id: Any
-    prompt: str
-    answer: Answer
-
-    def values(self) -> dict[str, Any]:
-        """Return what `--json` prints."""
-        answer = self.answer
-        count = len(answer.token_ids)
-        found = {
-            "id": self.id,
-            "prompt": self.prompt,
-            "text": answer.text,
-            "token_ids": answer.token_ids,
-            "finish": answer.finish,
-            "seconds": round(answer.seconds, 4),
-            "tokens_per_second": round(count / max(answer.seconds, 1e-9), 2),
-        }
-        if answer.logprobs is not None:
-            found["token_logprobs"] = [round(c.logprob, 6) for c in answer.logprobs]
-            found["top_logprobs"] = [
-                [[token, round(p, 6)] for token, p in c.top] for c in answer.logprobs
-            ]
-        return found
-
-    def line(self) -> str:
-        """Return what is printed as text."""
-        return self.answer.text
 
 
 Result = Answered | score.Scored | encode.Labelled | encode.Embedded
@@ -109,7 +73,7 @@ class Session:
             self.engine.decoder,
             self.tokenizer,
             eos,
-            self._how(self.recipe.max_new_tokens),
+            how_to(self.recipe, self.recipe.max_new_tokens),
             rows=self.engine.rows,
             most=self.engine.most_tokens,
         )
@@ -248,16 +212,8 @@ class Session:
                     yield encode.Labelled(found.id, found.text, pairs)
 
     def peak_gpu_bytes(self) -> int:
-        """Return the most GPU memory that was held, CUDA's own included; 0 on the CPU.
-
-        Other processes on the same GPU can't be told from CUDA's own share, and count.
-        """
-        device = self.engine.device
-        if device.type != "cuda":
-            return 0
-        free, total = torch.cuda.mem_get_info(device)
-        own = total - free - torch.cuda.memory_reserved(device)
-        return int(own + torch.cuda.max_memory_reserved(device))
+        """Return the most GPU memory that was held, CUDA's own included; 0 on the CPU."""
+        return peak_gpu_bytes(self.engine.device)
 
     def figures(self) -> dict[str, Any]:
         """Return what a report says besides time and memory."""
@@ -296,7 +252,7 @@ class Session:
     ) -> list[tuple[Prompt, Answer]]:
         if not prompts:
             return []
-        how = self._how(min(map(self._room, prompts)))
+        how = how_to(self.recipe, min(map(self._room, prompts)))
         start = time.perf_counter()
         with models.adapter(self.engine.model, prompts[0].adapter):
             answers = generate(
@@ -312,21 +268,6 @@ class Session:
         self.seconds += time.perf_counter() - start
         self.tokens += sum(len(a.token_ids) for a in answers)
         return list(zip(prompts, answers, strict=True))
-
-    def _how(self, max_new_tokens: int) -> Generation:
-        r = self.recipe
-        return Generation(
-            max_new_tokens=max_new_tokens,
-            sampled=r.sampled,
-            temperature=1.0 if r.temperature is None else r.temperature,
-            top_k=r.top_k,
-            top_p=r.top_p,
-            min_p=r.min_p,
-            repetition_penalty=r.repetition_penalty,
-            stop_strings=tuple(r.stop_strings),
-            seed=r.seed,
-            logprobs=r.logprobs,
-        )
 
 
 def run(job: Job) -> Session:

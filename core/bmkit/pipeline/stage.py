@@ -59,6 +59,8 @@ class Prepared:
     model: Artifact
     base: Artifact | None
     adapters: tuple[Artifact, ...]
+    draft: Artifact | None
+    phrases: Path | None
     files: Mapping[str, Path]
     inputs: Mapping[str, InputEntry]
     key: str
@@ -73,6 +75,8 @@ class Prepared:
         return Job(
             *parts,
             adapters=self.adapters,
+            draft=self.draft,
+            phrases=self.phrases,
             cpu_memory=self.budget("cpu"),
             gpu_memory=self.budget("gpu"),
             rows=self.request.rows,
@@ -192,6 +196,10 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
     inputs = {"model": model.entry()}
     for i, found in enumerate(adapters):
         inputs[f"adapters.{i}"] = found.entry()
+    draft = _draft(doc, recipe, request, base or model, reporter, bring=bring)
+    if draft is not None:
+        inputs["draft"] = draft.entry()
+    phrases = _path(doc, request, "phrases", getattr(recipe, "phrases", None))
     with hashes.HashCache() as cache:
         for dotted, file in files.items():
             digest = cache.sha256(file)
@@ -202,16 +210,58 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
     if stage.gives != "text":
         _refuse_overlap(out, [model, *([base] if base else [])])
     return Prepared(
-        request, stage, recipe, doc.name, model, base, adapters, files, inputs, key, out, done
+        request,
+        stage,
+        recipe,
+        doc.name,
+        model,
+        base,
+        adapters,
+        draft,
+        Path(phrases) if phrases else None,
+        files,
+        inputs,
+        key,
+        out,
+        done,
     )
 
 
 def _adapters(doc: Document, recipe: Recipe, request: Request) -> list[str]:
-    """Return the deltas that a recipe names: a path is relative to where it was said."""
-    on_line = ("adapters",) in doc.overrides
-    folder = (request.folder or Path.cwd()) if on_line else doc.folder
+    """Return the deltas that a recipe names."""
     named: list[str] = getattr(recipe, "adapters", [])
-    return [str(folder / name) if (folder / name).exists() else name for name in named]
+    found = [_path(doc, request, "adapters", name) for name in named]
+    return [name for name in found if name is not None]
+
+
+def _path(doc: Document, request: Request, key: str, name: str | None) -> str | None:
+    """Return what a recipe's key names: a path is relative to where it was said."""
+    if name is None:
+        return None
+    on_line = (key,) in doc.overrides
+    folder = (request.folder or Path.cwd()) if on_line else doc.folder
+    new = key == "phrases"  # it may yet have to be made
+    return str(folder / name) if new or (folder / name).exists() else name
+
+
+def _draft(
+    doc: Document,
+    recipe: Recipe,
+    request: Request,
+    target: Artifact,
+    reporter: Reporter,
+    *,
+    bring: bool,
+) -> Artifact | None:
+    """Return the model that a recipe's `draft` names; `self` is the target."""
+    name = _path(doc, request, "draft", getattr(recipe, "draft", None))
+    if name is None or name == "self":
+        return target if name else None
+    found = find_model(name, reporter, bring=bring)
+    if found.kind != "model":
+        raise InputError(f"--draft {found.path} is a {found.kind}, not a model")
+    plan.read_headers(found.path)
+    return found
 
 
 def estimate(prepared: Prepared, reporter: Reporter) -> Estimate:

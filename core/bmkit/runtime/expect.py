@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bmkit.infer.plan import Chosen
 from bmkit.plan import Headers
 from bmkit.runtime.budget import Sizes
+from bmkit.runtime.choose import Chosen
 
 SAMPLE_BYTES = 64 * 2**20
 BLOCK_SECONDS = {"packed": 50e-6, "placed": 1e-3, "dense": 1e-3}

@@ -11,11 +11,11 @@ import torch
 from bmkit import env
 from bmkit import model as models
 from bmkit.errors import ResourceError
-from bmkit.infer.plan import Chosen, choose
-from bmkit.infer.recipe import InferRecipe
 from bmkit.plan import Job, read_headers
 from bmkit.runtime.budget import GPU_BYTES
+from bmkit.runtime.choose import Chosen, choose
 from bmkit.runtime.generate import plain_defaults
+from bmkit.runtime.recipe import GenerateRecipe
 
 
 @dataclass
@@ -72,7 +72,7 @@ def open_engine(job: Job, config: Any) -> Engine:
     Raises InputError for what can't be loaded, ResourceError for a budget that can't work.
     """
     recipe = job.recipe
-    assert isinstance(recipe, InferRecipe)  # the registry pairs recipe and engine
+    assert isinstance(recipe, GenerateRecipe)  # the registry pairs recipe and engine
     device = models.pick_device(recipe.device)
     chosen = choose(job, read_headers(job.checkpoint))
     rows = min(recipe.batch_size, job.rows or recipe.batch_size)
@@ -94,7 +94,7 @@ def open_engine(job: Job, config: Any) -> Engine:
 
 
 def _packed(
-    job: Job, recipe: InferRecipe, chosen: Chosen, config: Any, device: torch.device, rows: int
+    job: Job, recipe: GenerateRecipe, chosen: Chosen, config: Any, device: torch.device, rows: int
 ) -> Engine | None:
     """Load the fused decoder; None if it doesn't compute what the model's own code does."""
     from bmkit.runtime import cpu
@@ -125,7 +125,7 @@ def _packed(
     return Engine(device, before, chosen.placement.rows, decoder=decoder, most_tokens=most)
 
 
-def _placed(job: Job, recipe: InferRecipe, chosen: Chosen, device: torch.device) -> Engine:
+def _placed(job: Job, recipe: GenerateRecipe, chosen: Chosen, device: torch.device) -> Engine:
     """Load the model in transformers' own code on placed weights."""
     from bmkit.runtime import cpu
 
@@ -164,3 +164,15 @@ def _placed(job: Job, recipe: InferRecipe, chosen: Chosen, device: torch.device)
     return Engine(
         device, before, plan.rows, model=model, placed=placed, chunk=chunk, most_tokens=most
     )
+
+
+def peak_gpu_bytes(device: torch.device) -> int:
+    """Return the most GPU memory that was held, CUDA's own included; 0 on the CPU.
+
+    Other processes on the same GPU can't be told from CUDA's own share, and count.
+    """
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    own = total - free - torch.cuda.memory_reserved(device)
+    return int(own + torch.cuda.max_memory_reserved(device))

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from bmkit.data import chat, rows
 from bmkit.data.rows import BadRow, Row
-from bmkit.infer.recipe import InferRecipe
 from bmkit.runtime.generate import EVERY
+from bmkit.runtime.recipe import GenerateRecipe
 
 ADAPTER = "adapter"
 Task = Literal["generate", "score", "encode"]
@@ -43,7 +43,7 @@ class Reader:
     def __init__(
         self,
         tokenizer: Any,
-        recipe: InferRecipe,
+        recipe: GenerateRecipe,
         *,
         context: int | None,
         encoder: bool,

@@ -1,0 +1,107 @@
+"""How a model will run and where its weights will be, from headers alone. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bmkit.errors import RecipeError
+from bmkit.plan import Headers, Job, read_headers, task
+from bmkit.runtime import budget, family
+from bmkit.runtime.budget import Placement
+from bmkit.runtime.recipe import GenerateRecipe
+
+PROMPT_TOKENS = 512
+"""Tokens of a prompt that are planned for where prompts aren't known before."""
+BYTES_A_TOKEN = 3
+"""The fewest that are reckoned with: of a prompt its bytes are known, not its tokens."""
+
+Way = Literal["packed", "placed", "dense"]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """How a model will run.
+
+    `packed` is the fused decoder on the CPU, `placed` transformers' own code on weights in slabs,
+    `dense` transformers' own code on a model that transformers has loaded.
+    """
+
+    way: Way
+    placement: Placement | None
+
+
+def choose(job: Job, headers: Headers) -> Chosen:
+    """Say how the model will run and where its weights will be.
+
+    Raises ResourceError for a budget that can't work, RecipeError for `quant` where there is none.
+    """
+    recipe = job.recipe
+    assert isinstance(recipe, GenerateRecipe)  # the registry pairs recipe and plan
+    on_gpu = recipe.device.startswith("cuda")
+    if recipe.quant == "w8a8" and not on_gpu:
+        raise RecipeError(
+            f"quant: w8a8 needs a GPU, this is {recipe.device}",
+            hint="int8 is as small, and the quickest on a CPU",
+        )
+    quant = "int8" if recipe.quant == "w8a8" else recipe.quant
+    readable = family.readable(headers.config.get("quantization_config"))
+    exact = recipe.dtype in {"auto", "float32"}
+    limit = job.gpu_memory if on_gpu else job.cpu_memory
+    context = int(headers.config.get("max_position_embeddings") or 2**20)
+    prompt = PROMPT_TOKENS
+    if job.longest is not None:
+        size = job.longest + len((recipe.system or "").encode())
+        prompt = max(prompt, size // BYTES_A_TOKEN + 64)
+    generates = task(headers.config) == "generate"
+    answer = recipe.max_new_tokens if generates and not recipe.scores else 0
+    guesses = recipe.guesses if answer else 0
+    tokens = min(answer + prompt, context) + guesses
+    besides = sum(3 * read_headers(delta.path).bytes for delta in job.deltas)
+    besides += 8 * guesses * int(headers.config.get("vocab_size") or 0)
+    if job.draft is not None:
+        besides += _draft_bytes(job, recipe, tokens)
+    rows = 1 if recipe.scores else min(recipe.batch_size, job.rows or recipe.batch_size)
+    lora = all(family.plain_lora(delta.path) for delta in job.deltas)
+    if recipe.device == "cpu" and exact and lora and generates and family.covers(headers.config):
+        found = budget.place(
+            headers,
+            rows=rows,
+            tokens=tokens,
+            budget=limit,
+            quant=quant,
+            besides=besides,
+        )
+        return Chosen("packed", found)
+    packed = any(t.name.endswith("_packed") for t in headers.tensors)
+    wanted = recipe.quant is not None or limit is not None or packed or not generates
+    if readable and ((recipe.device == "cpu" and exact) or (on_gpu and wanted)):
+        width = 4 if recipe.device == "cpu" or recipe.dtype == "float32" else 2
+        placed = budget.place_any(
+            headers,
+            rows=rows,
+            tokens=tokens,
+            prompt=min(prompt, context),
+            budget=limit,
+            quant=quant,
+            besides=besides,
+            gpu=on_gpu,
+            width=width,
+        )
+        return Chosen("placed", placed)
+    if recipe.quant:
+        raise RecipeError(
+            f"quant: can't be had with device {recipe.device}, dtype {recipe.dtype} and this model",
+            hint="it works on cuda, and on cpu with dtype auto; else: bmkit compress int8",
+        )
+    return Chosen("dense", None)
+
+
+def _draft_bytes(job: Job, recipe: GenerateRecipe, tokens: int) -> int:
+    """Return the memory that a draft model takes beside its target, its cache included."""
+    assert job.draft is not None  # the caller has looked
+    headers = read_headers(job.draft.path)
+    sizes = budget.Sizes.of(headers.config)
+    rows = min(recipe.batch_size, job.rows or recipe.batch_size)
+    cache = 8 * sizes.layers * sizes.kv * sizes.dim * rows * tokens
+    return 4 * headers.dense_numel + cache

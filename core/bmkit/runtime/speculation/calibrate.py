@@ -1,0 +1,87 @@
+"""What a forward costs on this machine by its number of tokens, measured once and remembered."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bmkit import env
+from bmkit.runtime.speculation.policy import Costs
+from bmkit.runtime.speculation.tree import Tree
+
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 32)
+ROUNDS = 3
+SECONDS = 20.0
+"""Of measuring, after which larger forwards are left to be learned on the way."""
+
+
+def costs(target: Any, name: str) -> Costs:
+    """Return the cost of forwards of a target; `name` says which model, device and threads.
+
+    Only their ratios are kept from run to run: the level is learned again in each.
+    """
+    file = _file(name)
+    known = _read(file)
+    if known is None:
+        known = measure(target)
+        with suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            scratch = file.with_suffix(".partial")
+            scratch.write_text(json.dumps({str(k): v for k, v in known.items()}), encoding="utf-8")
+            scratch.replace(file)
+    return Costs(known)
+
+
+def _file(name: str) -> Path:
+    where = " ".join((name, _processor()))
+    return env.home() / "costs" / f"{hashlib.sha256(where.encode()).hexdigest()[:16]}.json"
+
+
+def _processor() -> str:
+    """Return what tells this machine's processor from another."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line
+    return "unknown"
+
+
+def _read(file: Path) -> dict[int, float] | None:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        known = {int(k): float(v) for k, v in found.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None
+    return known if known and all(v > 0 for v in known.values()) else None
+
+
+def measure(target: Any) -> dict[int, float]:
+    """Measure forwards of SIZES tokens after a short prompt; nothing of it is kept."""
+    target.begin(0, [0] * 8, slots=max(SIZES) + 8, adapter=None)
+    found: dict[int, list[float]] = {}
+    begun = time.perf_counter()
+    for turn in range(ROUNDS + 1):
+        for size in SIZES:
+            tree = Tree.of(0)
+            tree.add([0] * (size - 1), "", [1.0] * (size - 1))
+            start = time.perf_counter()
+            target.forward({0: tree})
+            seconds = time.perf_counter() - start
+            target.keep(0, [])
+            if turn or seconds > 1:  # the first of a size makes its room
+                found.setdefault(size, []).append(seconds)
+            if time.perf_counter() - begun > SECONDS and found:
+                break
+        if time.perf_counter() - begun > SECONDS and found:
+            break
+    rising = 0.0
+    measured = {}
+    for size, times in sorted(found.items()):
+        rising = max(rising, median(times))
+        measured[size] = rising
+    return measured

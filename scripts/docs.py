@@ -23,6 +23,7 @@ from typer.main import get_command
 
 from bmkit import builtin, registry
 from bmkit.recipe import Recipe
+from bmkit.runtime.recipe import GenerateRecipe
 from bmkit_cli.main import app
 
 ROOT = Path(__file__).parents[1]
@@ -72,9 +73,13 @@ def recipe_keys() -> str:
     shared = set(Recipe.model_fields)
     rows = [row for row in _rows(Recipe, "", ()) if row[0] != "`kind`"]
     parts = ["### Every recipe", _key_table(rows)]
+    texts = [s.name for s in registry.STAGES.values() if s.gives == "text"]
+    parts.append(f"### {' and '.join(f'`{name}`' for name in texts)}")
+    parts.append(_key_table(_rows(GenerateRecipe, "", shared)))
     for stage in registry.STAGES.values():
         recipe = registry.load(stage.recipe)
-        own = _rows(recipe, "", shared - {"kind"})
+        known = set(GenerateRecipe.model_fields) if stage.gives == "text" else set()
+        own = _rows(recipe, "", (shared | known) - {"kind"})
         parts += [f"### `{stage.name}`", _key_table(own)]
         metrics = ", ".join(f"`{name}`" for name in recipe.METRICS) or "none"
         parts.append(f"Metrics that `gates` may bound: {metrics}.")
@@ -139,6 +144,8 @@ def _type(annotation: Any) -> str:
         return _either([f"`{value}`" for value in args])
     if origin in {Union, UnionType}:
         return _either([_type(arg) for arg in args])
+    if origin is tuple:
+        return f"[{', '.join(_type(arg) for arg in args)}]"
     if origin is list:
         item = _type(args[0])
         return f"list of {PLURALS.get(item, item)}"

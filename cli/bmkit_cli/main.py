@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bmkit_cli.commands import books, infer, stages
+from bmkit_cli.commands import books, infer, spec_decode, stages
 
 app = typer.Typer(
     name="bmkit",
@@ -43,6 +43,8 @@ app.command()(stages.pull)
 app.command()(stages.compress)
 app.command()(stages.tune)
 app.command()(infer.infer)
+app.command()(spec_decode.spec_decode)
+app.command()(spec_decode.phrases)
 app.command()(books.run)
 app.command()(books.ls)
 app.command()(books.show)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -53,6 +53,37 @@ ReportOpt = Annotated[
 ]
 ForceOpt = Annotated[
     bool, typer.Option("--force", help="Build again, replacing what bmkit made there.")
+]
+PromptOpt = Annotated[
+    list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")
+]
+InputOpt = Annotated[
+    str | None,
+    typer.Option("--input", "-i", help="JSON lines with `prompt` or `messages`; - is stdin."),
+]
+LinesOpt = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Write JSON lines to this file instead.")
+]
+SystemOpt = Annotated[str | None, typer.Option("--system", help="A system prompt.")]
+RawOpt = Annotated[
+    bool, typer.Option("--raw", help="Send the prompt as it is, without chat template.")
+]
+AdapterOpt = Annotated[
+    list[str] | None, typer.Option("--adapter", help="A delta to put on the model.")
+]
+TokensOpt = Annotated[
+    int | None, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")
+]
+QuantOpt = Annotated[
+    Literal["int8", "int4", "w8a8"] | None,
+    typer.Option("--quant", help="Round weights while they are loaded, for this run."),
+]
+LogprobsOpt = Annotated[
+    int | None,
+    typer.Option("--logprobs", min=0, help="Add log-probabilities, of so many top tokens."),
+]
+ReplaceOpt = Annotated[
+    bool, typer.Option("--force", help="Replace the file that -o names, if it is there.")
 ]
 VerboseOpt = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show the libraries' own messages, and tracebacks.")

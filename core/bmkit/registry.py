@@ -64,6 +64,15 @@ STAGES = {
             takes=("model", "delta"),
             gives="text",
         ),
+        Stage(
+            "spec-decode",
+            "Generate the same text in fewer forward passes.",
+            "bmkit.specdec.recipe:SpecDecodeRecipe",
+            "bmkit.specdec.plan:estimate",
+            "bmkit.specdec.run:run",
+            takes=("model", "delta"),
+            gives="text",
+        ),
     )
 }
 

@@ -40,7 +40,7 @@ def run(
     """Run the stages of a pipeline, one after the other."""
     reporter = session.start(how, quiet=quiet, loud=verbose)
     from bmkit.pipeline import chain
-    from bmkit_cli.commands.infer import answer
+    from bmkit_cli.answering import answer
     from bmkit_cli.commands.stages import describe, show_plan
     from bmkit_cli.output import out as stdout
 

@@ -73,6 +73,15 @@ def encode_file(path: Path, tokenizer: Any, *, max_length: int, raw: bool) -> En
     return Encoded(examples, truncated, dropped)
 
 
+def whole(tokenizer: Any, values: dict[str, Any]) -> list[int]:
+    """Return all token ids of a row of `messages`, `prompt`/`completion` or `text`.
+
+    Raises ValueError for a row that can't be used.
+    """
+    raw = tokenizer.chat_template is None
+    return [i for part, _ in _segments(Row(0, values), tokenizer, raw=raw) for i in part]
+
+
 def _segments(row: Row, tokenizer: Any, *, raw: bool) -> Iterator[tuple[list[int], bool]]:
     """Yield the row's token ids in pieces, each with whether it is to be learned."""
     values = row.values

@@ -45,8 +45,7 @@ class _Tune(_Stage):
     data: str | None = None
 
 
-class _Infer(_Stage):
-    infer: str | dict[str, Any]
+class _Answers(_Stage):
     prompt: str | list[str] | None = None
     input: str | None = None
     system: str | None = None
@@ -55,12 +54,27 @@ class _Infer(_Stage):
     adapters: list[str] = Field(default_factory=list)
 
 
+class _Infer(_Answers):
+    infer: str | dict[str, Any]
+
+
+class _SpecDecode(_Answers):
+    spec_decode: str | dict[str, Any] = Field(alias="spec-decode")
+    draft: str | None = None
+    phrases: str | None = None
+
+
 WORDS: dict[str, type[Model]] = {
     "pull": _Pull,
     "compress": _Compress,
     "tune": _Tune,
     "infer": _Infer,
+    "spec-decode": _SpecDecode,
 }
+
+
+FLAGS = ("system", "raw", "max_new_tokens", "draft", "phrases")
+"""Words of a stage that are keys of its recipe."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +104,17 @@ def read(name: str) -> list[Item]:
     problems = list(doc.problems)
     items = [item for i, entry in enumerate(doc.data) if (item := _item(doc, i, entry, problems))]
     for i, item in enumerate(items if len(items) == len(doc.data) else ()):
-        if item.stage == "infer" and i < len(items) - 1:
-            problems.append(_said(doc, i, "infer", "`infer` writes text, so it comes last"))
+        answers = item.stage != "pull" and registry.STAGES[item.stage].gives == "text"
+        if answers and i < len(items) - 1:
+            said = f"`{item.stage}` writes text, so it comes last"
+            problems.append(_said(doc, i, item.stage, said))
         if item.stage == "pull" and i > 0:
             problems.append(_said(doc, i, "pull", "`pull` comes first"))
         if i == 0 and item.stage != "pull" and "model" not in item.options:
             problems.append(_said(doc, i, item.stage, "the first stage needs `pull` or `model`"))
-        if item.stage == "infer" and ("prompt" in item.options) == ("input" in item.options):
-            problems.append(_said(doc, i, "infer", "`infer` needs one of `prompt` and `input`"))
+        if answers and ("prompt" in item.options) == ("input" in item.options):
+            said = f"`{item.stage}` needs one of `prompt` and `input`"
+            problems.append(_said(doc, i, item.stage, said))
     if problems:
         raise RecipeError(recipe.refused(doc, problems))
     return items
@@ -120,7 +137,8 @@ def _item(doc: Document, i: int, entry: Any, problems: list[str]) -> Item | None
     problems += found
     if checked is None:
         return None
-    options = checked.model_dump(exclude={name}, exclude_none=True, exclude_unset=True)
+    own = name.replace("-", "_")
+    options = checked.model_dump(exclude={own}, exclude_none=True, exclude_unset=True)
     _from_file(doc.folder, options)
     value = entry[name]
     if not isinstance(value, str):
@@ -137,12 +155,12 @@ def _from_file(folder: Path, options: dict[str, Any]) -> None:
     def there(value: str) -> str:
         return str(folder / value) if (folder / value).exists() else value
 
-    for key in {"model", "data", "input"} & options.keys():
+    for key in {"model", "data", "input", "draft"} & options.keys():
         options[key] = there(options[key])
     if "adapters" in options:
         options["adapters"] = [there(value) for value in options["adapters"]]
-    if "out" in options:
-        options["out"] = str(folder / options["out"])
+    for key in {"out", "phrases"} & options.keys():
+        options[key] = str(folder / options[key])
 
 
 def _said(doc: Document, i: int, key: Any, text: str) -> str:
@@ -158,7 +176,7 @@ def run(
 ) -> tuple[Path, stage.Result | None, Artifact] | None:
     """Run the stages in order, each on what the one before has left.
 
-    `answer` runs a last `infer` stage, which writes text instead of an artifact; the answer is
+    `answer` runs a last stage that writes text instead of an artifact; the answer is
     then None. Raises what the stages raise, GateError included: later stages don't run.
     """
     last: tuple[Path, stage.Result | None, Artifact] | None = None
@@ -229,7 +247,7 @@ def _request(item: Item, model: str, *, force: bool = False) -> Request:
         device=options.get("device"),
         seed=options.get("seed"),
         adapters=tuple(options.get("adapters") or ()),
-        flags={k: options.get(k) for k in ("system", "raw", "max_new_tokens") if k in options},
+        flags={k: options[k] for k in FLAGS if k in options},
         force=force,
         folder=item.folder,
     )

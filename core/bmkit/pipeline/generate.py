@@ -1,9 +1,9 @@
-"""`infer`: open what was named, answer rows, report what it took."""
+"""Stages that answer: open what was named, answer rows, report what it took."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,11 +34,16 @@ class Answers:
                 continue
             yield row
 
+    def close(self) -> None:
+        """Stop answering: what the session keeps of its work, it keeps now."""
+        if isinstance(self.rows, Generator):
+            self.rows.close()
+
     def report(self, plan: dict[str, Any]) -> dict[str, Any]:
         """Return what `--report` holds."""
         session = self.session
         return {
-            "stage": "infer",
+            "stage": self.prepared.stage.name,
             "peak_rss_bytes": env.peak_rss_bytes(),
             "rss_before_bytes": session.rss_before_bytes,
             "peak_gpu_bytes": session.peak_gpu_bytes(),

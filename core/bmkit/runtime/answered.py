@@ -45,6 +45,21 @@ class Answered:
         return self.answer.text
 
 
+MORE = (
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "no_repeat_ngram_size",
+    "min_new_tokens",
+    "bad_words_ids",
+    "sequence_bias",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "exponential_decay_length_penalty",
+)
+"""Keys of a recipe that go to transformers' own processors."""
+
+
 def how_to(recipe: GenerateRecipe, max_new_tokens: int) -> Generation:
     """Return what a recipe says of choosing tokens."""
     r = recipe
@@ -56,6 +71,7 @@ def how_to(recipe: GenerateRecipe, max_new_tokens: int) -> Generation:
         top_p=r.top_p,
         min_p=r.min_p,
         repetition_penalty=r.repetition_penalty,
+        more={name: value for name in MORE if (value := getattr(r, name))},
         stop_strings=tuple(r.stop_strings),
         seed=r.seed,
         logprobs=r.logprobs,

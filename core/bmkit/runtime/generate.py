@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ class Generation:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Further keys of GenerationConfig that say what may be chosen: see `sampling.limits`."""
     stop_strings: tuple[str, ...] = ()
     seed: int = 0
     logprobs: int | None = None
@@ -58,6 +60,7 @@ def generate(
     write: Callable[[str], None] | None = None,
     chunk: int | None = None,
     static: bool = False,
+    more: Mapping[str, Any] | None = None,
 ) -> list[Answer]:
     """Answer `prompts` (token ids, not empty) in one batch, padded on the left.
 
@@ -65,7 +68,7 @@ def generate(
     that batching changes no draw. `write` gets the text of a single prompt while it is made.
     Memory grows with the batch's longest prompt plus `max_new_tokens`; with `chunk`, a decoder
     reads so many tokens of the prompts at a time; `static` fixes the cache's size, and lets
-    transformers compile the decode step where it can.
+    transformers compile the decode step where it can. `more` goes to transformers' `generate`.
     """
     eos = eos_ids(model.generation_config, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos or [0])[0]
@@ -80,22 +83,14 @@ def generate(
         "eos_token_id": eos or None,
         "pad_token_id": pad,
         "use_cache": True,
+        **(more or {}),
     }
     steps = LogitsProcessorList()
     said = sampling.Told(how.logprobs) if how.logprobs is not None else None
     if said is not None:
         steps.append(said)
-    if how.repetition_penalty != 1.0:
-        padding = [0 if encoder else longest - len(p) for p in prompts]
-        steps.append(sampling.RepetitionPenalty(how.repetition_penalty, padding))
-    if how.sampled:
-        steps += sampling.processors(
-            [sampling.row_seed(how.seed, n) for n in numbers],
-            temperature=how.temperature,
-            top_k=how.top_k,
-            top_p=how.top_p,
-            min_p=how.min_p,
-        )
+    padding = [0 if encoder else longest - len(p) for p in prompts]
+    steps += choices(how, numbers, padding=padding, start=start, eos=eos, device=model.device)
     options["logits_processor"] = steps
     if how.stop_strings:
         stop = StopStrings(tokenizer, how.stop_strings, start)
@@ -115,6 +110,38 @@ def generate(
         return answers
     told = said.chosen(out[:, start:])
     return [replace(a, logprobs=t[: len(a.token_ids)]) for a, t in zip(answers, told, strict=True)]
+
+
+def choices(
+    how: Generation,
+    numbers: Sequence[int],
+    *,
+    padding: Sequence[int],
+    start: int,
+    eos: Sequence[int],
+    device: torch.device | str = "cpu",
+) -> LogitsProcessorList:
+    """Return what turns scores into choices: the largest of what comes out is the next token.
+
+    `padding` are the tokens before each row's own, `start` is where answers begin. A row's draws
+    depend on the seed and its number.
+    """
+    steps = LogitsProcessorList()
+    if how.repetition_penalty != 1.0:
+        steps.append(sampling.RepetitionPenalty(how.repetition_penalty, padding))
+    steps += sampling.limits(how.more, start=start, eos=eos, device=device)
+    if how.sampled:
+        steps += sampling.processors(
+            [sampling.row_seed(how.seed, n) for n in numbers],
+            temperature=how.temperature,
+            top_k=how.top_k,
+            top_p=how.top_p,
+            min_p=how.min_p,
+            typical_p=how.more.get("typical_p", 1.0),
+            epsilon_cutoff=how.more.get("epsilon_cutoff", 0.0),
+            eta_cutoff=how.more.get("eta_cutoff", 0.0),
+        )
+    return steps
 
 
 def _padded(rows: Sequence[list[int]], pad: int, *, left: bool) -> Tensor:

@@ -36,8 +36,34 @@ class GenerateRecipe(Recipe):
         lt=1,
         description="Leave out what is less likely than this share of the top.",
     )
+    typical_p: float = Field(
+        default=1.0, gt=0, le=1, description="Draw among the most typical that make up this share."
+    )
+    epsilon_cutoff: float = Field(
+        default=0.0, ge=0, lt=1, description="Leave out what is less likely than this."
+    )
+    eta_cutoff: float = Field(
+        default=0.0, ge=0, lt=1, description="The same, with less left out where much is likely."
+    )
     repetition_penalty: float = Field(
         default=1.0, gt=0, description="Above 1, tokens that were there before become less likely."
+    )
+    no_repeat_ngram_size: int = Field(
+        default=0, ge=0, description="No run of so many tokens is said twice; 0: any may be."
+    )
+    min_new_tokens: int = Field(default=0, ge=0, description="Fewest tokens of an answer.")
+    bad_words_ids: list[list[int]] = Field(
+        default=[], description="Runs of token ids that are never said."
+    )
+    sequence_bias: list[tuple[list[int], float]] = Field(
+        default=[], description="Pairs of a run of token ids and what is added to its score."
+    )
+    suppress_tokens: list[int] = Field(default=[], description="Token ids that are never said.")
+    begin_suppress_tokens: list[int] = Field(
+        default=[], description="Token ids that no answer begins with."
+    )
+    exponential_decay_length_penalty: tuple[int, float] | None = Field(
+        default=None, description="After so many tokens, an end grows likelier by this factor each."
     )
     stop_strings: list[str] = Field(default=[], description="The answer ends before any of these.")
     system: str | None = Field(default=None, description="A system prompt for every chat.")

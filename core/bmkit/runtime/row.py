@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +12,7 @@ from transformers import LogitsProcessorList
 
 from bmkit.errors import InputError
 from bmkit.runtime import sampling
-from bmkit.runtime.generate import Answer, Generation
+from bmkit.runtime.generate import Answer, Generation, choices
 from bmkit.runtime.stream import TextStream, cut_at, visible
 
 
@@ -36,25 +36,21 @@ class Row:
         *,
         context: int | None,
         write: Callable[[str], None] | None = None,
+        before: Sequence[int] | None = None,
     ) -> None:
+        """Begin an answer. `before` is what stands before it, if not the prompt: its start token,
+        for an encoder-decoder."""
         self.prompt, self.how, self.tokenizer, self.eos = prompt, how, tokenizer, eos
         self.start = time.perf_counter()
+        self.before = list(prompt.ids if before is None else before)
         self.limit = how.max_new_tokens
         if context is not None:
-            self.limit = min(self.limit, context - len(prompt.ids))
+            self.limit = min(self.limit, context - (len(prompt.ids) if before is None else 0))
         self.made: list[int] = []
         self.told: list[sampling.Chosen] = []
-        self.steps = LogitsProcessorList()
-        if how.repetition_penalty != 1.0:
-            self.steps.append(sampling.RepetitionPenalty(how.repetition_penalty, [0]))
-        if how.sampled:
-            self.steps += sampling.processors(
-                [sampling.row_seed(how.seed, prompt.number)],
-                temperature=how.temperature,
-                top_k=how.top_k,
-                top_p=how.top_p,
-                min_p=how.min_p,
-            )
+        self.steps = choices(
+            how, [prompt.number], padding=[0], start=len(self.before), eos=list(eos)
+        )
         self.stream = TextStream(tokenizer, how.stop_strings, write) if write else None
         if self.stream is not None:
             self.stream.put(torch.tensor(prompt.ids))
@@ -70,7 +66,7 @@ class Row:
         Raises InputError if the scores are no numbers.
         """
         if self.steps:
-            seen = torch.tensor([self.prompt.ids + self.made])
+            seen = torch.tensor([self.before + self.made])
             token = int(self.steps(seen, scores[None].clone())[0].argmax())
         else:
             token = int(scores.argmax())

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
     LogitsProcessor,
     LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 
@@ -102,10 +113,44 @@ class RepetitionPenalty(LogitsProcessor):  # type: ignore[misc]
         return torch.where(seen.bool(), lowered, scores)
 
 
-def processors(
-    seeds: Sequence[int], *, temperature: float, top_k: int, top_p: float, min_p: float
+def limits(
+    more: Mapping[str, Any], *, start: int, eos: Sequence[int], device: torch.device | str
 ) -> LogitsProcessorList:
-    """Return what turns logits into draws: temperature, then top-k, top-p and min-p, then noise."""
+    """Return what keeps tokens from being chosen, or prefers some, by GenerationConfig's names.
+
+    They are transformers' own, in its order. `start` is where answers begin, `eos` ends them.
+    """
+    ends = list(eos)
+    steps = LogitsProcessorList()
+    if bias := more.get("sequence_bias"):
+        steps.append(SequenceBiasLogitsProcessor([[list(ids), float(b)] for ids, b in bias]))
+    if size := more.get("no_repeat_ngram_size"):
+        steps.append(NoRepeatNGramLogitsProcessor(size))
+    if words := more.get("bad_words_ids"):
+        steps.append(NoBadWordsLogitsProcessor([list(ids) for ids in words], ends or None))
+    if (least := more.get("min_new_tokens")) and ends:
+        steps.append(MinNewTokensLengthLogitsProcessor(start, least, ends, device))
+    if (decay := more.get("exponential_decay_length_penalty")) and ends:
+        steps.append(ExponentialDecayLengthPenalty(tuple(decay), ends, start))
+    if never := more.get("suppress_tokens"):
+        steps.append(SuppressTokensLogitsProcessor(list(never), device))
+    if first := more.get("begin_suppress_tokens"):
+        steps.append(SuppressTokensAtBeginLogitsProcessor(list(first), start, device))
+    return steps
+
+
+def processors(
+    seeds: Sequence[int],
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    typical_p: float = 1.0,
+    epsilon_cutoff: float = 0.0,
+    eta_cutoff: float = 0.0,
+) -> LogitsProcessorList:
+    """Return what turns logits into draws: temperature, then what is left out, then noise."""
     steps = LogitsProcessorList()
     if temperature != 1.0:
         steps.append(TemperatureLogitsWarper(float(temperature)))
@@ -115,6 +160,12 @@ def processors(
         steps.append(TopPLogitsWarper(top_p))
     if min_p > 0.0:
         steps.append(MinPLogitsWarper(min_p))
+    if typical_p < 1.0:
+        steps.append(TypicalLogitsWarper(typical_p))
+    if epsilon_cutoff > 0.0:
+        steps.append(EpsilonLogitsWarper(epsilon_cutoff))
+    if eta_cutoff > 0.0:
+        steps.append(EtaLogitsWarper(eta_cutoff))
     steps.append(SeededDraw(seeds))
     return steps
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,8 @@ from bmkit.runtime.speculation.tree import Tree
 from bmkit.runtime.speculation.window import Window
 
 MOST_NODES = 64
+SOURCES = ("prompt", "answers", "history")
+"""A prompt with its answer, what was said after wrong guesses, and earlier prompts and answers."""
 PROBE = 32
 """Rounds after which a draft that doesn't pay is tried again."""
 
@@ -41,6 +43,12 @@ class Settings:
     levels: int = 4
     harvest: bool = True
     """Whether what the target says after wrong guesses is kept."""
+    sources: tuple[str, ...] = SOURCES
+    """Where phrases are looked up."""
+
+
+ALONE = Settings(draft_length=0, topk=0, harvest=False, sources=())
+"""No guesses: the target says one token a forward."""
 
 
 @dataclass
@@ -64,6 +72,10 @@ class Stats:
     rounds: list[int] = field(default_factory=list)
     """Tokens that each forward gave, over all rows."""
     nodes: int = 0
+    drafted: Counter[int] = field(default_factory=Counter)
+    """How often so many tokens were drafted for a row; 0 where the draft wasn't asked."""
+    sizes: Counter[int] = field(default_factory=Counter)
+    """How often so many tokens were in a forward."""
 
 
 @dataclass
@@ -109,7 +121,7 @@ class Speculator:
 
     def answer(
         self, prompts: Iterable[Any], *, write: Callable[[str], None] | None = None
-    ) -> Iterator[tuple[Any, Answer | None, list[str]]]:
+    ) -> Generator[tuple[Any, Answer | None, list[str]], None, None]:
         """Answer prompts (with `number`, `ids`, `adapter`), each as soon as it is done.
 
         Yields the prompt, its answer, and where each token came from: `target`, `draft`, `prompt`,
@@ -158,7 +170,15 @@ class Speculator:
     def _begin(
         self, place: int, prompt: Any, write: Callable[[str], None] | None
     ) -> tuple[_Active, Answer | None]:
-        row = Row(prompt, self.how, self.tokenizer, self.eos, context=self.context, write=write)
+        row = Row(
+            prompt,
+            self.how,
+            self.tokenizer,
+            self.eos,
+            context=self.context,
+            write=write,
+            before=self.target.start,
+        )
         slots = row.limit + MOST_NODES
         logits = self.target.begin(place, prompt.ids, slots=slots, adapter=prompt.adapter)
         log = Phrases()
@@ -207,6 +227,11 @@ class Speculator:
         logits = self.target.forward(given)
         seconds = time.perf_counter() - start
         count = sum(map(len, trees))
+        self.stats.sizes[count] += 1
+        if self.draft is not None:
+            self.stats.drafted.update(
+                len(a.drafted.tokens) if a.drafted else 0 for a in active.values()
+            )
         self.costs.learn(count, seconds)
         self.stats.verify_seconds += seconds
         self.stats.target_forwards += 1
@@ -304,8 +329,7 @@ class Speculator:
         length = min(self.settings.phrase_length, most)
         if length < 1 or self.settings.topk < 1:
             return
-        sources = (("prompt", active.log), ("answers", self.harvested), ("history", self.history))
-        for name, log in sources:
+        for name, log in self._sources(active):
             for rank, (place, agree) in enumerate(log.find(said, self.settings.topk)):
                 tokens = log.phrase(place, length)
                 first, then = self.experience.records(name, agree, rank)
@@ -314,6 +338,12 @@ class Speculator:
                     tree.add(tokens, name, chances, node)
                 if node == 0:  # further ones could be judged only where the draft was right
                     active.bets.append(Bet(len(active.row.made), tokens, first, then))
+
+    def _sources(self, active: _Active) -> Iterator[tuple[str, Phrases]]:
+        logs = (active.log, self.harvested, self.history)
+        for name, log in zip(SOURCES, logs, strict=True):
+            if name in self.settings.sources:
+                yield name, log
 
     def _ask_draft(self, active: dict[int, _Active]) -> None:
         """Let the draft guess, as long as another token of it is worth its time."""
@@ -345,7 +375,7 @@ class Speculator:
             {p: a.said for p, a in asked.items()},
             {p: _chooser(a.row) for p, a in asked.items()},
             more,
-            {p: (a.log, self.harvested, self.history) for p, a in asked.items()},
+            {p: [log for _, log in self._sources(a)] for p, a in asked.items()},
         )
         for place, drafted in found.items():
             asked[place].drafted = drafted
@@ -375,7 +405,7 @@ def _chooser(row: Row) -> Callable[[Tensor, Sequence[int]], int]:
     steps = row.steps_ahead()
 
     def pick(scores: Tensor, drafted: Sequence[int]) -> int:
-        seen = torch.tensor([[*row.prompt.ids, *row.made, *drafted]])
+        seen = torch.tensor([[*row.before, *row.made, *drafted]])
         return int(steps(seen, scores[None].clone())[0].argmax())
 
     return pick

@@ -20,6 +20,8 @@ class Target(Protocol):
     trees: bool
     """Whether a guess may have two continuations; else only chains are verified."""
     vocabulary: int
+    start: list[int] | None
+    """What an answer begins with, where that is not the prompt: of an encoder-decoder."""
 
     def begin(self, place: int, ids: Sequence[int], *, slots: int, adapter: str | None) -> Tensor:
         """Read a prompt; return the logits [vocabulary] of what follows.
@@ -47,6 +49,7 @@ class DecoderTarget:
     """The fused decoder on the CPU."""
 
     trees = True
+    start: list[int] | None = None
 
     def __init__(self, decoder: Decoder, rows: int, most: int | None = None) -> None:
         self.decoder, self.rows, self.most = decoder, rows, most
@@ -154,6 +157,10 @@ class ModelTarget:
         self.windows = _windows(self.config)
         self.encoder_decoder = bool(model.config.is_encoder_decoder)
         self.trees = not self.encoder_decoder
+        self.start: list[int] | None = None
+        if self.encoder_decoder:
+            first = model.generation_config.decoder_start_token_id
+            self.start = [model.config.pad_token_id or 0 if first is None else first]
 
     @torch.inference_mode()
     def begin(self, place: int, ids: Sequence[int], *, slots: int, adapter: str | None) -> Tensor:
@@ -166,10 +173,8 @@ class ModelTarget:
             self.caches[place] = EncoderDecoderCache(DynamicCache(), DynamicCache())
             with self._adapter(place):
                 self.encoded[place] = self.model.get_encoder()(input_ids=given)
-            start = self.model.generation_config.decoder_start_token_id
-            if start is None:
-                start = self.model.config.pad_token_id or 0
-            return self._read(place, torch.tensor([[start]], device=self.device), None, None)[-1]
+            start = torch.tensor([self.start], device=self.device)
+            return self._read(place, start, None, None)[-1]
         self.caches[place] = DynamicCache()
         size = self.chunk or given.shape[1]
         logits = None

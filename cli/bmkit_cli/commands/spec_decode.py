@@ -130,7 +130,7 @@ class Spoken:
         if not self.origins:
             return str(found.line())
         said = []
-        for piece, origin in zip(found.pieces, found.origins, strict=True):
+        for piece, origin in zip(found.pieces(), found.origins, strict=True):
             colour = COLOURS.get(origin)
             said.append(f"\x1b[{colour}m{piece}\x1b[0m" if colour and piece else piece)
         return "".join(said)

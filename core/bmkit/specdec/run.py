@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,8 +38,23 @@ class Spoken(Answered):
     streamed: ClassVar = True
     origins: tuple[str, ...] = ()
     """`target`, `draft`, `prompt`, `answers` (rejected guesses, corrected), `history`, `window`."""
-    pieces: tuple[str, ...] = ()
-    """The text of each token."""
+    decode: Callable[[list[int]], str] = field(default=str, repr=False)
+
+    def pieces(self) -> list[str]:
+        """Return the text that each token adds: of a character of several, the last one adds it."""
+        whole, ids = self.answer.text, self.answer.token_ids
+        found, before = [], 0
+        for count in range(1, len(ids) + 1):
+            pairs = enumerate(zip(self.decode(ids[:count]), whole, strict=False))
+            part = next((i for i, (a, b) in pairs if a != b), None)
+            if part is None:
+                part = min(len(self.decode(ids[:count])), len(whole))
+            after = max(part, before)
+            found.append(whole[before:after])
+            before = after
+        if found:
+            found[-1] += whole[before:]
+        return found
 
     def values(self) -> dict[str, Any]:
         """Return what `--json` prints."""
@@ -79,6 +94,13 @@ class Session:
         self.rss_before_bytes = self.engine.rss_before_bytes
         self.eos = eos_ids(models.load_generation_config(job.checkpoint), self.tokenizer)
         self.target = _target(self.engine)
+        if isinstance(self.target, ModelTarget) and not config.is_encoder_decoder:
+            name = f"{(job.base or job.model).digest} {recipe.dtype} {self.engine.device}"
+            if not calibrate.reads_trees(self.target, name):
+                job.reporter.warn(
+                    f"{type(self.engine.model).__name__} takes no mask of ours: guesses are "
+                    "verified one chain at a time"
+                )
         self.draft = self._draft(job, config)
         self.server = None
         self.speculator = self.speculate(self.engine.rows)
@@ -129,6 +151,8 @@ class Session:
                     hint="`-s retokenise=true` lets them exchange text",
                 )
             return Retokenised(model, tokenizer, self.tokenizer)
+        if isinstance(model, ModelTarget):
+            calibrate.reads_trees(model, f"{job.draft.digest} draft {recipe.draft_quant}")
         return Draft(model, phrases=min(recipe.topk, 2), length=min(recipe.phrase_length, 6))
 
     def speculate(self, rows: int, *, settings: Settings | None = None) -> Speculator:
@@ -255,8 +279,11 @@ class Session:
 
     def _spoken(self, prompt: Any, answer: Answer, origins: list[str]) -> Spoken:
         self.tokens += len(answer.token_ids)
-        pieces = tuple(self._pieces(answer.token_ids))
-        return Spoken(prompt.id, prompt.text, answer, tuple(origins), pieces)
+
+        def decode(ids: list[int]) -> str:
+            return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+        return Spoken(prompt.id, prompt.text, answer, tuple(origins), decode)
 
     def _read(
         self, given: Iterable[Row | BadRow], done: int, numbers: list[int]
@@ -268,20 +295,6 @@ class Session:
                 continue
             numbers.append(number)
             yield found
-
-    def _pieces(self, ids: list[int]) -> Iterator[str]:
-        """Yield the text that each token adds: nothing for a part of a character."""
-        before = ""
-        for count in range(1, len(ids) + 1):
-            low = max(0, count - 16)
-            whole = self.tokenizer.decode(ids[low:count], skip_special_tokens=True)
-            if low:
-                before = self.tokenizer.decode(ids[low : count - 1], skip_special_tokens=True)
-            if whole.endswith("\ufffd") and count < len(ids):
-                yield ""
-                continue
-            yield whole[len(before) :] if whole.startswith(before) else whole
-            before = whole
 
     def _keep(self) -> None:
         """Add what was said to the pool on disk."""

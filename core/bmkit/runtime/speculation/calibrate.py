@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -29,12 +30,29 @@ def costs(target: Any, name: str) -> Costs:
     known = _read(file)
     if known is None:
         known = measure(target)
-        with suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            scratch = file.with_suffix(".partial")
-            scratch.write_text(json.dumps({str(k): v for k, v in known.items()}), encoding="utf-8")
-            scratch.replace(file)
+        _write(file, {str(k): v for k, v in known.items()})
     return Costs(known)
+
+
+def reads_trees(target: Any, name: str) -> bool:
+    """Tell whether a target verifies trees, and let it verify chains if not; see its `check`."""
+    from transformers import __version__
+
+    file = _file(f"{name} trees {__version__}")
+    try:
+        target.trees = bool(json.loads(file.read_text(encoding="utf-8"))["trees"])
+    except (OSError, ValueError, KeyError, TypeError):
+        target.check()
+        _write(file, {"trees": target.trees})
+    return bool(target.trees)
+
+
+def _write(file: Path, values: Any) -> None:
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_suffix(f".{os.getpid()}.partial")
+        scratch.write_text(json.dumps(values), encoding="utf-8")
+        scratch.replace(file)
 
 
 def _file(name: str) -> Path:

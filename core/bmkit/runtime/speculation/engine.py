@@ -260,10 +260,12 @@ class Speculator:
             for child in tree.children[node].values():
                 self.stats.verified[tree.sources[child]] += 1
                 self.stats.depth_tried[tree.depths[child]] += child == below or below is None
-            if below is None or answer is not None:
+            if below is None:
                 break
             self.stats.accepted[tree.sources[below]] += 1
             self.stats.depth_right[tree.depths[below]] += 1
+            if answer is not None:
+                break
             node = below
             nodes.append(below)
         self.target.keep(place, nodes)
@@ -283,7 +285,7 @@ class Speculator:
             said = made[-len(nodes) :]
             tokens = active.drafted.tokens[: len(said)]
             right = next(
-                (i for i, (a, b) in enumerate(zip(tokens, said, strict=True)) if a != b),
+                (i for i, (a, b) in enumerate(zip(tokens, said, strict=False)) if a != b),
                 len(tokens),
             )
             self.draft.learn(active.drafted, right, len(tokens))

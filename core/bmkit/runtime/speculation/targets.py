@@ -133,6 +133,10 @@ class DecoderTarget:
         self.cache.done[place] = length
 
 
+CHECKED = -1
+"""The place at which a model is tried out."""
+
+
 class ModelTarget:
     """Any decoder of transformers, in its own code: masks and positions say what a guess sees.
 
@@ -163,6 +167,55 @@ class ModelTarget:
             self.start = [model.config.pad_token_id or 0 if first is None else first]
 
     @torch.inference_mode()
+    def check(self) -> bool:
+        """Tell whether the model reads trees as it reads their branches one by one.
+
+        If it doesn't, chains are verified from now on. Raises ResourceError if those can't be
+        either: then nothing can be verified without changing answers.
+        """
+        if self.encoder_decoder:
+            return False
+        top = max(self.vocabulary - 1, 1)
+        prefix = [1 + (7 * i) % top for i in range(9)]
+        branches = [[2 % top, 5 % top, 3 % top], [4 % top, 6 % top]]
+        wanted = []
+        for branch in branches:
+            whole = torch.tensor([[*prefix, *branch]], device=self.device)
+            with self._adapter(CHECKED):
+                logits = self.model(input_ids=whole, use_cache=False).logits[0]
+            wanted.append(logits[-len(branch) - 1 :].float().cpu())
+        for trees in (True, False):
+            self.trees = trees
+            if self._reads(prefix, branches if trees else branches[:1], wanted):
+                return trees
+        raise ResourceError(
+            f"{type(self.model).__name__} reads several tokens at a time otherwise than one by "
+            "one: guesses can't be verified",
+            hint="`bmkit infer` runs it",
+        )
+
+    def _reads(
+        self, prefix: list[int], branches: list[list[int]], wanted: Sequence[Tensor]
+    ) -> bool:
+        """Tell whether a tree of `branches` gives the logits that are wanted of each."""
+        self.adapters[CHECKED] = None
+        try:
+            self.begin(CHECKED, prefix[:-1], slots=16, adapter=None)
+            tree = Tree.of(prefix[-1])
+            nodes = [tree.add(branch, "", [1.0] * len(branch)) for branch in branches]
+            found = self.forward({CHECKED: tree})[CHECKED]
+        except (ValueError, RuntimeError, IndexError, TypeError):
+            return False  # the model's own code can't take such a mask
+        finally:
+            self.caches.pop(CHECKED, None)
+        limit = 1e-3 if self.model.dtype == torch.float32 else 0.1
+        for path, right in zip(nodes, wanted, strict=False):
+            difference = (found[[0, *path]] - right).abs().max()
+            if not difference <= limit * right.abs().max():
+                return False
+        return True
+
+    @torch.inference_mode()
     def begin(self, place: int, ids: Sequence[int], *, slots: int, adapter: str | None) -> Tensor:
         """Read a prompt; see `Target`. An encoder-decoder begins its answer with a start token."""
         from transformers import DynamicCache, EncoderDecoderCache
@@ -190,7 +243,7 @@ class ModelTarget:
     def _adapter(self, place: int) -> Any:
         from bmkit import model as models
 
-        return models.adapter(self.model, self.adapters[place])
+        return models.adapter(self.model, self.adapters.get(place))
 
     def _read(self, place: int, ids: Tensor, mask: Any, positions: Tensor | None) -> Tensor:
         options: dict[str, Any] = {"past_key_values": self.caches[place], "use_cache": True}

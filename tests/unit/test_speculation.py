@@ -1,0 +1,515 @@
+"""Guess and verify: the answers of any target are those it gives alone, whatever is guessed."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BloomConfig,
+    CohereConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    T5Config,
+)
+
+from bmkit.errors import ResourceError
+from bmkit.runtime.cpu.load import load_decoder
+from bmkit.runtime.generate import Generation, generate, plain_defaults
+from bmkit.runtime.prompts import Prompt
+from bmkit.runtime.speculation.draft import Draft
+from bmkit.runtime.speculation.engine import ALONE, Settings, Speculator
+from bmkit.runtime.speculation.phrases import Phrases
+from bmkit.runtime.speculation.retokenised import Retokenised
+from bmkit.runtime.speculation.targets import DecoderTarget, ModelTarget
+from bmkit.runtime.speculation.tree import Tree
+
+TOKENS = {"vocab_size": 360, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2}
+SIZES: dict[str, Any] = {
+    **TOKENS,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 16}
+PLAIN = {k: v for k, v in SIZES.items() if k != "intermediate_size"}
+BART_SIZES = {f"{p}_layers": 2 for p in ("encoder", "decoder")} | {
+    f"{p}_{n}": v
+    for p in ("encoder", "decoder")
+    for n, v in (("attention_heads", 4), ("ffn_dim", 96))
+}
+CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig(**GROUPED),
+    "mistral": MistralConfig(**GROUPED, sliding_window=8),
+    "qwen2": Qwen2Config(**GROUPED),
+    "qwen2-windows": Qwen2Config(
+        **GROUPED, use_sliding_window=True, sliding_window=6, max_window_layers=1
+    ),
+    "qwen3": Qwen3Config(**GROUPED),
+    "gpt2": GPT2Config(
+        **TOKENS, n_embd=64, n_layer=3, n_head=4, n_positions=256, initializer_range=0.3
+    ),
+    "opt": OPTConfig(**PLAIN, ffn_dim=96, word_embed_proj_dim=64, init_std=0.3),
+    "gpt-neox": GPTNeoXConfig(**SIZES),
+    "falcon": FalconConfig(**SIZES),
+    "phi3": Phi3Config(**SIZES, num_key_value_heads=2),
+    "gemma": GemmaConfig(**GROUPED),
+    "gemma2": Gemma2Config(**GROUPED, sliding_window=8, attn_implementation="eager"),
+    "gemma3": Gemma3TextConfig(**GROUPED, sliding_window=8),
+    "cohere": CohereConfig(**GROUPED),
+    "olmo2": Olmo2Config(**GROUPED),
+    "qwen2-moe": Qwen2MoeConfig(
+        **GROUPED,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+    ),
+}
+SEQ2SEQ: dict[str, Any] = {
+    "t5": T5Config(
+        **TOKENS, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0
+    ),
+    "bart": BartConfig(**TOKENS, **BART_SIZES, d_model=64, max_position_embeddings=256),
+}
+LONG = 40
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tests run side by side, and these models are small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def model_of(config: Any, seed: int = 0) -> Any:
+    """Return a random model whose answers vary."""
+    torch.manual_seed(seed)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = kind.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.25)
+    plain_defaults(model)
+    return model
+
+
+def noisy(model: Any, share: float = 0.05) -> Any:
+    """Return a copy that agrees with `model` often, not always."""
+    found = copy.deepcopy(model)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.std() * share)
+    return found
+
+
+def prompts_of(count: int, length: int = 9) -> list[Prompt]:
+    """Return prompts in which something stands twice, so that there is something to look up."""
+    draw = torch.Generator().manual_seed(3)
+    rows = []
+    for i in range(count):
+        ids = torch.randint(3, 350, (length + i,), generator=draw).tolist()
+        rows.append(Prompt(i, i, "", [*ids, *ids[: length // 2]]))
+    return rows
+
+
+def alone(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], how: Generation
+) -> list[list[int]]:
+    """Return what transformers' generate answers, one prompt at a time."""
+    return [
+        generate(model, tokenizer, [p.ids], how, numbers=[p.number])[0].token_ids for p in prompts
+    ]
+
+
+def answers(speculator: Speculator, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Return the answers in the prompts' order."""
+    found = {}
+    for prompt, answer, origins in speculator.answer(prompts):
+        assert answer is not None
+        assert len(origins) == len(answer.token_ids)
+        found[prompt.number] = answer.token_ids
+    return [found[p.number] for p in prompts]
+
+
+def speculator(
+    model: Any,
+    tokenizer: Any,
+    how: Generation,
+    *,
+    draft: Any = None,
+    rows: int = 1,
+    settings: Settings | None = None,
+    eos: Sequence[int] = (2,),
+) -> Speculator:
+    """Return one over a model of transformers."""
+    return Speculator(
+        ModelTarget(model),
+        tokenizer,
+        eos,
+        how,
+        rows=rows,
+        context=256,
+        draft=Draft(ModelTarget(draft)) if draft is not None else None,
+        settings=settings,
+    )
+
+
+ALWAYS = Settings(adaptive=False, draft_length=4, topk=2, phrase_length=5)
+"""Everything that there is to guess, whether it pays or not."""
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_answers_are_those_of_the_target_alone(name: str, tokenizer: Any) -> None:
+    model = model_of(CONFIGS[name])
+    how = Generation(LONG)
+    prompts = prompts_of(3)
+    wanted = alone(model, tokenizer, prompts, how)
+    guessing = speculator(model, tokenizer, how, draft=noisy(model), rows=2, settings=ALWAYS)
+    assert answers(guessing, prompts) == wanted
+    assert guessing.stats.accepted["draft"] > 0
+    assert guessing.stats.target_forwards < sum(map(len, wanted))
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_answers_of_encoder_decoders_are_those_of_the_target_alone(
+    name: str, tokenizer: Any
+) -> None:
+    model = model_of(SEQ2SEQ[name])
+    how = Generation(LONG, repetition_penalty=1.3)
+    prompts = prompts_of(3)
+    guessing = speculator(model, tokenizer, how, rows=2, settings=ALWAYS)
+    assert answers(guessing, prompts) == alone(model, tokenizer, prompts, how)
+    assert sum(guessing.stats.verified.values()) > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-windows"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(),
+        ALONE,
+        Settings(adaptive=False, draft_length=1, topk=0),
+        Settings(adaptive=False, draft_length=30, topk=16, phrase_length=63),
+        Settings(adaptive=False, draft_length=0, topk=1, phrase_length=1),
+        Settings(adaptive=False, draft_length=0, window=4, levels=3, sources=("answers",)),
+        Settings(draft_length=3, window=2, levels=2),
+    ],
+    ids=["chosen", "alone", "draft 1", "absurd", "short", "lookahead", "all"],
+)
+def test_no_setting_changes_an_answer(name: str, settings: Settings, tokenizer: Any) -> None:
+    model = model_of(CONFIGS[name])
+    how = Generation(LONG)
+    prompts = prompts_of(3)
+    for draft in (None, noisy(model)):
+        found = speculator(model, tokenizer, how, draft=draft, rows=3, settings=settings)
+        assert answers(found, prompts) == alone(model, tokenizer, prompts, how)
+
+
+def test_an_end_token_or_the_limit_may_fall_anywhere(tokenizer: Any) -> None:
+    model = model_of(CONFIGS["llama"])
+    draft = noisy(model)
+    (prompt,) = prompts_of(1)
+    (whole,) = alone(model, tokenizer, [prompt], Generation(24))
+    for at in range(24):
+        eos = [whole[at]]
+        model.generation_config.eos_token_id = eos
+        tokenizer.eos_token_id = eos[0]
+        (wanted,) = alone(model, tokenizer, [prompt], Generation(24))
+        found = speculator(model, tokenizer, Generation(24), draft=draft, settings=ALWAYS, eos=eos)
+        assert answers(found, [prompt]) == [wanted]
+        assert wanted == whole[: whole.index(eos[0]) + 1]
+    for limit in range(1, 24):
+        found = speculator(
+            model, tokenizer, Generation(limit), draft=draft, settings=ALWAYS, eos=[359]
+        )
+        assert answers(found, [prompt]) == [whole[:limit]]
+
+
+def test_a_stop_string_may_fall_anywhere(tokenizer: Any) -> None:
+    model = model_of(CONFIGS["llama"])
+    (prompt,) = prompts_of(1)
+    (whole,) = alone(model, tokenizer, [prompt], Generation(20))
+    for at in range(1, 20):
+        stop = tokenizer.decode(whole[at : at + 2], skip_special_tokens=True)
+        if not stop.strip():
+            continue
+        how = Generation(20, stop_strings=(stop,))
+        found = speculator(model, tokenizer, how, draft=noisy(model), settings=ALWAYS)
+        assert answers(found, [prompt]) == alone(model, tokenizer, [prompt], how)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Generation(LONG, repetition_penalty=1.4),
+        Generation(LONG, more={"no_repeat_ngram_size": 2, "min_new_tokens": 12}),
+        Generation(LONG, more={"suppress_tokens": [7, 8], "begin_suppress_tokens": [9]}),
+        Generation(LONG, more={"sequence_bias": [([5], 4.0), ([6, 7], -3.0)]}),
+        Generation(LONG, more={"bad_words_ids": [[11], [12, 13]]}),
+        Generation(LONG, more={"exponential_decay_length_penalty": (5, 1.2)}),
+        Generation(LONG, sampled=True, temperature=0.8, top_k=40, seed=1),
+        Generation(LONG, sampled=True, top_p=0.9, repetition_penalty=1.2, seed=2),
+        Generation(LONG, sampled=True, min_p=0.02, more={"typical_p": 0.95}, seed=3),
+        Generation(LONG, sampled=True, more={"epsilon_cutoff": 0.001, "eta_cutoff": 0.002}),
+    ],
+    ids=lambda how: " ".join([*how.more, "sampled" * how.sampled, f"{how.repetition_penalty}"]),
+)
+def test_penalties_limits_and_draws_are_those_of_the_target_alone(
+    how: Generation, tokenizer: Any
+) -> None:
+    model = model_of(CONFIGS["llama"])
+    prompts = prompts_of(3)
+    wanted = alone(model, tokenizer, prompts, how)
+    found = speculator(model, tokenizer, how, draft=noisy(model), rows=2, settings=ALWAYS)
+    assert answers(found, prompts) == wanted
+    assert found.stats.accepted["draft"] > 0
+
+
+def test_log_probabilities_are_those_of_the_target_alone(tokenizer: Any) -> None:
+    model = model_of(CONFIGS["llama"])
+    (prompt,) = prompts_of(1)
+    how = Generation(LONG, logprobs=2)
+    (wanted,) = generate(model, tokenizer, [prompt.ids], how, numbers=[0])
+    found = speculator(model, tokenizer, how, draft=noisy(model), settings=ALWAYS)
+    ((_, answer, _),) = found.answer([prompt])
+    assert answer is not None and answer.logprobs is not None and wanted.logprobs is not None
+    for one, other in zip(answer.logprobs, wanted.logprobs, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert [t for t, _ in one.top] == [t for t, _ in other.top]
+
+
+def test_the_fused_decoder_answers_as_the_model(tmp_path: Any, tokenizer: Any) -> None:
+    for name in ("llama", "mistral", "qwen2-windows", "qwen3"):
+        model = model_of(CONFIGS[name])
+        model.save_pretrained(tmp_path / name)
+        how = Generation(LONG)
+        prompts = prompts_of(5)
+        target = DecoderTarget(load_decoder(tmp_path / name, threads=1), 3)
+        small = DecoderTarget(load_decoder(tmp_path / name, threads=1, quant="int4"), 3)
+        found = Speculator(
+            target,
+            tokenizer,
+            [2],
+            how,
+            rows=3,
+            context=256,
+            draft=Draft(small),
+            settings=ALWAYS,
+        )
+        assert answers(found, prompts) == alone(model, tokenizer, prompts, how)
+        assert found.stats.accepted["draft"] > 0
+
+
+def test_a_draft_with_another_tokenizer_guesses_by_text(tokenizer: Any) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bare = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(["<e>", *alphabet])}, merges=[]))
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare.decoder = decoders.ByteLevel()
+    own = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<e>")
+    model = model_of(CONFIGS["llama"])
+    draft = model_of(LlamaConfig(**{**GROUPED, "vocab_size": 257}), seed=1)
+    how = Generation(LONG)
+    ids = tokenizer("What is the capital of France? It is Paris.")["input_ids"]
+    prompts = [Prompt(0, 0, "", ids)]
+    found = Speculator(
+        ModelTarget(model),
+        tokenizer,
+        [2],
+        how,
+        rows=1,
+        context=256,
+        draft=Retokenised(ModelTarget(draft), own, tokenizer),
+        settings=ALWAYS,
+    )
+    assert answers(found, prompts) == alone(model, tokenizer, prompts, how)
+    assert found.stats.verified["draft"] > 0
+
+
+def test_a_model_whose_state_cannot_be_taken_back_is_refused() -> None:
+    config = MambaConfig(**TOKENS, hidden_size=64, num_hidden_layers=2, state_size=8)
+    with pytest.raises(ResourceError, match="taken back"):
+        ModelTarget(model_of(config))
+
+
+def test_a_model_whose_mask_cannot_be_set_verifies_chains(tokenizer: Any) -> None:
+    model = model_of(BloomConfig(**TOKENS, hidden_size=64, n_layer=2, n_head=4))
+    how = Generation(LONG)
+    prompts = prompts_of(2)
+    found = speculator(model, tokenizer, how, draft=noisy(model), settings=ALWAYS)
+    assert isinstance(found.target, ModelTarget) and found.draft is not None
+    assert not found.target.check()
+    found.draft.model.trees = False
+    assert answers(found, prompts) == alone(model, tokenizer, prompts, how)
+    assert found.stats.accepted["draft"] > 0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_models_whose_mask_can_be_set_verify_trees(name: str) -> None:
+    assert ModelTarget(model_of(CONFIGS[name])).check()
+
+
+def test_a_model_that_reads_chains_otherwise_is_refused() -> None:
+    class Forgetful(torch.nn.Module):
+        """Sees nothing of what its cache holds."""
+
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.model, self.config, self.dtype = model, model.config, torch.float32
+            self.device = torch.device("cpu")
+
+        def forward(self, input_ids: torch.Tensor, **more: Any) -> Any:
+            return self.model(input_ids=input_ids, use_cache=False)
+
+    with pytest.raises(ResourceError, match="one by one"):
+        ModelTarget(Forgetful(model_of(CONFIGS["llama"]))).check()
+
+
+# Sampling: the law of the answers, not only their equality for a seed.
+
+
+def test_sampled_answers_follow_the_targets_own_law(tokenizer: Any) -> None:
+    end, length = 3, 3
+    config = LlamaConfig(
+        **{**GROUPED, "vocab_size": 4, "num_hidden_layers": 1, "eos_token_id": end}
+    )
+    model = model_of(config)
+    ids = [0, 1, 0, 1, 0]
+    law: dict[tuple[int, ...], float] = {(): 1.0}
+    with torch.no_grad():
+        for _ in range(length):
+            longer = {}
+            for said, chance in law.items():
+                if said and said[-1] == end:
+                    longer[said] = chance
+                    continue
+                then = model(torch.tensor([[*ids, *said]])).logits[0, -1].softmax(-1)
+                longer |= {(*said, token): chance * float(then[token]) for token in range(4)}
+            law = longer
+    assert sum(law.values()) == pytest.approx(1.0, abs=1e-5)
+    how = Generation(length, sampled=True, seed=11)
+    draft = noisy(model, 0.5)
+    found = speculator(model, tokenizer, how, draft=draft, rows=4, settings=ALWAYS, eos=[end])
+    times = 3000
+    prompts = [Prompt(i, i, "", ids) for i in range(times)]
+    counts = Counter(tuple(made) for made in answers(found, prompts))
+    assert set(counts) <= set(law)
+    likely = {k: p for k, p in law.items() if p * times >= 5}
+    rest = times - sum(counts[k] for k in likely)
+    chi = sum((counts[k] - times * p) ** 2 / (times * p) for k, p in likely.items())
+    if (left := 1 - sum(likely.values())) * times >= 1:
+        chi += (rest - times * left) ** 2 / (times * left)
+    free = len(likely)
+    assert free >= 8
+    # Wilson and Hilferty: what chi-square exceeds once in a million times.
+    assert chi < free * (1 - 2 / (9 * free) + 4.75 * math.sqrt(2 / (9 * free))) ** 3
+    assert found.stats.accepted["draft"] > times / 10
+
+
+# The tree
+
+
+def test_a_tree_shares_beginnings() -> None:
+    tree = Tree.of(9)
+    tree.add([1, 2, 3], "a", [0.5, 0.5, 0.5])
+    tree.add([1, 2, 4], "b", [0.9, 0.5, 0.5])
+    tree.add([5], "b", [0.1])
+    assert tree.tokens == [9, 1, 2, 3, 4, 5]
+    assert tree.parents == [-1, 0, 1, 2, 2, 0]
+    assert tree.sources == ["", "a", "a", "a", "b", "b"]
+    assert tree.chances == pytest.approx([1, 0.9, 0.45, 0.125, 0.225, 0.1])
+    sees = tree.sees()
+    for node in range(len(tree)):
+        path = {0, *tree.path(node)}
+        assert {i for i in range(len(tree)) if sees[node, i]} == path
+
+
+def test_a_kept_tree_holds_the_parents_of_its_nodes() -> None:
+    tree = Tree.of(9)
+    tree.add([1, 2, 3], "a", [0.9, 0.9, 0.9])
+    tree.add([4, 5], "a", [0.5, 0.9])
+    for count in range(len(tree)):
+        kept = tree.kept(tree.best_first()[:count])
+        assert len(kept) == count + 1
+        assert kept.chances == sorted(kept.chances, reverse=True) or not kept.is_chain
+
+
+# Phrases
+
+
+def test_phrases_are_found_by_the_longest_agreement_then_the_newest() -> None:
+    log = Phrases()
+    log.extend([1, 2, 3, 4, 9, 2, 3, 5, 9, 7, 3, 6])
+    found = log.find([8, 1, 2, 3], 3)
+    assert [log.phrase(place, 1) for place, _ in found] == [[4], [5], [6]]
+    assert [agree for _, agree in found] == [3, 2, 1]
+
+
+def test_phrases_do_not_run_over_the_end_of_a_piece() -> None:
+    log = Phrases()
+    log.extend([1, 2])
+    log.end()
+    log.extend([3, 1, 2, 4])
+    assert log.phrase(*log.find([1, 2], 1)[0][:1], 5) == [4]
+    assert log.find([2, 3], 4) == [] or all(agree == 1 for _, agree in log.find([2, 3], 4))
+    assert list(log.pieces()) == [[1, 2], [3, 1, 2, 4]]
+
+
+def test_phrases_equal_a_search_by_hand() -> None:
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 4, (300,), generator=draw).tolist()
+    log = Phrases()
+    log.extend(tokens)
+    for at in range(50, 300, 7):
+        context = tokens[at - 6 : at]
+        best = 0
+        for place in range(1, 300):
+            count = 0
+            while count < min(len(context), place) and (
+                tokens[place - 1 - count] == context[-1 - count]
+            ):
+                count += 1
+            best = max(best, count)
+        assert log.find(context, 1, tries=10**6)[0][1] >= min(best, 4)
+
+
+def test_a_pool_forgets_the_oldest_beyond_its_limit() -> None:
+    log = Phrases(limit=100)
+    for i in range(50):
+        log.extend([i] * 5)
+        log.end()
+        log.trim()
+    assert len(log) <= 100
+    assert log.find([49, 49], 1) != []
+    assert log.find([0, 0], 1) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -294,3 +295,48 @@ def test_what_is_no_plain_lora_is_left_to_peft(tmp_path: Path) -> None:
         )
         assert not family.plain_lora(tmp_path / name)
     assert not family.plain_lora(tmp_path)
+
+
+@pytest.mark.parametrize("quant", [None, "int8", "int4"])
+@pytest.mark.parametrize("name", ["llama", "mistral, window, wide heads", "qwen3"])
+def test_a_tokens_logits_are_the_same_bits_alone_beside_others_and_in_a_tree(
+    tmp_path: Path, name: str, quant: str | None
+) -> None:
+    from bmkit.runtime.speculation.tree import Tree
+
+    config = copy.deepcopy(CONFIGS[name])
+    config.max_position_embeddings = 256
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = 70  # begins in the middle of a span of the cache
+    model_of(config).save_pretrained(tmp_path)
+    ids = torch.randint(0, 97, (160,), generator=torch.Generator().manual_seed(0)).tolist()
+    for threads in (1, 2, 3):
+        decoder = load.load_decoder(tmp_path, threads=threads, quant=quant)
+        for start in (5, 60, 126, 130):
+            one = decoder.cache(1, 200)
+            decoder.chain(one, 0, ids[:start])
+            alone = []
+            for token in ids[start : start + 12]:
+                alone.append(decoder.step(one, [token])[0].copy())
+                one.done[0] += 1
+            tree = Tree.of(ids[start])
+            tree.add([1, 2, 3], "", [1] * 3)
+            nodes = [0, *tree.add(ids[start + 1 : start + 8], "", [1] * 7)]
+            tree.add([7, 8], "", [1] * 2, nodes[3])
+            nodes += tree.add(ids[start + 8 : start + 12], "", [1] * 4, nodes[-1])
+            many = decoder.cache(3, 200)
+            decoder.chain(many, 0, ids[:40])
+            decoder.chain(many, 1, ids[:start])
+            count = len(tree)
+            sees = np.zeros((count + 1, count + 1), np.bool_)
+            sees[0, 0] = True
+            sees[1:, 1:] = tree.sees()
+            logits = decoder.step(
+                many,
+                [ids[40], *tree.tokens],
+                [0, *[1] * count],
+                depth=[0, *tree.depths],
+                sees=sees,
+            )
+            for node, wanted in zip(nodes, alone, strict=True):
+                np.testing.assert_array_equal(logits[1 + node], wanted)

@@ -248,8 +248,10 @@ def _rotate(x: Any, cos: Any, sin: Any, count: int) -> None:
         x[i + half] = b * cos[i + half] + a * sin[i + half]
 
 
-SPAN = 128
-"""Cache slots that are attended to at a time: their keys and values stay in the second cache."""
+SPAN = 64
+"""Cache slots that are attended to at a time: their keys and values stay in the second cache. They
+begin at multiples of it, and which thread takes them doesn't depend on how many there are: sums
+must not change when more tokens come."""
 _NEVER = float32(-1e30)
 """The score of what isn't seen (no infinity: the compiler may assume that there is none)."""
 
@@ -272,25 +274,29 @@ def _attend(
     address: int,
     keys: Any,
     values: Any,
-    low: int,
-    high: int,
+    thread: int,
+    threads: int,
     queries: Any,
-    masks: Any,
+    above: Any,
     begin: Any,
+    depth: Any,
     done: int,
+    mine: int,
     per: int,
     scaling: float,
     scores: Any,
+    branch: Any,
     mixed: Any,
     peaks: Any,
     sums: Any,
 ) -> None:
-    """Attend from `queries` [n, width] to the slots from `low` to `high` of one key-value head.
+    """Attend from `queries` [n, width] to one key-value head's cache, to a thread's share of it.
 
-    `keys` and `values` are [slots, width]. Query r belongs to token r // per of this pass: it sees
-    the slots from `begin` of its token on, those from `done` on as `masks` [tokens, tokens] says.
+    `keys` and `values` are [slots, width]. Query r belongs to token r // per of this pass, of which
+    there are `mine`: it sees the places from `begin` of its token on. Those before `done` are
+    slots; the one that is d after it is slot `above[token, d]`, up to d = `depth[token]`.
     Writes the mix of values [n, width], yet to be divided by `sums` [n]: of e to the score minus
-    `peaks` [n], the greatest score.
+    `peaks` [n], the greatest score. `scores` [n, SPAN] and `branch` [n, mine] are scratch.
     """
     n = len(queries)
     matrix = np.zeros(MATRIX_NUMBERS, np.int64)
@@ -300,22 +306,35 @@ def _attend(
     mixed[:n] = float32(0.0)
     peaks[:n] = _NEVER
     sums[:n] = float32(0.0)
-    for start in range(low, high, SPAN):
-        count = min(SPAN, high - start)
-        matrix[M_WEIGHTS] = 4 * width * start
-        call_rows(address, keys, matrix, 0, count, queries, scores, 0, 0)
+    first, last = done, done
+    for token in range(mine):
+        first = min(first, begin[token])
+        last = max(last, done + depth[token])
+    known = False  # whether `branch` holds the scores of this pass's own tokens
+    for span in range(first // SPAN, last // SPAN + 1):
+        if span % threads != thread:
+            continue
+        start = span * SPAN
+        cached = max(min(start + SPAN, done) - start, 0)
+        if cached:
+            matrix[M_WEIGHTS] = 4 * width * start
+            call_rows(address, keys, matrix, 0, cached, queries, scores, 0, 0)
+        if cached < SPAN and not known:
+            matrix[M_WEIGHTS] = 4 * width * done
+            call_rows(address, keys, matrix, 0, mine, queries, branch, 0, 0)
+            known = True
         for r in range(n):
-            mine, token = scores[r], r // per
+            row, token = scores[r], r // per
+            count = min(start + SPAN, done + depth[token] + 1) - start
+            for j in range(cached, count):
+                row[j] = branch[r, above[token, start + j - done] - done]
             for j in range(count):
-                mine[j] *= float32(scaling)
+                row[j] *= float32(scaling)
             for j in range(min(begin[token] - start, count)):
-                mine[j] = _NEVER
-            for j in range(max(done - start, 0), count):
-                if not masks[token, start + j - done]:
-                    mine[j] = _NEVER
+                row[j] = _NEVER
             peak = _NEVER
             for j in range(count):
-                peak = max(peak, mine[j])
+                peak = max(peak, row[j])
             if peak > peaks[r]:
                 less = exp(peaks[r] - peak)
                 peaks[r] = peak
@@ -324,15 +343,28 @@ def _attend(
                     mixed[r, i] *= less
             peak, whole = peaks[r], float32(0.0)
             for j in range(count):
-                mine[j] = exp(mine[j] - peak) if mine[j] > _NEVER else float32(0.0)
-                whole += mine[j]
+                row[j] = exp(row[j] - peak) if row[j] > _NEVER else float32(0.0)
+                whole += row[j]
             sums[r] += whole
         r = 0
         while r + 2 <= n:
-            mix_2(values, start, count, scores, r, mixed)
+            mix_2(values, start, cached, scores, r, 0, mixed)
             r += 2
         if r < n:
-            mix_1(values, start, count, scores, r, mixed)
+            mix_1(values, start, cached, scores, r, 0, mixed)
+        if cached == SPAN:
+            continue
+        for r in range(n):
+            token = r // per
+            j = cached
+            count = min(start + SPAN, done + depth[token] + 1) - start
+            while j < count:  # as many at a time as lie in a row
+                slot = above[token, start + j - done]
+                run = 1
+                while j + run < count and above[token, start + j + run - done] == slot + run:
+                    run += 1
+                mix_1(values, slot, run, scores, r, j, mixed)
+                j += run
 
 
 @njit(**_serial)
@@ -404,6 +436,7 @@ def block(
     inner: Any,
     queries: Any,
     scores: Any,
+    branch: Any,
     parts: Any,
     peaks: Any,
     delta: Any,
@@ -417,13 +450,14 @@ def block(
     `keys` and `values` are [sequences, kv heads, slots, width], the heads' dim rounded up to 32;
     token t belongs to `sequence[t]`, goes to slot `slot[t]` of it, which is among the first after
     those that are done, and stands at `position[t]`. It sees the first `done[sequence]` slots, and
-    the tokens u of this pass with `sees[t, u]`. `cos` and `sin` are [tokens, rotary].
+    the tokens u of this pass with `sees[t, u]`: one at each position up to its own. `cos` and
+    `sin` are [tokens, rotary].
     Scratch: `x` [tokens, hidden], `heads` [tokens, all of q, k, v], `mixed` [tokens, q],
-    `inner` [2, tokens, intermediate] (widths rounded up to 32, the rest zero), and of each thread
-    `queries` [threads, tokens * heads a kv head, width], `scores` [.., SPAN] for as many, `parts`
-    [threads, kv heads, tokens * heads a kv head, width] and `peaks` [threads, 2, kv heads, tokens *
-    heads a kv head]. `pairs` are the matrices A and B, in the slab `delta`, of a low-rank update of
-    each projection (kind -1: none); `low_rank` is scratch [7, tokens, rank].
+    `inner` [2, tokens, intermediate] (widths rounded up to 32, the rest zero), and of each thread,
+    for rows = tokens * heads a kv head: `queries` [threads, rows, width], `scores` [threads, rows,
+    SPAN], `branch` [threads, rows, tokens], `parts` [threads, kv heads, rows, width] and `peaks`
+    [threads, 2, kv heads, rows]. `pairs` are the matrices A and B, in the slab `delta`, of a
+    low-rank update of each projection (kind -1: none); `low_rank` is scratch [7, tokens, rank].
     """
     tokens, hidden = h.shape
     dim, kv, count, rotary, window = n[N_DIM], n[N_KV], n[N_HEADS], n[N_ROTARY], n[N_WINDOW]
@@ -454,29 +488,23 @@ def block(
     # Each thread takes a part of the slots, for all heads: so each key and value is read once.
     for c in prange(threads):
         members = np.empty(tokens, np.int64)
-        masks = np.empty((tokens, tokens), np.bool_)
+        above = np.empty((tokens, tokens), np.int64)
         begin = np.empty(tokens, np.int64)
+        depth = np.empty(tokens, np.int64)
         for t in range(tokens):
             mine = _members(sequence, t, members)
             if mine == 0:
                 continue
             s = sequence[t]
             until = done[s]
-            masks[:mine, :mine] = False
-            first = until + mine
             for a in range(mine):
                 u = members[a]
-                begin[a] = 0
-                if window > 0:
-                    begin[a] = max(position[u] - window + 1, 0)
-                first = min(first, begin[a])
-                begin[a] = min(begin[a], until)
+                begin[a] = max(position[u] - window + 1, 0) if window > 0 else 0
+                depth[a] = position[u] - until
                 for other in range(mine):
                     o = members[other]
-                    near = window == 0 or position[u] - position[o] < window
-                    masks[a, slot[o] - until] = sees[u, o] and near
-            whole = until + mine - first
-            low, high = first + c * whole // threads, first + (c + 1) * whole // threads
+                    if sees[u, o]:
+                        above[a, position[o] - until] = slot[o]
             for g in range(kv):
                 for a in range(mine):
                     for e in range(per):
@@ -487,15 +515,18 @@ def block(
                     address,
                     keys[s, g],
                     values[s, g],
-                    low,
-                    high,
+                    c,
+                    threads,
                     queries[c, : mine * per],
-                    masks,
+                    above,
                     begin,
+                    depth,
                     until,
+                    mine,
                     per,
                     scaling,
                     scores[c],
+                    branch[c],
                     parts[c, g, place : place + mine * per],
                     peaks[c, 0, g, place : place + mine * per],
                     peaks[c, 1, g, place : place + mine * per],

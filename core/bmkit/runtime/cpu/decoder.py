@@ -320,7 +320,7 @@ class Decoder:
         """Run embeddings `h` [tokens, hidden] through the fused blocks, in place; see `block`."""
         cos, sin = self.angles(position)
         x, heads, mixed, inner, _ = self._space(len(h))
-        queries, scores, parts, peaks = self._attention_space(len(h))
+        queries, scores, branch, parts, peaks = self._attention_space(len(h))
         for i in range(self.depth):
             delta = self.deltas[i] if self.deltas else NO_DELTA
             with self.store.use(i) as slab:
@@ -350,6 +350,7 @@ class Decoder:
                     inner,
                     queries,
                     scores,
+                    branch,
                     parts,
                     peaks,
                     delta.slab,
@@ -389,6 +390,7 @@ class Decoder:
             self._attention[tokens] = (
                 np.zeros((self.threads, rows, width), np.float32),
                 np.zeros((self.threads, rows, kernels.SPAN), np.float32),
+                np.zeros((self.threads, rows, tokens), np.float32),
                 np.zeros((self.threads, self.kv, rows, width), np.float32),
                 np.zeros((self.threads, 2, self.kv, rows), np.float32),
             )

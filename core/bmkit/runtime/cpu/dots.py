@@ -4,6 +4,9 @@ numba's own loops leave half of the memory bus unused for bytes, and more for ni
 built instruction by instruction through its IR, for the vector width of AVX2. `dot_RxT` multiplies
 R weight rows with T activation rows at a time, so that one token or four cost about the same: what
 is read from memory. `mix_1` and `mix_2` add up the values that attention weighs.
+
+Every sum is taken in one order, the inputs', whatever R and T are: a token's numbers are the same
+bits alone, beside others, and in a tree of guesses.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F32 = ir.FloatType()
 _V = ir.VectorType(_F32, LANES)
 _ZERO = ir.Constant(_V, [0.0] * LANES)
-_FAST = ("fast",)
+_FUSED = ("contract",)
+"""A product and a sum may be rounded once; nothing else may be changed, the order of sums least."""
 
 
 def _load(b: Any, base: Any, byte: Any, kind: ir.VectorType) -> Any:
@@ -90,7 +94,7 @@ def _sum(b: Any, vector: Any) -> Any:
     for width in (4, 2, 1):
         lanes = [i + width if i < width else i for i in range(LANES)]
         other = b.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(_I32, LANES), lanes))
-        vector = b.fadd(vector, other, flags=_FAST)
+        vector = b.fadd(vector, other, flags=_FUSED)
     return b.extract_element(vector, ir.Constant(_I32, 0))
 
 
@@ -114,17 +118,16 @@ def _product(
     pairs = [(r, t) for r in range(rows) for t in range(tokens)]
     scaled = kind in {INT8, INT4}
     chunks = 4 if kind == INT4 or len(pairs) <= 2 else 2 if len(pairs) <= 4 else 1
-    apart = max(1, min(4, 8 // len(pairs)))  # sums a pair: one addition waits for the one before
     step = chunks * LANES
     bases = [b.gep(data, [row]) for row in weights]
     total = [cgutils.alloca_once_value(b, _ZERO) for _ in pairs]
-    sums = [[cgutils.alloca_once_value(b, _ZERO) for _ in range(apart)] for _ in pairs]
+    sums = [cgutils.alloca_once_value(b, _ZERO) for _ in pairs]
     for place in total:
         b.store(_ZERO, place)
     span = group if scaled else width
     with cgutils.for_range(b, b.udiv(width, span)) as outer:
         begin = b.mul(outer.index, span)
-        for place in (place for mine in sums for place in mine):
+        for place in sums:
             b.store(_ZERO, place)
         with cgutils.for_range(b, b.udiv(span, ir.Constant(_I64, step))) as inner:
             at = b.add(begin, b.mul(inner.index, ir.Constant(_I64, step)))
@@ -147,20 +150,18 @@ def _product(
                     place = b.bitcast(b.gep(inputs[t], [here]), _V.as_pointer())
                     x = b.load(place, align=4)
                     for r in range(rows):
-                        sum_ = sums[r * tokens + t][c % apart]
-                        product = b.fmul(w[r], x, flags=_FAST)
-                        b.store(b.fadd(product, b.load(sum_), flags=_FAST), sum_)
+                        sum_ = sums[r * tokens + t]
+                        product = b.fmul(w[r], x, flags=_FUSED)
+                        b.store(b.fadd(product, b.load(sum_), flags=_FUSED), sum_)
         scale = []
         if scaled:
             after = b.mul(outer.index, ir.Constant(_I64, 4))
             scale = [_scale(b, data, b.add(row, after)) for row in scales]
         for i, (r, _) in enumerate(pairs):
-            found = b.load(sums[i][0])
-            for place in sums[i][1:]:
-                found = b.fadd(found, b.load(place), flags=_FAST)
+            found = b.load(sums[i])
             if scaled:
-                found = b.fmul(found, scale[r], flags=_FAST)
-            b.store(b.fadd(found, b.load(total[i]), flags=_FAST), total[i])
+                found = b.fmul(found, scale[r], flags=_FUSED)
+            b.store(b.fadd(found, b.load(total[i]), flags=_FUSED), total[i])
     return [_sum(b, b.load(place)) for place in total]
 
 
@@ -243,29 +244,36 @@ dot_1x1, dot_4x1, dot_4x2, dot_4x3, dot_2x4, dot_2x6 = (
 
 
 def _make_mix(rows: int) -> Callable[..., Any]:
-    """Build `mix(values, first, count, shares, row, out)` for `rows` rows of `shares`.
+    """Build `mix(values, first, count, shares, row, column, out)` for `rows` rows of `shares`.
 
     Adds to each of the `rows` rows of `out` [.., width] from `row` on the sum of the `count` rows
-    of `values` [.., width] from `first` on, each times its share: shares [.., at least count]. All
-    are contiguous float32, the width a multiple of 32.
+    of `values` [.., width] from `first` on, each times its share, from `column` on: shares [..,
+    at least column + count]. All are contiguous float32, the width a multiple of 32.
     """
 
     @intrinsic
     def mix(
-        typingctx: Any, values: Any, first: Any, count: Any, shares: Any, row: Any, out: Any
+        typingctx: Any,
+        values: Any,
+        first: Any,
+        count: Any,
+        shares: Any,
+        row: Any,
+        column: Any,
+        out: Any,
     ) -> Any:
         whole = types.int64
-        signature = types.void(values, whole, whole, shares, whole, out)
+        signature = types.void(values, whole, whole, shares, whole, whole, out)
 
         def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
             kinds = signature.args
-            arrays = [context.make_array(kinds[i])(context, b, args[i]) for i in (0, 3, 5)]
+            arrays = [context.make_array(kinds[i])(context, b, args[i]) for i in (0, 3, 6)]
             width = cgutils.unpack_tuple(b, arrays[0].shape)[1]
             stride = cgutils.unpack_tuple(b, arrays[1].shape)[1]
-            first, count, row = args[1], args[2], args[4]
+            first, count, row, column = args[1], args[2], args[4], args[5]
             values = b.gep(arrays[0].data, [b.mul(first, width)])
             numbers = [b.add(row, ir.Constant(_I64, r)) for r in range(rows)]
-            shares = [b.gep(arrays[1].data, [b.mul(n, stride)]) for n in numbers]
+            shares = [b.gep(arrays[1].data, [b.add(b.mul(n, stride), column)]) for n in numbers]
             outs = [b.gep(arrays[2].data, [b.mul(n, width)]) for n in numbers]
             part = ir.Constant(_I64, 4 * LANES)
             with cgutils.for_range(b, b.udiv(width, part)) as outer:
@@ -282,9 +290,9 @@ def _make_mix(rows: int) -> Callable[..., Any]:
                     for c, a in enumerate(at):
                         v = b.load(b.bitcast(b.gep(start, [a]), _V.as_pointer()), align=4)
                         for r in range(rows):
-                            product = b.fmul(v, mine[r], flags=_FAST)
+                            product = b.fmul(v, mine[r], flags=_FUSED)
                             sum_ = sums[r][c]
-                            b.store(b.fadd(product, b.load(sum_), flags=_FAST), sum_)
+                            b.store(b.fadd(product, b.load(sum_), flags=_FUSED), sum_)
                 for r in range(rows):
                     for place, sum_ in zip(places[r], sums[r], strict=True):
                         b.store(b.load(sum_), place, align=4)

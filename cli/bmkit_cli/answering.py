@@ -14,8 +14,8 @@ from typing import IO, Any, NamedTuple, Protocol
 from bmkit.report import Reporter
 from bmkit_cli import session
 
-CHAT_BYTES = 4096
-"""Of what was said, so much is planned for in a budget; what doesn't fit is forgotten."""
+CHAT = "What was said so far, and is remembered. " * 100
+"""Of a chat, so much is planned for in a budget; what doesn't fit is forgotten."""
 
 
 class Shown(Protocol):
@@ -102,7 +102,7 @@ def run(
         stages.check_fits(prepared, reporter)
         return
     if talk:
-        _, opened = generate.open_session(replace(request, rows=1, longest=CHAT_BYTES), reporter)
+        _, opened = generate.open_session(replace(request, rows=1, longest=CHAT), reporter)
         chat.Chat(opened, reporter, stdout()).run()
         return
     options = {"prompt": prompt, "input": source}
@@ -129,8 +129,8 @@ class Asked(NamedTuple):
     rows: Iterable[Any]
     total: int | None = None
     digest: str | None = None
-    longest: int | None = None
-    """The bytes of the longest."""
+    longest: str | None = None
+    """The text of the longest."""
 
 
 @contextmanager
@@ -142,24 +142,32 @@ def asked(prompts: list[str] | None, source: str | None) -> Iterator[Asked]:
     if prompts:
         given = [rows.Row(i, {"prompt": text}) for i, text in enumerate(prompts, 1)]
         text = json.dumps(prompts).encode()
-        longest = max(len(text.encode(errors="replace")) for text in prompts)
-        yield Asked(given, len(given), hashlib.sha256(text).hexdigest(), longest)
+        largest = max(prompts, key=lambda text: len(text.encode(errors="replace")))
+        yield Asked(given, len(given), hashlib.sha256(text).hexdigest(), largest)
     elif source == "-":
         yield Asked(rows.read(_lines_of(0)))
     else:
         path = Path(source or "")
+        if path.exists() and not path.is_file() and not path.is_dir():  # a pipe: `-i <(command)`
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                yield Asked(rows.read(_lines_of(handle)))
+            finally:
+                os.close(handle)
+            return
         try:
             stream: IO[bytes] = path.open("rb")
         except OSError as exc:
             raise InputError(f"{path} cannot be read: {exc.strerror}") from None
         with stream:
-            digest, total, longest = hashlib.sha256(), 0, 0
+            digest, total, longest = hashlib.sha256(), 0, b""
             for line in stream:
                 digest.update(line)
                 total += bool(line.strip())
-                longest = max(longest, len(line))
+                longest = max(longest, line, key=len)
             stream.seek(0)
-            yield Asked(rows.read(stream), total or None, digest.hexdigest(), longest)
+            said = rows.text_of(longest)
+            yield Asked(rows.read(stream), total or None, digest.hexdigest(), said)
 
 
 def _lines_of(number: int) -> Iterator[bytes]:

@@ -95,6 +95,20 @@ def task(config: Any) -> Task:
     return task_of(config.to_dict())
 
 
+READ_PADDING = ("rwkv", "xlnet")
+"""Model types that read padding as if it were text."""
+SHIFTED = ("camembert", "data2vec-text", "longformer", "mpnet", "roberta", "xlm-roberta")
+"""Model types that count positions from behind the padding token's number."""
+
+
+def context(config: Any) -> int | None:
+    """Return how many tokens a model can read and write, None if there is no limit."""
+    found: int | None = getattr(config, "max_position_embeddings", None)
+    if found is not None and config.model_type.startswith(SHIFTED):
+        found -= (config.pad_token_id or 0) + 1
+    return found
+
+
 def load_config(path: Path) -> Any:
     """Read a checkpoint's config. Raises InputError if transformers doesn't know the model."""
     from transformers import AutoConfig
@@ -190,16 +204,32 @@ def attach(model: Any, adapters: Mapping[str, Path]) -> Any:
                 wrapped = PeftModel.from_pretrained(model, path, adapter_name=name)
             else:
                 wrapped.load_adapter(path, adapter_name=name)
+            lost = _lost(wrapped, path, name)
         except (SafetensorError, ValueError, RuntimeError, KeyError, OSError, TypeError) as exc:
             raise InputError(
                 f"{path} doesn't fit this model: {first_line(exc)}",
                 hint="was it trained on another base?",
             ) from None
+        if lost:
+            raise InputError(
+                f"{path} doesn't fit this model: {len(lost)} of its tensors have no place in it, "
+                f"as {lost[0]}",
+                hint="was it trained on another base?",
+            )
     assert wrapped is not None  # there is at least one adapter
     if len(names) > 1:
         wrapped.base_model.set_adapter(names)
     wrapped.bmkit_adapters = dict(zip(adapters, names, strict=True))
     return wrapped.eval()
+
+
+def _lost(wrapped: Any, path: Path, name: str) -> list[str]:
+    """Return the tensors of an adapter that no module of the model has taken."""
+    from peft.utils import load_peft_weights, set_peft_model_state_dict
+
+    weights = load_peft_weights(str(path), device="cpu")
+    result = set_peft_model_state_dict(wrapped, weights, adapter_name=name)
+    return sorted(getattr(result, "unexpected_keys", None) or [])
 
 
 @contextmanager

@@ -236,8 +236,8 @@ class Job:
     """The budget in bytes for everything that the process holds on the GPU."""
     rows: int | None = None
     """How many prompts there are to answer, if that is known."""
-    longest: int | None = None
-    """The bytes of the longest of them, if that is known."""
+    longest: str | None = None
+    """The text of the longest of them, if that is known."""
     draft: Artifact | None = None
     """A model that guesses what `model` will say."""
     phrases: Path | None = None

@@ -121,7 +121,7 @@ def bmkit(words: dict[str, Any]) -> Answer:
         reporter=Silent(),
         threads=CPU_THREADS if on_cpu else None,
         rows=1,
-        longest=len(text),
+        longest=text,
         cpu_memory=budget if on_cpu else None,
         gpu_memory=None if on_cpu else budget,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,22 @@ def read_all(path: Path) -> list[Row]:
     if not rows:
         raise InputError(f"{path} holds no rows", hint="it takes one JSON object a line")
     return rows
+
+
+def text_of(line: bytes) -> str:
+    """Return all text of a row, if it can be read, else the line itself."""
+    found: list[str] = []
+
+    def gather(value: object) -> None:
+        if isinstance(value, str):
+            found.append(value)
+        elif isinstance(value, dict | list):
+            for part in value.values() if isinstance(value, dict) else value:
+                gather(part)
+
+    with suppress(ValueError, RecursionError):
+        gather(json.loads(line))
+    return "\n".join(found) or line.decode(errors="replace")
 
 
 def require_text(text: str) -> str:

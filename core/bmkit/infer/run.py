@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from typing import Any
 
 import torch
 
 from bmkit import model as models
 from bmkit.data.rows import BadRow, Row
-from bmkit.errors import InputError, UsageError
+from bmkit.errors import InputError, ResourceError, UsageError
 from bmkit.infer import encode, score
 from bmkit.infer.recipe import InferRecipe
 from bmkit.plan import Job
@@ -43,7 +44,7 @@ class Session:
         if recipe.score and task != "generate":
             raise UsageError(f"{job.checkpoint} doesn't generate text: it has nothing to --score")
         self.encodes = task if task != "generate" else None
-        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        self.context = models.context(config)
         self.encoder_decoder = bool(config.is_encoder_decoder)
         self.tokens = self.scored_tokens = 0
         self.logprob = self.seconds = 0.0
@@ -56,6 +57,7 @@ class Session:
             task="score" if recipe.score else "encode" if self.encodes else "generate",
             adapters=self.adapters,
         )
+        self.pads = config.model_type not in models.READ_PADDING
         self.pooling = encode.Pooling.of(job.checkpoint) if task == "embed" else None
         self.engine = open_engine(job, config)
         self.reader.most = self.engine.most_tokens
@@ -80,12 +82,20 @@ class Session:
 
     def _static(self, rows: int | None) -> bool:
         """Tell whether the cache has a fixed size: compiling for it pays for many prompts only."""
-        if self.recipe.cache != "auto" or self.engine.model is None:
-            return self.recipe.cache == "static"
+        if self.engine.model is None:
+            return False
         streams = self.engine.placed is not None and self.engine.placed.streamed_bytes > 0
         many = rows is None or rows >= 8 * self.recipe.batch_size
         can = not getattr(self.engine.model, "_is_stateful", False) and not self.encoder_decoder
-        return self.engine.device.type == "cuda" and many and can and not streams
+        can = can and not streams
+        if self.recipe.cache == "static" and not can:
+            raise ResourceError(
+                "cache: static can't be had with this model, or with weights that are streamed",
+                hint="leave it at auto",
+            )
+        if self.recipe.cache != "auto":
+            return self.recipe.cache == "static"
+        return self.engine.device.type == "cuda" and many and can
 
     def answer(
         self,
@@ -152,23 +162,23 @@ class Session:
                 numbers.append(prompt.number)
                 yield prompt
 
-        found = self.server.answer(noted(), write=write)
         done: dict[int, Result | BadRow] = {}
         due = 0
-        while True:
-            start = time.perf_counter()
-            prompt, answer = next(found, _NOTHING)
-            self.seconds += time.perf_counter() - start
-            if prompt is None:
-                return
-            if isinstance(prompt, Prompt):
-                self.tokens += len(answer.token_ids)
-                done[prompt.number] = Answered(prompt.id, prompt.text, answer)
-            else:
-                done[prompt.number] = prompt.row
-            while due < len(numbers) and numbers[due] in done:
-                yield done.pop(numbers[due])
-                due += 1
+        with closing(self.server.answer(noted(), write=write)) as found:
+            while True:
+                start = time.perf_counter()
+                prompt, answer = next(found, _NOTHING)
+                self.seconds += time.perf_counter() - start
+                if prompt is None:
+                    return
+                if isinstance(prompt, Prompt):
+                    self.tokens += len(answer.token_ids)
+                    done[prompt.number] = Answered(prompt.id, prompt.text, answer)
+                else:
+                    done[prompt.number] = prompt.row
+                while due < len(numbers) and numbers[due] in done:
+                    yield done.pop(numbers[due])
+                    due += 1
 
     def _score(self, prompt: Prompt | Bad) -> Result | BadRow:
         if isinstance(prompt, Bad):
@@ -190,10 +200,15 @@ class Session:
 
     def _encode(self, read: Iterator[Prompt | Bad]) -> Iterator[Result | BadRow]:
         """Read rows in the order they came, some together."""
-        while taken := list(itertools.islice(read, self.engine.rows)):
+        config = self.engine.model.config
+        pad = getattr(config.get_text_config(), "pad_token_id", None)
+        if pad is None:
+            pad = self.tokenizer.pad_token_id or 0
+        # A decoder that classifies looks for its last token by its config's padding token.
+        alone = self.encodes == "classify" and config.pad_token_id is None
+        while taken := list(itertools.islice(read, 1 if alone else self.engine.rows)):
             good = [p for p in taken if isinstance(p, Prompt)]
             start = time.perf_counter()
-            pad = self.tokenizer.pad_token_id or 0
             vectors = iter(
                 encode.encode(self.engine.model, [p.ids for p in good], pad, self.pooling)
                 if good
@@ -230,14 +245,17 @@ class Session:
     def _batches(self, prompts: list[Prompt], size: int) -> list[list[Prompt]]:
         """Group prompts of one adapter by length, those that are due first coming first.
 
+        A model that reads padding as text gets prompts of the same length together.
         A prompt near the end of the context is answered alone: what it leaves room for must not
         bound the answers of others.
         """
         most = self.recipe.max_new_tokens
         groups = [[p] for p in prompts if self._room(p) < most]
         roomy = sorted((p for p in prompts if self._room(p) == most), key=lambda p: -len(p.ids))
-        for adapter in dict.fromkeys(p.adapter for p in roomy):
-            mine = [p for p in roomy if p.adapter == adapter]
+        kinds: dict[Any, list[Prompt]] = {}
+        for p in roomy:
+            kinds.setdefault((p.adapter, None if self.pads else len(p.ids)), []).append(p)
+        for mine in kinds.values():
             groups += [mine[i : i + size] for i in range(0, len(mine), size)]
         return sorted(groups, key=lambda group: min(p.number for p in group))
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache
 
 from bmkit.errors import InputError
+from bmkit.runtime.budget import SCORE_BYTES
 
-CHUNK = 64
-"""Tokens whose logits are in memory at a time."""
+
+def at_once(vocabulary: int) -> int:
+    """Return of how many tokens the logits are in memory at a time."""
+    return max(1, min(64, SCORE_BYTES // (4 * max(vocabulary, 1))))
 
 
 @dataclass(frozen=True)
@@ -89,11 +92,12 @@ def score(model: Any, ids: list[int], scored: int, context: int | None) -> list[
     if model.config.is_encoder_decoder:
         return _encoder_decoder(model, ids, scored)
     found: list[float] = []
+    chunk = at_once(model.config.get_text_config().vocab_size)
     whole = bool(getattr(model, "_is_stateful", False))
     for start, first, end in windows(len(ids), scored, context):
         part = torch.tensor([ids[start:end]], device=model.device)
         cache = None
-        size = part.shape[1] if whole else CHUNK
+        size = part.shape[1] if whole else chunk
         for low in range(0, part.shape[1], size):
             piece = part[:, low : low + size]
             out = model(input_ids=piece, past_key_values=cache, use_cache=not whole)
@@ -114,8 +118,19 @@ def _encoder_decoder(model: Any, ids: list[int], scored: int) -> list[float]:
     if begin is None:
         begin = pad
     shifted = torch.cat((labels.new_tensor([[begin]]), labels[:, :-1]), 1)
-    logits = model(input_ids=read, decoder_input_ids=shifted).logits[0]
-    return picked(logits, labels[0].tolist())
+    said = model.get_encoder()(input_ids=read)
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    found: list[float] = []
+    chunk = at_once(model.config.get_text_config().vocab_size)
+    for low in range(0, scored, chunk):
+        out = model(
+            encoder_outputs=said,
+            decoder_input_ids=shifted[:, low : low + chunk],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        found += picked(out.logits[0], labels[0, low : low + chunk].tolist())
+    return found
 
 
 def picked(logits: Tensor, ids: list[int]) -> list[float]:
@@ -137,16 +152,10 @@ def packed(decoder: Any, ids: list[int], scored: int, context: int | None) -> li
     for start, first, end in windows(len(ids), scored, context):
         part = ids[start:end]
         cache = decoder.cache(1, -(-len(part) // 64) * 64)
-        for low, logits in decoder.all_logits(cache, 0, part, CHUNK):
+        for low, logits in decoder.all_logits(cache, 0, part, at_once(decoder.vocabulary)):
             at = start + low
             wanted = [i for i in range(at, at + len(logits)) if first <= i + 1 < end]
             if wanted:
                 rows = torch.from_numpy(logits)[[i - at for i in wanted]]
                 found += picked(rows, [ids[i + 1] for i in wanted])
     return found
-
-
-def timed(function: Any, *arguments: Any) -> tuple[list[float], float]:
-    """Call and return what it gave, and the seconds it took."""
-    start = time.perf_counter()
-    return function(*arguments), time.perf_counter() - start

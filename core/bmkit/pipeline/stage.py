@@ -41,8 +41,8 @@ class Request:
     """Further recipe keys that have a flag of their own, as `max_new_tokens`."""
     rows: int | None = None
     """How many prompts there are, if that is known."""
-    longest: int | None = None
-    """The bytes of the longest of them, if that is known."""
+    longest: str | None = None
+    """The text of the longest of them, if that is known."""
     force: bool = False
     folder: Path | None = None
     """What paths in `assign` are relative to, if not the working directory."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from bmkit import env
@@ -18,6 +19,28 @@ GPU_BYTES = 640 * 2**20
 """What CUDA holds on a GPU before any tensor: its context, code, and the libraries' workspaces."""
 CHUNK, SMALL_CHUNK = 512, 128
 """Tokens of a prompt that go through the blocks together, and under a budget that is tight."""
+TINY_CHUNK = 32
+"""The same, of models whose attention holds a score of every head, token and place."""
+FEW = 64
+"""Tokens that go through the fused blocks at a time."""
+LOAD_BYTES = 48 * 2**20
+"""What a part of a matrix takes while it is read and converted."""
+SCORE_BYTES = 16 * 2**20
+"""Logits that are in memory at a time while text is scored."""
+HOST_BYTES = 256 * 2**20
+"""Of a budget in RAM beside a GPU, what is left to all but weights that wait there."""
+_BY_HEADS = """
+    big_bird bigbird_pegasus bloom codegen cpmant deberta deberta-v2 fsmt gemma2 git got_ocr2
+    gpt_neo gpt_neox_japanese gpt_oss gptj granite_swa granitemoe_swa led longt5 megatron-bert
+    mpnet mpt mt5 mvp nllb-moe openai-gpt pegasus_x prophetnet reformer rembert roformer
+    switch_transformers t5 t5gemma trocr umt5 vaultgemma xglm xlm xlnet
+"""
+BY_HEADS = frozenset(_BY_HEADS.split())
+"""Model types whose attention holds a score of every head, token and place."""
+WHOLE = frozenset(
+    ("mamba", "mamba2", "openai-gpt", "recurrent_gemma", "reformer", "rwkv", "xlm", "xlnet")
+)
+"""Model types that read a prompt as a whole: they have no cache of keys and values."""
 GROUP = {"int8": None, "int4": 64}
 BITS = {"int8": 8, "int4": 4}
 
@@ -71,27 +94,28 @@ def place(
     """
     layers = int(headers.config["num_hidden_layers"])
     blocks = [0] * layers
-    largest = 0
+    files: list[set[Path]] = [set() for _ in range(layers)]
     for tensor in headers.tensors:
         parts = tensor.name.split(".")
         if parts[:2] == ["model", "layers"] and not tensor.name.endswith("_shape"):
-            size = _bytes(tensor, headers, quant)
-            blocks[int(parts[2])] += size
-            largest = max(largest, size)
+            blocks[int(parts[2])] += _bytes(tensor, headers, quant)
+            files[int(parts[2])].add(tensor.file)
     head = _head_bytes(headers, quant)
     slot = max(blocks)
+    apart = max((size for size, own in zip(blocks, files, strict=True) if len(own) > 1), default=0)
     head_parts = math.ceil(head / slot)
     units = (*blocks, *([math.ceil(head / head_parts)] * head_parts))
     while True:
         fixed = _fixed(headers, rows, tokens, CHUNK) + besides
         everything = frozenset(range(layers + 1))
-        whole = Placement(everything, (*blocks, head), 1, fixed + head, 0, tokens, rows=rows)
+        whole = Placement(everything, (*blocks, head), 1, fixed, 0, tokens, rows=rows)
         if budget is None or whole.peak_bytes <= budget:
-            return whole
+            return _roomy(whole, headers, budget)
         fixed = _fixed(headers, rows, tokens, SMALL_CHUNK) + besides
-        fixed += 3 * largest  # the first reading of a matrix goes through a copy that is looked at
+        # A block that two files share is read, others are mapped: there may be two of each.
+        slots = 2 * slot + 2 * apart
         streamed = Placement(
-            frozenset(), units, head_parts, fixed, 2 * slot, tokens, SMALL_CHUNK, rows
+            frozenset(), units, head_parts, fixed, slots, tokens, SMALL_CHUNK, rows
         )
         if streamed.peak_bytes <= budget:
             break
@@ -108,7 +132,45 @@ def place(
             hint=f"write it to disk first: bmkit compress {quant} -m MODEL, and run that",
         )
     chosen = spread(units, budget - streamed.peak_bytes)
-    return replace(streamed, resident=frozenset(chosen))
+    return _roomy(replace(streamed, resident=frozenset(chosen)), headers, budget)
+
+
+def _roomy(found: Placement, headers: Headers, budget: int | None) -> Placement:
+    """Let prompts be longer than they are planned for, as far as a budget leaves room."""
+    if budget is None:
+        return found
+    sizes = Sizes.of(headers.config)
+    each = 2 * 4 * sizes.layers * sizes.kv * _ceil(sizes.dim, 32) * found.rows
+    more = max(budget - found.peak_bytes, 0) // each // 64 * 64
+    context = int(headers.config.get("max_position_embeddings") or 2**20)
+    tokens = max(min(found.tokens + more, context + FEW), found.tokens)
+    return replace(
+        found, tokens=tokens, fixed_bytes=found.fixed_bytes + (tokens - found.tokens) * each
+    )
+
+
+def room_in_ram(limit: int | None) -> int | None:
+    """Return what a budget in RAM beside a GPU leaves to weights that wait there."""
+    return None if limit is None else max(limit - HOST_BYTES, 0)
+
+
+def lora_bytes(adapters: Sequence[Headers]) -> int:
+    """Return what LoRA adapters take: all together, and each alone where there are several."""
+    whole: dict[str, list[tuple[int, int]]] = {}
+    alone = copied = 0
+    for headers in adapters:
+        for t in headers.tensors:
+            copied += 4 * t.numel
+            if len(t.shape) == 2 and ".lora_" in t.name:
+                whole.setdefault(t.name, []).append((t.shape[0], t.shape[1]))
+                alone += 4 * t.shape[0] * _round_up(t.shape[1])
+    joined = 0
+    for name, shapes in whole.items():
+        if ".lora_A" in name:
+            joined += 4 * sum(rank for rank, _ in shapes) * _round_up(shapes[0][1])
+        else:
+            joined += 4 * shapes[0][0] * _round_up(sum(rank for _, rank in shapes))
+    return copied + joined + (alone if len(adapters) > 1 else 0)
 
 
 def spread(sizes: tuple[int, ...], room: int) -> set[int]:
@@ -159,6 +221,8 @@ class Sizes:
         hidden = first("hidden_size", "n_embd", "d_model") or 1
         heads = first("num_attention_heads", "n_head", "num_heads", "decoder_attention_heads") or 1
         dim = first("head_dim", "d_kv") or hidden // heads
+        if latent := first("qk_nope_head_dim"):  # keys of two parts, values of another width
+            dim = max(latent + first("qk_rope_head_dim"), first("v_head_dim"), dim)
         inner = first("intermediate_size", "n_inner", "decoder_ffn_dim", "ffn_dim", "d_ff")
         return cls(
             max(layers, 1),
@@ -191,13 +255,14 @@ def place_any(
     """
     blocks: dict[str, int] = {}
     parts: dict[str, int] = {}  # parameters, the experts of a block as one
+    files: dict[str, set[Path]] = {}
     rest = head = 0
     tied = bool(headers.config.get("tie_word_embeddings", True))
-    table = max((t.bytes for t in headers.tensors if _is_table(t, headers)), default=0)
     for tensor in headers.tensors:
         block, size = block_of(tensor.name), _any_bytes(tensor, headers, quant, width)
         if block is not None:
             blocks[block] = blocks.get(block, 0) + size
+            files.setdefault(block, set()).add(tensor.file)
             part = block + re.sub(r"\d+", "*", tensor.name[len(block) :])
             parts[part] = parts.get(part, 0) + _copied(tensor, quant)
         elif _is_table(tensor, headers):
@@ -209,6 +274,10 @@ def place_any(
     sizes = Sizes.of(headers.config)
     tables = head if tied else 2 * head
     slot = max((*blocks.values(), 2**20))
+    apart = max((blocks[name] for name, own in files.items() if len(own) > 1), default=0)
+    slots = 2 * slot + (0 if gpu else 2 * apart)
+    kind = str((headers.config.get("text_config") or headers.config).get("model_type"))
+    by_heads = kind in BY_HEADS
     head_parts = math.ceil(head / slot)
     streamed_units = (*blocks.values(), *([math.ceil(head / max(head_parts, 1))] * head_parts))
     last = None
@@ -216,26 +285,32 @@ def place_any(
         fixed = (
             rest
             + besides
-            + _any_fixed(sizes, rows, tokens, prompt, width, experts=experts, gpu=gpu)
+            + _any_fixed(
+                sizes, rows, tokens, prompt, width, experts=experts, by_heads=by_heads, gpu=gpu
+            )
         )
         whole = (*blocks.values(), tables)
         found = Placement(
             frozenset(range(len(whole))), whole, 1, fixed, 0, tokens, prompt, rows, rest
         )
-        load = 0 if gpu else 4 * largest + min(table, 16 * 2**20)
+        load = 0 if gpu else 4 * largest + LOAD_BYTES
         if budget is None or found.peak_bytes + load <= budget:
             return found
-        at_once = prompt if sizes.encoder_decoder else min(prompt, SMALL_CHUNK)
+        at_once = min(prompt, TINY_CHUNK if by_heads else SMALL_CHUNK)
+        if sizes.encoder_decoder or kind in WHOLE:
+            at_once = prompt
         fixed = rest + besides + load
-        fixed += _any_fixed(sizes, rows, tokens, at_once, width, experts=experts, gpu=gpu)
+        fixed += _any_fixed(
+            sizes, rows, tokens, at_once, width, experts=experts, by_heads=by_heads, gpu=gpu
+        )
         least = Placement(
-            frozenset(), streamed_units, head_parts, fixed, 2 * slot, tokens, at_once, rows, rest
+            frozenset(), streamed_units, head_parts, fixed, slots, tokens, at_once, rows, rest
         )
         if least.peak_bytes <= budget:
             room = budget - least.peak_bytes
             kept = frozenset(spread(streamed_units, room))
             return Placement(
-                kept, streamed_units, head_parts, fixed, 2 * slot, tokens, at_once, rows, rest
+                kept, streamed_units, head_parts, fixed, slots, tokens, at_once, rows, rest
             )
         last = least
         if rows == 1:
@@ -249,15 +324,14 @@ def place_any(
     )
 
 
-_TRANSPOSED = re.compile(r"\.c_(attn|proj|fc)\.weight$|\.experts\.")
+_MADE = re.compile(r"\.c_(attn|proj|fc)\.weight$|\.experts\.|_packed$")
 
 
 def _copied(tensor: TensorHeader, quant: str | None) -> int:
-    """Return the bytes of a tensor that loading has in hand beside what it makes of them."""
-    plain = quant is None and (tensor.dtype in {"BF16", "F32"} or len(tensor.shape) < 2)
-    if plain and not _TRANSPOSED.search(tensor.name) and tensor.shape[-1:] != (1,):
-        return tensor.bytes if tensor.shape and tensor.shape[-1] % 32 else 0
-    return tensor.bytes
+    """Return the bytes of a tensor that loading has in hand as a whole, not part by part."""
+    if _MADE.search(tensor.name) and not (".c_" in tensor.name and quant is None):
+        return tensor.bytes
+    return tensor.bytes if tensor.shape[-1:] == (1,) else 0
 
 
 def _is_table(tensor: TensorHeader, headers: Headers) -> bool:
@@ -277,7 +351,15 @@ def _any_bytes(tensor: TensorHeader, headers: Headers, quant: str | None, width:
 
 
 def _any_fixed(
-    s: Sizes, rows: int, tokens: int, prompt: int, width: int, *, experts: bool, gpu: bool
+    s: Sizes,
+    rows: int,
+    tokens: int,
+    prompt: int,
+    width: int,
+    *,
+    experts: bool,
+    by_heads: bool,
+    gpu: bool,
 ) -> int:
     cache = 2 * width * s.layers * s.kv * s.dim * rows * _ceil(tokens, 64)
     if s.encoder_decoder:
@@ -285,6 +367,10 @@ def _any_fixed(
     at_once = rows * min(prompt, tokens)
     activations = width * at_once * (8 * s.hidden + 4 * s.inner + 6 * s.heads * s.dim)
     scores = 2 * width * rows * min(prompt, tokens) * tokens  # masks
+    if by_heads:
+        scores += 4 * 4 * rows * s.heads * min(prompt, tokens) * tokens
+    # Of the layer that is computed: its cache grows by a copy, keys and values are repeated.
+    scores += 2 * width * rows * tokens * s.dim * (s.heads + 2 * s.kv)
     logits = 3 * 4 * s.vocabulary * (rows + 1)
     unpacked = 2 * 16 * 2**20 + (3 * width * s.hidden * s.inner if experts else 0)
     return (
@@ -334,8 +420,9 @@ def _fixed(headers: Headers, rows: int, tokens: int, chunk: int) -> int:
     cache = 2 * 4 * layers * kv * _ceil(dim, 32) * rows * _ceil(tokens, 64)
     activations = 4 * chunk * (8 * hidden + 5 * inner + 8 * heads * dim)
     scratch = 4 * max(inner, heads * dim, hidden) * hidden
+    scratch += 4 * FEW * (3 * hidden + 5 * heads * dim + 2 * kv * dim + 2 * inner + 8 * heads * FEW)
     logits = 3 * 4 * int(config["vocab_size"]) * (rows + 1)
-    return cache + activations + scratch + logits + SLACK_BYTES
+    return cache + activations + scratch + logits + SLACK_BYTES + LOAD_BYTES
 
 
 def _ceil(count: int, step: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from bmkit.errors import RecipeError
+from bmkit.errors import RecipeError, ResourceError
 from bmkit.plan import Headers, Job, read_headers, task
 from bmkit.runtime import budget, family
 from bmkit.runtime.budget import Placement
@@ -14,7 +14,10 @@ from bmkit.runtime.recipe import GenerateRecipe
 PROMPT_TOKENS = 512
 """Tokens of a prompt that are planned for where prompts aren't known before."""
 BYTES_A_TOKEN = 3
-"""The fewest that are reckoned with: of a prompt its bytes are known, not its tokens."""
+"""The fewest that are reckoned with where tokens are not counted."""
+
+NOT_PLACED = ("rwkv",)
+"""Model types that write to their own weights."""
 
 Way = Literal["packed", "placed", "dense"]
 
@@ -39,6 +42,7 @@ def choose(job: Job, headers: Headers) -> Chosen:
     recipe = job.recipe
     assert isinstance(recipe, GenerateRecipe)  # the registry pairs recipe and plan
     on_gpu = recipe.device.startswith("cuda")
+    model_type = headers.config.get("model_type")
     if recipe.quant == "w8a8" and not on_gpu:
         raise RecipeError(
             f"quant: w8a8 needs a GPU, this is {recipe.device}",
@@ -51,13 +55,15 @@ def choose(job: Job, headers: Headers) -> Chosen:
     context = int(headers.config.get("max_position_embeddings") or 2**20)
     prompt = PROMPT_TOKENS
     if job.longest is not None:
-        size = job.longest + len((recipe.system or "").encode())
-        prompt = max(prompt, size // BYTES_A_TOKEN + 64)
+        text = f"{recipe.system or ''}{job.longest}"
+        prompt = max(prompt, _tokens(job, text, exact=limit is not None) + 64)
     generates = task(headers.config) == "generate"
     answer = recipe.max_new_tokens if generates and not recipe.scores else 0
     guesses = recipe.guesses if answer else 0
     tokens = min(answer + prompt, context) + guesses
-    besides = sum(3 * read_headers(delta.path).bytes for delta in job.deltas)
+    besides = budget.lora_bytes([read_headers(delta.path) for delta in job.deltas])
+    if recipe.scores:
+        besides += 4 * budget.SCORE_BYTES
     besides += 8 * guesses * int(headers.config.get("vocab_size") or 0)
     if job.draft is not None:
         besides += _draft_bytes(job, recipe, tokens)
@@ -74,7 +80,14 @@ def choose(job: Job, headers: Headers) -> Chosen:
         )
         return Chosen("packed", found)
     packed = any(t.name.endswith("_packed") for t in headers.tensors)
+    whole = next((d.path for d in job.deltas if family.replaces_modules(d.path)), None)
+    if whole is not None and (limit is not None or recipe.quant):
+        raise ResourceError(
+            f"{whole} brings modules of its own: it works on a model that is loaded as a whole",
+            hint="run it without --quant and without a budget",
+        )
     wanted = recipe.quant is not None or limit is not None or packed or not generates
+    readable = readable and whole is None and model_type not in NOT_PLACED
     if readable and ((recipe.device == "cpu" and exact) or (on_gpu and wanted)):
         width = 4 if recipe.device == "cpu" or recipe.dtype == "float32" else 2
         placed = budget.place_any(
@@ -89,12 +102,37 @@ def choose(job: Job, headers: Headers) -> Chosen:
             width=width,
         )
         return Chosen("placed", placed)
+    if limit is not None:
+        raise ResourceError(
+            f"a budget can't be kept with device {recipe.device}, dtype {recipe.dtype} and this "
+            "model",
+            hint="it is kept on cuda, and on cpu with dtype auto or float32",
+        )
     if recipe.quant:
         raise RecipeError(
             f"quant: can't be had with device {recipe.device}, dtype {recipe.dtype} and this model",
             hint="it works on cuda, and on cpu with dtype auto; else: bmkit compress int8",
         )
     return Chosen("dense", None)
+
+
+def _tokens(job: Job, text: str, *, exact: bool) -> int:
+    """Return how many tokens a text may have: counted, where the tokenizer is one file."""
+    size = len(text.encode(errors="replace"))
+    file = job.checkpoint / "tokenizer.json"
+    if not exact:
+        return size // BYTES_A_TOKEN
+    if not file.is_file():
+        return size
+    from tokenizers import Tokenizer
+
+    try:
+        found = Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False)
+    except Exception as exc:  # the library has no other class
+        if type(exc) is not Exception:
+            raise
+        return size
+    return len(found.ids)
 
 
 def _draft_bytes(job: Job, recipe: GenerateRecipe, tokens: int) -> int:

@@ -41,8 +41,11 @@ def estimate(job: Job) -> Estimate:
     ]
     if not on_gpu:
         return Estimate(steps, Peak(RUNTIME_BYTES + found.peak_bytes, 0, 0), rates)
-    in_ram = min(found.streamed_bytes, job.cpu_memory or found.streamed_bytes)
-    return Estimate(steps, Peak(RUNTIME_BYTES + in_ram + 2**28, found.peak_bytes, 0), rates)
+    in_ram, room = found.streamed_bytes, budget.room_in_ram(job.cpu_memory)
+    if room is not None and in_ram > room:  # then some wait on disk, and are read into slabs
+        in_ram = max(room, 3 * found.slot_bytes // 2)
+    need = RUNTIME_BYTES + in_ram + budget.HOST_BYTES
+    return Estimate(steps, Peak(need, found.peak_bytes, 0), rates)
 
 
 def _dense(

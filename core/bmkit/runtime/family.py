@@ -63,6 +63,25 @@ def plain_lora(folder: Path) -> bool:
     )
 
 
+def replaces_modules(folder: Path) -> bool:
+    """Tell whether the adapter in `folder` brings whole modules, rows of a table, or a prompt.
+
+    Such a one needs the model's own dense modules.
+    """
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        names = [t.name for t in read_headers(folder).tensors]
+    except (OSError, ValueError, InputError):
+        return True
+    return (
+        config.get("peft_type") not in {"LORA", "IA3", "LOHA", "LOKR", "VERA", "OFT", "BOFT"}
+        or bool(config.get("modules_to_save"))
+        or bool(config.get("trainable_token_indices"))
+        or bool(config.get("target_parameters"))
+        or any("embedding" in name or name.endswith("embed_tokens.weight") for name in names)
+    )
+
+
 _NOT_PLAIN = (
     "alora_invocation_tokens",
     "alpha_pattern",

@@ -12,7 +12,7 @@ from bmkit import env
 from bmkit import model as models
 from bmkit.errors import ResourceError
 from bmkit.plan import Job, read_headers
-from bmkit.runtime.budget import GPU_BYTES
+from bmkit.runtime import budget
 from bmkit.runtime.choose import Chosen, choose
 from bmkit.runtime.generate import plain_defaults
 from bmkit.runtime.recipe import GenerateRecipe
@@ -47,13 +47,13 @@ def cap_gpu(device: torch.device, limit: int) -> None:
     """Let torch fail rather than take more than `limit` bytes of the GPU, CUDA's own included."""
     torch.cuda.init()  # type: ignore[no-untyped-call]
     free, total = torch.cuda.mem_get_info(device)
-    own = total - free - torch.cuda.memory_reserved(device)  # with what other processes hold
-    if limit > free:
+    if limit > total:
         raise ResourceError(
-            f"--gpu-memory {env.format_bytes(limit)}: {env.format_bytes(free)} are free on {device}"
+            f"--gpu-memory {env.format_bytes(limit)}: {device} has {env.format_bytes(total)}"
         )
+    own = total - free - torch.cuda.memory_reserved(device)  # with what other processes hold
     torch.cuda.set_per_process_memory_fraction(
-        max(limit - min(own, GPU_BYTES // 2), 1) / total, device
+        max(limit - min(own, budget.GPU_BYTES), 1) / total, device
     )
 
 
@@ -110,18 +110,20 @@ def _packed(
     decoder = load.load_decoder(
         job.checkpoint, threads=threads, quant=recipe.quant, placement=chosen.placement
     )
-    budget = job.cpu_memory is not None  # then two unpacked blocks may be too much
-    differ = load.tiny_difference(config) if budget else load.largest_difference(decoder)
+    limited = job.cpu_memory is not None  # then two unpacked blocks may be too much
+    differ = load.tiny_difference(config)
+    if not limited:
+        differ = max(differ, load.largest_difference(decoder))
     if differ > load.TOLERANCE:
         said = f"the fused blocks differ from the model's own code by {differ:.1e}"
-        if budget or recipe.quant:
+        if limited or recipe.quant:
             raise ResourceError(said, hint="this model runs without budget and quant only")
         job.reporter.warn(f"{said}; not used")
         return None
     if job.deltas:
         paths = [delta.path for delta in job.deltas]
         load.attach(decoder, dict(zip(names(paths), paths, strict=True)))
-    most = chosen.placement.tokens if budget else None
+    most = chosen.placement.tokens if limited else None
     return Engine(device, before, chosen.placement.rows, decoder=decoder, most_tokens=most)
 
 
@@ -156,9 +158,10 @@ def _placed(job: Job, recipe: GenerateRecipe, chosen: Chosen, device: torch.devi
         dtype=dtype,
         quant="int8" if recipe.quant == "w8a8" else recipe.quant,
         w8a8=recipe.quant == "w8a8",
-        room=Room(weights, None if on_cpu else job.cpu_memory),
+        room=Room(weights, None if on_cpu else budget.room_in_ram(job.cpu_memory)),
     )
     whole = limit is None or getattr(model, "_is_stateful", False)
+    whole = whole or model.config.model_type in budget.WHOLE
     chunk = None if whole else plan.chunk
     most = None if limit is None else plan.tokens
     return Engine(

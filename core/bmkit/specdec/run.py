@@ -74,7 +74,7 @@ class Session:
         config = models.load_config(job.checkpoint)
         if models.task(config) != "generate":
             raise InputError(f"{job.checkpoint} doesn't generate text")
-        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        self.context = models.context(config)
         self.adapters = names([delta.path for delta in job.deltas])
         self.digest = pool.tokenizer_digest(self.tokenizer)
         self.vocabulary = max(len(self.tokenizer), int(config.get_text_config().vocab_size))

@@ -17,6 +17,7 @@ from bmkit.deltas import address, lora
 from bmkit.errors import InputError
 from bmkit.nn import walk
 from bmkit.plan import Job, Outcome
+from bmkit.runtime.budget import room_in_ram
 from bmkit.train.loss import mean_loss
 from bmkit.train.trainer import train
 from bmkit.tune.plan import placement
@@ -129,7 +130,7 @@ def _placed(job: Job, recipe: TuneRecipe, device: torch.device, report: dict[str
         model,
         device=device,
         dtype=dtype,
-        room=Room(weights, None if on_cpu else job.cpu_memory),
+        room=Room(weights, None if on_cpu else room_in_ram(job.cpu_memory)),
         checkpoint=True,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,16 @@ from torch.nn import functional
 
 from bmkit.runtime.cpu import block as kernels
 from bmkit.runtime.cpu.dots import BFLOAT16, FLOAT32, INT8
-from bmkit.runtime.cpu.pack import Layout, Packed, empty_slab, lay_out, pack_floats, round_up
+from bmkit.runtime.cpu.pack import (
+    ALIGN,
+    PAD,
+    Layout,
+    Packed,
+    empty_slab,
+    lay_out,
+    pack_floats,
+    round_up,
+)
 from bmkit.runtime.cpu.source import Source
 from bmkit.runtime.cpu.store import Store
 from bmkit.runtime.cpu.window import Window
@@ -45,6 +55,38 @@ NAMES = {
 """The modules of a block by what transformers calls them, in the order of the table."""
 
 
+class Scratch:
+    """Arrays that a pass works in: each kind of them takes as much as its largest pass needs."""
+
+    def __init__(self) -> None:
+        self.bytes: dict[str, np.ndarray] = {}
+        self.now: dict[str, tuple[int, list[np.ndarray]]] = {}
+
+    def take(
+        self, name: str, tokens: int, shapes: Sequence[tuple[int, ...]], *, clear: bool = False
+    ) -> list[np.ndarray]:
+        """Return float32 arrays of `shapes`, for a pass of `tokens`.
+
+        They hold what a pass of as many tokens has left in them, else anything; zeros with `clear`.
+        """
+        known = self.now.get(name)
+        if known is not None and known[0] == tokens:
+            return known[1]
+        sizes = [round_up(4 * math.prod(shape), ALIGN) for shape in shapes]
+        if self.bytes.get(name, np.empty(0)).nbytes < sum(sizes):
+            self.bytes.pop(name, None)
+            self.bytes[name] = np.zeros(sum(sizes), np.uint8)
+        elif clear:
+            self.bytes[name][: sum(sizes)] = 0
+        found, at = [], 0
+        for shape, size in zip(shapes, sizes, strict=True):
+            whole = self.bytes[name][at : at + 4 * math.prod(shape)]
+            found.append(whole.view(np.float32).reshape(shape))
+            at += size
+        self.now[name] = (tokens, found)
+        return found
+
+
 class Delta:
     """Low-rank updates of one block's projections: matrices A [rank, in] and B [out, rank].
 
@@ -52,7 +94,6 @@ class Delta:
     """
 
     def __init__(self, pairs: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-        self.pairs = pairs
         self.rank = max((len(a) for a, _ in pairs.values()), default=1)
         matrices: list[Packed | None] = [None] * 14
         for which, (a, b) in pairs.items():
@@ -61,16 +102,22 @@ class Delta:
             matrices[2 * which : 2 * which + 2] = [pack_floats(a.float()), pack_floats(wide)]
         layout = lay_out([m.shape if m else None for m in matrices])
         self.table, self.slab = layout.table, empty_slab(layout.bytes)
+        views: dict[int, Tensor] = {}
         for row, matrix in enumerate(matrices):
             if matrix is not None:
                 layout.write(self.slab, row, matrix)
-        self._scratch: dict[int, np.ndarray] = {}
+                raw = layout.part(self.slab, row, 0).view(np.float32)
+                whole = torch.from_numpy(raw).view(matrix.shape.rows, -1)
+                views[row] = whole[:, : matrix.shape.inputs]
+        self.pairs = {  # B's columns beyond the rank of A are zeros
+            which: (views[2 * which], views[2 * which + 1][:, : len(a)])
+            for which, (a, _) in pairs.items()
+        }
 
-    def scratch(self, tokens: int) -> np.ndarray:
+    def scratch(self, space: Scratch, tokens: int) -> np.ndarray:
         """Return float32 [7, tokens, rank], the rank rounded up to 32 with zeros."""
-        if tokens not in self._scratch:
-            self._scratch[tokens] = np.zeros((7, tokens, round_up(self.rank)), np.float32)
-        return self._scratch[tokens]
+        shape = (7, tokens, round_up(self.rank))
+        return space.take(f"rank {self.rank}", tokens, [shape], clear=self.rank % PAD > 0)[0]
 
 
 NO_DELTA = Delta({})
@@ -135,8 +182,7 @@ class Decoder:
         self.deltas: list[Delta] | None = None
         self.delta_sets: dict[str | None, list[Delta] | None] = {None: None, EVERY: None}
         self.unpacked = np.empty(0, np.float32)
-        self._scratch: dict[int, tuple[np.ndarray, ...]] = {}
-        self._attention: dict[int, tuple[np.ndarray, ...]] = {}
+        self._scratch = Scratch()
 
     def _map(self, streamed: Sequence[int]) -> dict[int, Window]:
         """Return windows on the units that can be computed with where they are stored."""
@@ -197,6 +243,8 @@ class Decoder:
         kinds = getattr(self.config, "layer_types", None)
         sliding = kinds is None or kinds[i] == "sliding_attention"
         window = getattr(self.config, "sliding_window", None) if sliding else None
+        if self.config.model_type == "llama":  # it may say one, and doesn't look at it
+            window = None
         if not getattr(self.config, "use_sliding_window", True):
             window = None
         activation = ACTIVATIONS[self.config.hidden_act]
@@ -261,7 +309,7 @@ class Decoder:
         if sees is None:
             sees = np.eye(count, dtype=np.bool_)
         h = self.few(self.embed(ids), cache, sequence, slot, position, sees)
-        logits = self._space(count)[-1]
+        (logits,) = self._scratch.take("logits", count, [(count, self.vocabulary)])
         self._head(h, logits)
         return logits
 
@@ -319,7 +367,7 @@ class Decoder:
     ) -> np.ndarray:
         """Run embeddings `h` [tokens, hidden] through the fused blocks, in place; see `block`."""
         cos, sin = self.angles(position)
-        x, heads, mixed, inner, _ = self._space(len(h))
+        x, heads, mixed, inner = self._space(len(h))
         queries, scores, branch, parts, peaks = self._attention_space(len(h))
         for i in range(self.depth):
             delta = self.deltas[i] if self.deltas else NO_DELTA
@@ -355,7 +403,7 @@ class Decoder:
                     peaks,
                     delta.slab,
                     delta.table,
-                    delta.scratch(len(h)),
+                    delta.scratch(self._scratch, len(h)),
                     self.threads,
                 )
         return h
@@ -372,29 +420,27 @@ class Decoder:
                 kernels.product(kernels.ADDRESS, slab, m, x, logits, column, self.threads)
             column += int(m[kernels.M_ROWS])
 
-    def _space(self, tokens: int) -> tuple[np.ndarray, ...]:
-        if tokens not in self._scratch:
-            q, k = self.heads * self.dim, self.kv * self.dim
-            self._scratch[tokens] = (
-                np.zeros((tokens, round_up(self.hidden)), np.float32),
-                np.zeros((tokens, q + 2 * k), np.float32),
-                np.zeros((tokens, round_up(q)), np.float32),
-                np.zeros((2, tokens, round_up(self.inner)), np.float32),
-                np.zeros((tokens, self.vocabulary), np.float32),
-            )
-        return self._scratch[tokens]
+    def _space(self, tokens: int) -> list[np.ndarray]:
+        q, k = self.heads * self.dim, self.kv * self.dim
+        shapes = [
+            (tokens, round_up(self.hidden)),
+            (tokens, q + 2 * k),
+            (tokens, round_up(q)),
+            (2, tokens, round_up(self.inner)),
+        ]
+        padded = any(n % PAD for n in (self.hidden, q, self.inner))
+        return self._scratch.take("block", tokens, shapes, clear=padded)
 
-    def _attention_space(self, tokens: int) -> tuple[np.ndarray, ...]:
-        if tokens not in self._attention:
-            rows, width = tokens * self.heads // self.kv, round_up(self.dim)
-            self._attention[tokens] = (
-                np.zeros((self.threads, rows, width), np.float32),
-                np.zeros((self.threads, rows, kernels.SPAN), np.float32),
-                np.zeros((self.threads, rows, tokens), np.float32),
-                np.zeros((self.threads, self.kv, rows, width), np.float32),
-                np.zeros((self.threads, 2, self.kv, rows), np.float32),
-            )
-        return self._attention[tokens]
+    def _attention_space(self, tokens: int) -> list[np.ndarray]:
+        rows, width = tokens * self.heads // self.kv, round_up(self.dim)
+        shapes = [
+            (self.threads, rows, width),
+            (self.threads, rows, kernels.SPAN),
+            (self.threads, rows, tokens),
+            (self.threads, self.kv, rows, width),
+            (self.threads, 2, self.kv, rows),
+        ]
+        return self._scratch.take("attention", tokens, shapes, clear=self.dim % PAD > 0)
 
     def _dense(self, unit: int, slab: np.ndarray, which: int, inputs: int) -> Tensor:
         """Unpack a matrix into scratch, where it lasts until the next one comes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,13 +38,21 @@ class Server:
 
     def answer(
         self, prompts: Iterable[Any], *, write: Callable[[str], None] | None = None
-    ) -> Iterator[tuple[Any, Answer]]:
+    ) -> Generator[tuple[Any, Answer], None, None]:
         """Answer prompts (with `number`, `ids`, `adapter`), each as soon as it is done.
 
         Items that have no `ids` are handed through. `write` gets the text while it is made; use one
         row then. Raises InputError if the model's output is not a number.
         """
         source = Ahead(prompts, 2 * self.rows)
+        try:
+            yield from self._answer(source, write)
+        finally:
+            source.stop()
+
+    def _answer(
+        self, source: Ahead, write: Callable[[str], None] | None
+    ) -> Iterator[tuple[Any, Answer]]:
         active: dict[int, Row] = {}
         while True:
             while len(active) < self.rows:
@@ -71,7 +79,6 @@ class Server:
                     active[place] = row
             if not active:
                 if source.over:
-                    source.stop()
                     return
                 continue
             assert self.cache is not None  # an active row has one

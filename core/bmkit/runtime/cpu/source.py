@@ -21,6 +21,8 @@ from bmkit.runtime.cpu.pack import Layout, Packed, Shape
 from bmkit.runtime.cpu.window import MappedFile, Window
 
 DTYPES = {"U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+PART = 2**20
+"""Weights that are converted at a time: each takes some 16 bytes while it is."""
 QUANT = {"int8": (8, None), "int4": (4, 64)}
 """Bits and group of what `quant` means; inputs that the group doesn't divide take 32."""
 
@@ -225,35 +227,66 @@ class Files(Source):
         packed = self.read(self.tensors.get(f"{name}.weight_packed"))
         if packed is not None:
             return self._unpacked(name, packed, bias)
-        weight = self.read(self.tensors.get(f"{name}.weight"))
-        assert weight is not None  # `shape` has said so
-        self.require_finite(name, weight)
-        if weight.ndim == 1:
+        header = self.tensors[f"{name}.weight"]
+        if len(header.shape) == 1:
+            weight = self.read(header)
+            assert weight is not None  # it is in the headers
+            self.require_finite(name, weight)
             return pack.pack_floats(weight.float()[None])
-        if self.quant is None:
-            return pack.pack_floats(weight, bias)
-        return self._rounded(name, weight, bias)
+        shape = self.shape(name)
+        assert shape is not None  # the caller has it
+        data = np.empty((shape.rows, shape.row_bytes), np.uint8)
+        scales = np.empty((shape.rows, shape.groups), np.float32) if shape.groups else None
+        self._convert(name, header, 0, shape, data, scales)
+        return Packed(shape, data, scales, pack.floats(bias))
 
-    def _rounded(self, name: str, weight: Tensor, bias: Tensor | None) -> Packed:
-        bits, group = self._grid(name, weight.shape[1])
-        values, scale = quantize(weight, bits, group)
-        found = pack.pack_integers(values, scale, bits, bias)
-        assert found is not None  # `_grid` chooses groups that can be read
-        return found
+    def _convert(
+        self,
+        name: str,
+        header: TensorHeader,
+        low: int,
+        shape: Shape,
+        data: np.ndarray,
+        scales: np.ndarray | None,
+    ) -> None:
+        """Read rows of floats from `low` on and put them, packed, into `data` [rows, row_bytes].
+
+        A part at a time, so that this takes little memory. Raises InputError for NaN or infinity.
+        """
+        step = max(1, PART // max(shape.inputs, 1))
+        for at in range(0, shape.rows, step):
+            end = min(at + step, shape.rows)
+            part = self.read_again(header, low + at, end - at)
+            self.require_finite(name, part, low + at)
+            if self.quant is None:
+                packed = pack.pack_floats(part)
+            else:
+                bits, group = self._grid(name, shape.inputs)
+                values, scale = quantize(part, bits, group)
+                found = pack.pack_integers(values, scale, bits)
+                assert found is not None  # `_grid` chooses groups that can be read
+                packed = found
+            data[at:end] = packed.data
+            if scales is not None:
+                scales[at:end] = packed.scales
 
     def _unpacked(self, name: str, packed: Tensor, bias: Tensor | None) -> Packed:
         from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
         shape = self.shape(name)
-        scale = self.read(self.tensors[f"{name}.weight_scale"])
         assert shape is not None  # the caller has it
-        assert scale is not None
-        self.require_finite(name, scale)
+        scales = torch.from_numpy(self.scales(name))
         bits = self.headers.packed_bits
-        values = unpack_from_int32(packed, bits, torch.Size([shape.rows, shape.inputs]))
-        found = pack.pack_integers(values.to(torch.int8), scale.reshape(shape.rows, -1), bits, bias)
-        assert found is not None  # `shape` has refused what can't be packed
-        return found
+        data = np.empty((shape.rows, shape.row_bytes), np.uint8)
+        step = max(1, PART // max(shape.inputs, 1))
+        for low in range(0, shape.rows, step):
+            part = packed[low : low + step]
+            size = torch.Size([len(part), shape.inputs])
+            values = unpack_from_int32(part, bits, size).to(torch.int8)
+            found = pack.pack_integers(values, scales[low : low + step], bits)
+            assert found is not None  # `shape` has refused what can't be packed
+            data[low : low + step] = found.data
+        return Packed(shape, data, scales.numpy(), pack.floats(bias))
 
     def integers_into(self, name: str, shape: Shape, place: np.ndarray) -> bool:
         """Read packed integers to their place in a slab, if they are stored row by row unpadded.
@@ -314,19 +347,29 @@ class Files(Source):
             and DTYPES.get(weight.dtype)
             == {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16}.get(shape.kind)
         )
-        if not straight or weight is None or shape is None:
+        if shape is None or weight is None or len(weight.shape) < 2:
             super().write(name, layout, row, slab)
+            return
+        if not straight:
+            self._write_floats(name, weight, 0, layout, row, slab)
             return
         self.pread(weight, layout.part(slab, row, 0))
         self._write_bias(name, shape, layout, row, slab)
 
     def _write_bias(
-        self, name: str, shape: Shape, layout: Layout, row: int, slab: np.ndarray
+        self,
+        name: str,
+        shape: Shape,
+        layout: Layout,
+        row: int,
+        slab: np.ndarray,
+        low: int = 0,
     ) -> None:
         if shape.bias:
             bias = self.read(self.tensors[f"{name}.bias"])
             assert bias is not None  # it is in the headers
-            layout.part(slab, row, 2)[:] = bias.float().numpy().view(np.uint8)
+            part = bias[low : low + shape.rows].float().contiguous()
+            layout.part(slab, row, 2)[:] = part.numpy().view(np.uint8)
 
     def window(self, found: Sequence[tuple[str, Shape]]) -> tuple[Window, list[int]] | None:
         """Return a window on matrices that can be computed with as they are stored.
@@ -388,13 +431,26 @@ class Files(Source):
         if shape is None or weight is None or weight.dtype not in DTYPES:
             super().write_rows(name, low, layout, slab)
             return
-        part = self.some(name, weight, low, shape.rows)
-        bias = self.read(self.tensors.get(f"{name}.bias"))
-        bias = None if bias is None else bias[low : low + shape.rows]
-        if self.quant is not None:
-            layout.write(slab, 0, self._rounded(name, part, bias))
-        else:
-            layout.write(slab, 0, pack.pack_floats(part, bias))
+        self._write_floats(name, weight, low, layout, 0, slab)
+
+    def _write_floats(
+        self,
+        name: str,
+        weight: TensorHeader,
+        low: int,
+        layout: Layout,
+        row: int,
+        slab: np.ndarray,
+    ) -> None:
+        """Put rows of a matrix of floats from `low` on into `slab`, at `row` of the layout."""
+        shape = layout.shapes[row]
+        assert shape is not None  # the caller has looked
+        data = layout.part(slab, row, 0).reshape(shape.rows, shape.row_bytes)
+        scales = None
+        if shape.groups:
+            scales = layout.part(slab, row, 1).view(np.float32).reshape(shape.rows, -1)
+        self._convert(name, weight, low, shape, data, scales)
+        self._write_bias(name, shape, layout, row, slab, low)
 
     def some(self, name: str, weight: TensorHeader, low: int, count: int) -> Tensor:
         """Return `count` rows of a matrix from `low` on. Raises InputError for NaN or infinity."""
@@ -403,8 +459,10 @@ class Files(Source):
         raw = np.empty(count * size, np.uint8)
         self.pread(weight, raw, low * size)
         part = torch.from_numpy(raw).view(DTYPES[weight.dtype]).reshape(count, inputs)
-        if not part.isfinite().all():
-            raise InputError(f"{self.path}: {name} holds NaN or infinite weights")
+        step = max(1, PART // max(inputs, 1))
+        for at in range(0, count, step):  # truth values take memory too
+            if not part[at : at + step].isfinite().all():
+                raise InputError(f"{self.path}: {name} holds NaN or infinite weights")
         return part
 
     def rows(self, name: str, ids: Sequence[int]) -> np.ndarray:

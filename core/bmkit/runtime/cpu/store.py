@@ -63,8 +63,8 @@ class Store:
     Those in `resident` are loaded once. The others share `slots` slabs: while one is in use, a
     thread reads what comes next, round the end to the beginning, so that the first unit of the next
     token is read while the last of this one is computed. `streamed` are all the others, if not
-    given; those that have one of `windows` are mapped instead of read. Peak memory: residents and
-    slots, nothing else.
+    given; those that have one of `windows` are mapped instead of read. `make` makes the slabs. Peak
+    memory: residents and slots, nothing else.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class Store:
         streamed: Sequence[int] | None = None,
         windows: Mapping[int, Window] | None = None,
         slots: int = 2,
+        make: Callable[[int], np.ndarray] = empty_slab,
     ) -> None:
         self.windows = windows or {}
         self.layouts, self.load = layouts, load
@@ -87,7 +88,7 @@ class Store:
         self.order = Order(self.streamed)
         size = max((layouts[i].bytes for i in self.streamed if i not in self.windows), default=0)
         count = min(slots, len(self.streamed))
-        self.slots = [empty_slab(size) for _ in range(count)]
+        self.slots = [make(size) for _ in range(count)]
         self.held: dict[int, int] = {}  # unit -> slot, wanted or there
         self.ready: set[int] = set()
         self.free = list(range(count))

@@ -52,12 +52,16 @@ class CudaLink:
         """Return page-aligned bytes, registered with the driver where it lets us."""
         import mmap
 
-        pages = np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8)
-        with suppress(RuntimeError):
-            runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            if int(runtime.cudaHostRegister(pages.ctypes.data, size, 0)) == 0:
-                self.pinned.append((pages.ctypes.data, pages))
-        return pages[:size]
+        if size == 0:
+            return np.empty(0, np.uint8)
+        pages = np.frombuffer(mmap.mmap(-1, size), np.uint8)
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        if int(runtime.cudaHostRegister(pages.ctypes.data, size, 0)) == 0:
+            self.pinned.append((pages.ctypes.data, pages))
+        else:  # pages may not be locked here: copies are slower. The next call reports it once more
+            with suppress(RuntimeError):
+                torch.zeros(1, device=self.device)
+        return pages
 
     def empty(self, size: int) -> Tensor:
         """Return bytes on the GPU."""

@@ -34,6 +34,9 @@ from bmkit.runtime.placed.unit import Dense, Packed, Unit, nothing
 GROUP = 64
 """Inputs that share a scale, of weights that are rounded to 4 bits while they are loaded."""
 
+T5_OUT = ".DenseReluDense.wo"
+"""A linear layer of the T5 family, whose code asks each time for its weight's dtype."""
+
 Write = Callable[[Layout, int, np.ndarray], None]
 
 
@@ -137,7 +140,9 @@ class Builder:
             shape = self.shape(weight, self.bits)
             if shape is not None:
                 matrix = self._matrix(name, weight, shape, module._parameters.get("bias"))
-                self.replace(name, PackedLinear(matrix))
+                packed = PackedLinear(matrix)
+                packed.asked_for_dtype = name.endswith(T5_OUT)
+                self.replace(name, packed)
         elif type(module) is Conv1D and weight is not None:
             shape = self.shape(weight.T, self.bits, self.stored(weight))
             if shape is not None:
@@ -227,18 +232,19 @@ class Builder:
                 out = values[:, : shape.inputs]
                 self.origin.read_into(stored, out, low=low, transposed=transposed)
                 return
+            into = torch.from_numpy(layout.part(slab, row, 1)).view(torch.float32)
+            into = into.view(shape.rows, -1)
             if self.origin.packed_shape(stored) is not None:
                 packed = self.origin.integers(stored)
-                data, scales = packed.data[low:high], packed.scales
-            else:
-                found = self.origin.tensor(stored)
-                found = found.T if transposed else found.reshape(-1, shape.inputs)[low:high]
-                packed = _pack(found, shape)
-                data, scales = packed.data, packed.scales
-            assert scales is not None  # integers have them
-            place[:] = torch.from_numpy(data)
-            scales = scales[low:high] if len(scales) > shape.rows else scales
-            layout.part(slab, row, 1)[:] = scales.reshape(-1).view(np.uint8)
+                assert packed.scales is not None  # integers have them
+                place[:] = torch.from_numpy(packed.data[low:high])
+                into[:] = torch.from_numpy(packed.scales[low:high])
+                return
+            for at, part in self.origin.parts(stored, shape, low=low, transposed=transposed):
+                packed = _pack(part, shape)
+                assert packed.scales is not None  # as above
+                place[at : at + len(part)] = torch.from_numpy(packed.data)
+                into[at : at + len(part)] = torch.from_numpy(packed.scales)
 
         return write
 

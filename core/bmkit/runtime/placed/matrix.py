@@ -88,7 +88,8 @@ class Matrix:
         needs_grad = torch.is_grad_enabled() and x.requires_grad
         if self.raw is not None and 0 < count <= FEW and not needs_grad:
             return self._few(x, count)
-        if self.w8a8 and self.shape.groups == 1 and count > 0 and not needs_grad:
+        fits = self.shape.rows % 8 == 0  # what `_int_mm` takes
+        if self.w8a8 and fits and self.shape.groups == 1 and count > 0 and not needs_grad:
             return self.rounded(x, self.bias())
         if needs_grad:
             y: Tensor = _Frozen.apply(x, self)  # type: ignore[no-untyped-call]
@@ -200,6 +201,9 @@ class _Frozen(torch.autograd.Function):
 class PackedLinear(nn.Linear):
     """A linear layer on a `Matrix`; its `weight` is unpacked when somebody asks for it."""
 
+    asked_for_dtype = False
+    """Whether the model looks at its weight's dtype in every pass, and at nothing else of it."""
+
     def __init__(self, matrix: Matrix) -> None:
         nn.Module.__init__(self)
         self.matrix = matrix
@@ -209,7 +213,7 @@ class PackedLinear(nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         """Return the weight [out, in]; without its unit, of the right shape and kind only."""
         shape = self.matrix.shape
-        if self.matrix.slab is None:
+        if self.matrix.slab is None or self.asked_for_dtype:
             nothing = torch.zeros(1, dtype=self.matrix.dtype, device=self.matrix.device)
             return nothing.expand(shape.rows, shape.inputs)
         return self.matrix.dense()
@@ -246,6 +250,7 @@ class PackedEmbedding(nn.Embedding):
     """An embedding on a `Matrix`; `embedding_class` puts it under a subclass's own code."""
 
     matrix: Matrix
+    asked_for_dtype = False
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

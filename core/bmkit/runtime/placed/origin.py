@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from bmkit.errors import InputError
 from bmkit.plan import TensorHeader
 from bmkit.runtime.cpu import pack
 from bmkit.runtime.cpu.pack import Packed, Shape
-from bmkit.runtime.cpu.source import DTYPES, Files
+from bmkit.runtime.cpu.source import DTYPES, PART, Files
 
 META_DTYPES = {**DTYPES, "I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
 QUANTISED = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point")
@@ -169,9 +169,35 @@ class Origin:
             self.files.pread(header, out.view(-1).view(torch.uint8).numpy(), start)
             self.files.require_finite(name, out, low)
             return
-        found = self.files.read_again(header, low, rows)
-        self.files.require_finite(name, found, low)
-        out.copy_(found.T if transposed else found.reshape(out.shape))
+        if transposed:  # its rows are columns of what is stored, so all of those are read
+            low, rows, out = 0, header.shape[0], out.T
+        step = max(1, PART * rows // max(out.numel(), 1))
+        flat = out if out.ndim else out.reshape(1)
+        if len(flat) != rows:  # stored as a stack of matrices
+            flat = torch.unflatten(flat, 0, (rows, len(flat) // rows))
+        for at in range(0, rows, step):
+            end = min(at + step, rows)
+            found = self.files.read_again(header, low + at, end - at)
+            self.files.require_finite(name, found, low + at)
+            place = flat if end - at == rows else flat[at:end]
+            place.copy_(found.reshape(place.shape))
+
+    def parts(
+        self, name: str, shape: Shape, *, low: int = 0, transposed: bool = False
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield a matrix of floats a part of its rows at a time, from `low` on: where, and what."""
+        step = max(1, PART // max(shape.inputs, 1))
+        header = self.header(name)
+        if header is None or transposed or header.dtype not in DTYPES or len(header.shape) != 2:
+            found = self.tensor(name)
+            found = found.T if transposed else found.reshape(-1, shape.inputs)
+            for at in range(0, shape.rows, step):
+                yield at, found[low + at : low + min(at + step, shape.rows)]
+            return
+        for at in range(0, shape.rows, step):
+            part = self.files.read_again(header, low + at, min(step, shape.rows - at))
+            self.files.require_finite(name, part, low + at)
+            yield at, part
 
     def rows(self, name: str, ids: Tensor) -> Tensor:
         """Return rows of a stored matrix, reading only those: float32 [ids, inputs]."""

@@ -87,11 +87,13 @@ class OnDevice:
             load(i, self.in_ram[i])
             end += units[i].bytes
         on_disk = [i for i in streamed if i not in in_ram]
-        self.disk = Store(units, load, resident=set(), streamed=on_disk, slots=3)
+        self.disk = Store(units, load, resident=set(), streamed=on_disk, slots=3, make=link.host)
         self.order = Order(streamed)
         size = max((units[i].bytes for i in streamed), default=0)
         self.slots = [link.empty(size) for _ in range(min(slots, len(streamed)))]
-        self.used: list[Any] = [None] * len(self.slots)
+        self.used: list[Any] = [
+            link.mark() for _ in self.slots
+        ]  # they may have been others' before
         self.held: dict[int, tuple[int, Any]] = {}  # unit -> slot, event of its copy
         self.free = list(range(len(self.slots)))
         self.reading: list[tuple[AbstractContextManager[Any], Any]] = []

@@ -133,6 +133,7 @@ class Speculator:
         try:
             yield from self._answer(source, active, write)
         finally:
+            source.stop()
             for left in active.values():  # stopped in the middle
                 self.said.append(left.said)
 
@@ -156,7 +157,6 @@ class Speculator:
                     active[place] = begun
             if not active:
                 if source.over:
-                    source.stop()
                     return
                 continue
             start = time.perf_counter()

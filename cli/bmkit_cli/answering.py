@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
 from bmkit.report import Reporter
-from bmkit_cli import session
+from bmkit_cli import session, stopping
 
 CHAT = "What was said so far, and is remembered. " * 100
 """Of a chat, so much is planned for in a budget; what doesn't fit is forgotten."""
@@ -70,6 +70,7 @@ def run(
         raise UsageError(f"-o and -i both name {out}")
     if out is not None and not plan:
         place.refuse_existing(out, force=words["force"])
+    place.refuse_directory(words["report"])
     if prompt and source:
         raise UsageError("-p and -i exclude each other")
     talk = chats and not prompt and not source and not plan and out is None
@@ -119,6 +120,8 @@ def answer(
         prompts = [prompts]
     source = options.get("input")
     with asked(prompts, source) as given:
+        if given.total == 0:
+            _refuse_nothing(source or "-p")
         request = replace(request, rows=given.total, longest=given.longest)
         _write(request, given, options, source or "-p", reporter, shown or Plain())
 
@@ -167,7 +170,7 @@ def asked(prompts: list[str] | None, source: str | None) -> Iterator[Asked]:
                 longest = max(longest, line, key=len)
             stream.seek(0)
             said = rows.text_of(longest)
-            yield Asked(rows.read(stream), total or None, digest.hexdigest(), said)
+            yield Asked(rows.read(stream), total, digest.hexdigest(), said)
 
 
 def _lines_of(number: int) -> Iterator[bytes]:
@@ -207,6 +210,8 @@ def _write(
         key = generate.resume_key(request, reporter, given.digest)
     new = place.resumed_file(out, key, force=force) if out else nullcontext((None, 0))
     with new as (file, done):
+        if key is not None:
+            stopping.kept = "the same command goes on with the rows that are done"
         if done:
             reporter.info(f"{request.stage}: {done} rows are done, going on with the next")
         answers = generate.open_answers(request, given.rows, reporter, write=write, done=done)
@@ -242,4 +247,11 @@ def _write(
         others = "1 other was" if count == 1 else f"{count} others were"
         raise InputError(f"{source}:{first.line}: {first.problem}{more}; {others} done")
     if count == 0:
-        raise InputError(f"{source} holds no rows", hint="it takes one JSON object a line")
+        _refuse_nothing(source)
+
+
+def _refuse_nothing(source: str) -> None:
+    from bmkit.errors import InputError
+
+    what = "stdin" if source == "-" else source
+    raise InputError(f"{what} holds no rows", hint="it takes one JSON object a line")

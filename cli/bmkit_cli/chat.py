@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from bmkit.report import Reporter
+from bmkit_cli import stopping
 
 HELP = """\
 /reset         forget what was said
@@ -44,6 +45,7 @@ class Chat:
                 self.out.text("")
                 return
             except KeyboardInterrupt:
+                stopping.handled()
                 self.out.text("")
                 continue
             if line == "/exit":
@@ -101,6 +103,7 @@ class Chat:
         try:
             found = next(answers)
         except KeyboardInterrupt:
+            stopping.handled()
             self.reporter.info("(interrupted)")
         finally:
             answers.close()

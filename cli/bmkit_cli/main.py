@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from bmkit_cli import stopping
 from bmkit_cli.commands import books, infer, spec_decode, stages
 
 app = typer.Typer(
@@ -60,18 +60,15 @@ app.add_typer(books.cache, name="cache")
 def main() -> None:
     """Run the command; whatever ends it becomes one message and an exit code."""
     _open_what_is_closed()
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGALRM, stop)
-    sys.unraisablehook = _unraisable
+    stopping.listen()
     try:
         code = _run()
     except (KeyboardInterrupt, SystemExit):  # a second one, while the first was being handled
         code = 1
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, signal.SIG_IGN)  # the run is over: nothing is left to stop
-    if _asked and code:
-        code = _say("stopped; nothing half-written is left", None, 128 + _asked)
+    stopping.ignore()
+    if stopping.asked and code:
+        left = stopping.kept or "nothing half-written is left"
+        code = _say(f"stopped; {left}", None, 128 + stopping.asked)
     exec("")  # a stop inside an import's `exec` makes CPython end by the signal, until the next one
     sys.exit(code)
 
@@ -88,31 +85,6 @@ def _open_what_is_closed() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
-
-
-_asked = 0
-
-
-def stop(number: int, _: FrameType | None) -> None:
-    """Stop the run on SIGINT or SIGTERM, surely, and without disturbing its cleaning up.
-
-    An exception that a signal raises inside a finalizer or an import's callback is dropped by
-    Python. So it is raised again, by a timer, until somebody is seen handling it.
-    """
-    global _asked
-    _asked = _asked or number
-    signal.setitimer(signal.ITIMER_REAL, 0.3)
-    if isinstance(sys.exc_info()[1], KeyboardInterrupt | SystemExit):
-        return
-    if _asked == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise SystemExit(128 + _asked)
-
-
-def _unraisable(found: Any) -> None:
-    """Say nothing of a stop that was dropped: it comes again."""
-    if not isinstance(found.exc_value, KeyboardInterrupt | SystemExit):
-        sys.__unraisablehook__(found)
 
 
 def _run() -> int:

@@ -140,10 +140,26 @@ def load_tokenizer(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 
+POOLER = ".pooler."
+"""In the names of what some encoders put behind their token vectors, and not all files hold."""
+OTHER_HEADS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
+
+
 def auto_class(config: Any) -> Any:
-    """Return transformers' Auto class that loads a checkpoint for its task."""
+    """Return transformers' class that loads a checkpoint for its task: an Auto class, most often.
+
+    Raises InputError for a task that nothing here does.
+    """
     import transformers
 
+    name = (getattr(config, "architectures", None) or [""])[0]
+    if name.endswith(OTHER_HEADS):
+        raise InputError(
+            f"{name} is made for a task that bmkit doesn't do",
+            hint="generating, scoring, classifying a text and embedding it are done",
+        )
+    if name.endswith("EncoderModel") and hasattr(transformers, name):
+        return getattr(transformers, name)
     kind = {"classify": "AutoModelForSequenceClassification", "embed": "AutoModel"}.get(
         task(config), "AutoModelForCausalLM"
     )
@@ -179,7 +195,10 @@ def load_model(path: Path, *, device: torch.device, dtype: str = "auto") -> Any:
         if said := machine_refusal(exc):
             raise ResourceError(f"{path} can't be loaded: {said}", hint=SMALLER) from None
         raise InputError(f"{path} can't be loaded: {first_line(exc)}") from None
-    if missing := sorted(info["missing_keys"]):
+    missing = sorted(info["missing_keys"])
+    if task(config) == "embed" and all(POOLER in f".{key}" for key in missing):
+        missing = []  # token vectors are pooled here
+    if missing:
         raise InputError(
             f"{path}: {len(missing)} tensors are missing, as {missing[0]}",
             hint="the weights belong to another config.json; fetch the checkpoint again",

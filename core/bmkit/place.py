@@ -120,6 +120,7 @@ def new_file(file: Path, *, force: bool = False) -> Iterator[IO[str]]:
     if another run is writing it; ResourceError if the machine refuses.
     """
     refuse_existing(file, force=force)
+    file = file.resolve()
     scratch = file.with_name(f".{file.name}.partial")
     with refusals(file):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -146,6 +147,7 @@ def resumed_file(
     when the block fails, for the same command to go on with; without a key nothing stays.
     """
     refuse_existing(file, force=force)
+    file = file.resolve()
     scratch = file.with_name(f".{file.name}.partial")
     note = file.with_name(f".{file.name}.partial-key")
     with refusals(file, "the same command goes on with the rows that are done"):
@@ -206,16 +208,32 @@ def _whole_lines(stream: IO[bytes]) -> int:
 
 
 def refuse_existing(file: Path, *, force: bool) -> None:
-    """Raise OutputTaken if `file` is there (unless `force`), or a directory."""
+    """Raise OutputTaken if `file` is there (unless `force`), or a directory or a device."""
     if file.is_dir():
         raise OutputTaken(f"{file} is a directory", hint="-o takes a file")
+    if file.exists() and not file.is_file():
+        raise OutputTaken(f"{file} is no plain file", hint="-o takes a file; `>` redirects stdout")
     if file.exists() and not force:
         raise OutputTaken(f"{file} is there already", hint="name another -o, or use --force")
 
 
+def refuse_directory(file: Path | None) -> None:
+    """Raise OutputTaken if a report is to go where a directory is."""
+    if file is not None and file.is_dir():
+        raise OutputTaken(f"{file} is a directory", hint="name a file")
+
+
 def write_text(file: Path, text: str) -> None:
-    """Write a small file in one rename. Raises ResourceError if the machine refuses."""
+    """Write a small file in one rename; a device or pipe is written to.
+
+    Raises OutputTaken for a directory, ResourceError if the machine refuses.
+    """
+    refuse_directory(file)
+    file = file.resolve()  # of a link, what it points to
     with refusals(file):
+        if file.exists() and not file.is_file():
+            file.write_text(text, encoding="utf-8")
+            return
         file.parent.mkdir(parents=True, exist_ok=True)
         scratch = file.with_name(f".{file.name}.{os.getpid()}.partial")
         try:

@@ -42,6 +42,8 @@ def task(config: Mapping[str, Any]) -> Task:
     names = config.get("architectures") or [""]
     if names[0].endswith("ForSequenceClassification"):
         return "classify"
+    if names[0].endswith("EncoderModel"):  # of an encoder-decoder, the encoder alone
+        return "embed"
     return "embed" if config.get("model_type") in ENCODERS else "generate"
 
 

@@ -21,6 +21,11 @@ NO_IDS = torch.zeros(1, 1, dtype=torch.long)
 CHI_SQUARE_1E_6 = {1: 23.93, 2: 27.63, 3: 30.66, 4: 33.38, 5: 35.89}
 
 
+def ids(place: int) -> Tensor:
+    """Return token ids of an answer that has got so far."""
+    return NO_IDS.expand(1, place)
+
+
 def softmax(logits: list[float], temperature: float = 1.0) -> list[float]:
     """Return the probabilities that logits stand for."""
     powers = [math.exp(x / temperature) for x in logits]
@@ -36,7 +41,7 @@ def chi_square(counts: list[int], probabilities: list[float]) -> float:
 def count_draws(steps: LogitsProcessorList, rows: int, times: int) -> list[int]:
     """Draw `times` tokens in each of `rows`, and count them."""
     scores = torch.tensor([LOGITS]).repeat(rows, 1)
-    drawn = torch.stack([steps(NO_IDS, scores.clone()).argmax(-1) for _ in range(times)])
+    drawn = torch.stack([steps(ids(t), scores.clone()).argmax(-1) for t in range(times)])
     return torch.bincount(drawn.flatten(), minlength=len(LOGITS)).tolist()
 
 
@@ -63,7 +68,7 @@ def test_draws_of_neighbouring_rows_and_times_are_independent() -> None:
     rows, times, half = 2, 20_000, torch.tensor([[0.0, 0.0]])
     steps = plain([sampling.row_seed(0, row) for row in range(rows)])
     scores = half.repeat(rows, 1)
-    drawn = torch.stack([steps(NO_IDS, scores.clone()).argmax(-1) for _ in range(times)])
+    drawn = torch.stack([steps(ids(t), scores.clone()).argmax(-1) for t in range(times)])
     neighbours = drawn[:, 0] * 2 + drawn[:, 1]
     successors = drawn[:-1, 0] * 2 + drawn[1:, 0]
     for pairs in (neighbours, successors):
@@ -78,7 +83,7 @@ def test_a_rows_draws_do_not_depend_on_the_batch() -> None:
 
     def draws(rows: list[int]) -> Tensor:
         steps = plain([seeds[r] for r in rows], temperature=0.8, top_k=20, top_p=0.9, min_p=0.01)
-        return torch.stack([steps(NO_IDS, scores[rows].clone()).argmax(-1) for _ in range(50)])
+        return torch.stack([steps(ids(t), scores[rows].clone()).argmax(-1) for t in range(50)])
 
     together = draws([0, 1, 2, 3])
     assert torch.equal(draws([3, 1])[:, 0], together[:, 3])
@@ -90,7 +95,7 @@ def test_a_rows_draws_do_not_depend_on_the_batch() -> None:
 def test_equal_seeds_draw_equally_and_others_do_not() -> None:
     def draws(seed: int) -> list[int]:
         steps = plain([sampling.row_seed(seed, 0)])
-        return [int(steps(NO_IDS, torch.zeros(1, 50)).argmax()) for _ in range(20)]
+        return [int(steps(ids(t), torch.zeros(1, 50)).argmax()) for t in range(20)]
 
     assert draws(1) == draws(1)
     assert draws(1) != draws(2)
@@ -147,7 +152,7 @@ def test_restrictions_apply_one_after_the_other_and_keep_the_proportions() -> No
 def test_what_is_excluded_is_never_drawn() -> None:
     scores = torch.tensor([[0.0, -math.inf, 5.0, -math.inf]])
     steps = plain([1])
-    assert {int(steps(NO_IDS, scores.clone()).argmax()) for _ in range(500)} == {0, 2}
+    assert {int(steps(ids(t), scores.clone()).argmax()) for t in range(500)} == {0, 2}
 
 
 def test_half_precision_scores_are_drawn_in_float32() -> None:
@@ -166,3 +171,32 @@ def test_the_repetition_penalty_is_transformers_own_but_for_padding(
     assert torch.equal(RepetitionPenalty(penalty, [0, 0])(ids, scores), own(ids, scores))
     padded = torch.cat([torch.full((2, gap), 7), ids], 1)
     assert torch.equal(RepetitionPenalty(penalty, [gap, gap])(padded, scores), own(ids, scores))
+
+
+@given(st.integers(0, 50), st.floats(0.05, 0.99), st.integers(2, 2000))
+def test_top_p_leaves_what_transformers_own_leaves(seed: int, share: float, size: int) -> None:
+    from transformers import TopPLogitsWarper
+
+    scores = torch.randn(3, size, generator=torch.Generator().manual_seed(seed)) * 2
+    own, found = TopPLogitsWarper(share)(NO_IDS, scores), sampling.TopP(share)(NO_IDS, scores)
+    same = (own.isfinite() == found.isfinite()).all(-1)
+    for row in (~same).nonzero()[:, 0].tolist():  # a token on the very edge, by rounding
+        assert (own[row].isfinite() != found[row].isfinite()).sum() == 1
+    assert torch.equal(
+        own[own.isfinite() & found.isfinite()], scores[own.isfinite() & found.isfinite()]
+    )
+
+
+def test_the_noise_is_gumbels_whatever_it_is_asked_for() -> None:
+    noise = sampling.gumbel(3, 7, torch.arange(200_000)).double()
+    assert float(noise.mean()) == pytest.approx(0.5772, abs=0.01)
+    assert float(noise.var()) == pytest.approx(math.pi**2 / 6, abs=0.03)
+    some = torch.tensor([5, 77, 131_071])
+    assert torch.equal(sampling.gumbel(3, 7, some), noise[some].float())
+    for other in (
+        sampling.gumbel(3, 8, torch.arange(200_000)),
+        sampling.gumbel(4, 7, torch.arange(200_000)),
+    ):
+        both = torch.stack((noise, other.double()))
+        assert abs(float(torch.corrcoef(both)[0, 1])) < 0.01
+    assert abs(float(torch.corrcoef(torch.stack((noise[:-1], noise[1:])))[0, 1])) < 0.01

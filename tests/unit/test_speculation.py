@@ -6,6 +6,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -206,9 +207,24 @@ def test_answers_of_encoder_decoders_are_those_of_the_target_alone(
     model = model_of(SEQ2SEQ[name])
     how = Generation(LONG, repetition_penalty=1.3)
     prompts = prompts_of(3)
-    guessing = speculator(model, tokenizer, how, rows=2, settings=ALWAYS)
+    last = model.generation_config.forced_eos_token_id
+    forced = {} if last is None else {"forced_eos_token_id": last}
+    guessing = speculator(model, tokenizer, replace(how, more=forced), rows=2, settings=ALWAYS)
     assert answers(guessing, prompts) == alone(model, tokenizer, prompts, how)
     assert sum(guessing.stats.verified.values()) > 0
+
+
+def test_forced_tokens_of_a_checkpoint_are_said(tokenizer: Any) -> None:
+    model = model_of(SEQ2SEQ["bart"])
+    forced = {"forced_bos_token_id": 77, "forced_eos_token_id": 2}
+    for name, token in forced.items():
+        setattr(model.generation_config, name, token)
+    prompts = prompts_of(2)
+    wanted = alone(model, tokenizer, prompts, Generation(12))
+    assert [w[0] for w in wanted] == [77, 77]
+    assert all(w[-1] == 2 for w in wanted)
+    found = speculator(model, tokenizer, Generation(12, more=forced), settings=ALWAYS)
+    assert answers(found, prompts) == wanted
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-windows"])

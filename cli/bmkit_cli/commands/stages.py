@@ -119,11 +119,13 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
     reporter = session.start(given["how"], quiet=given["quiet"], loud=given["verbose"])
     from dataclasses import replace
 
+    from bmkit import place
     from bmkit.errors import UsageError
     from bmkit.pipeline import stage as stages
     from bmkit_cli.output import out as stdout
 
     stream = stdout()
+    place.refuse_directory(given["report"])
     request = stages.Request(
         stage=stage,
         recipe=given["recipe"],

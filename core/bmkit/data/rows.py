@@ -105,6 +105,9 @@ def messages_problem(messages: object) -> str | None:
 
 def unknown_shape(values: dict[str, Any], wanted: str) -> str:
     """Say what a row lacks, naming the nearest key."""
+    for key in ("prompt", "completion", "text"):
+        if key in values and not isinstance(values[key], str):
+            return f"`{key}` is not text"
     known = [word.strip("` ") for word in wanted.replace(" or ", ",").replace("/", ",").split(",")]
     for key in values:
         if close := did_you_mean(key, known):

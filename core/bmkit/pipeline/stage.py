@@ -349,6 +349,8 @@ def run_stage(request: Request, reporter: Reporter) -> Result:
 
 def check_fits(prepared: Prepared, reporter: Reporter) -> None:
     """Raise ResourceError if the machine, or the request's budgets, can't hold the stage."""
+    if prepared.budget("gpu") is not None and prepared.recipe.device == "cpu":
+        reporter.warn("--gpu-memory bounds nothing here: this runs on the CPU")
     plan.check_fits(
         estimate(prepared, reporter).peak,
         prepared.out,

@@ -60,9 +60,17 @@ MORE = (
 """Keys of a recipe that go to transformers' own processors."""
 
 
-def how_to(recipe: GenerateRecipe, max_new_tokens: int) -> Generation:
-    """Return what a recipe says of choosing tokens."""
+FORCED = ("forced_bos_token_id", "forced_eos_token_id")
+"""What a checkpoint may say of an answer's first and last token."""
+
+
+def how_to(recipe: GenerateRecipe, max_new_tokens: int, *, config: Any = None) -> Generation:
+    """Return what a recipe says of choosing tokens; `config` is the checkpoint's for generating.
+
+    transformers' own `generate` has that already.
+    """
     r = recipe
+    forced = {name: getattr(config, name, None) for name in FORCED}
     return Generation(
         max_new_tokens=max_new_tokens,
         sampled=r.sampled,
@@ -71,7 +79,10 @@ def how_to(recipe: GenerateRecipe, max_new_tokens: int) -> Generation:
         top_p=r.top_p,
         min_p=r.min_p,
         repetition_penalty=r.repetition_penalty,
-        more={name: value for name in MORE if (value := getattr(r, name))},
+        more={
+            **{name: value for name in MORE if (value := getattr(r, name))},
+            **{name: value for name, value in forced.items() if value is not None},
+        },
         stop_strings=tuple(r.stop_strings),
         seed=r.seed,
         logprobs=r.logprobs,

@@ -127,9 +127,12 @@ def place(
             )
         rows //= 2
     if quant is not None:
+        fixed = _fixed(headers, 1, tokens, CHUNK) + besides
+        least = Placement(everything, (*blocks, head), 1, fixed, 0, tokens).peak_bytes
         raise ResourceError(
             f"--cpu-memory {env.format_bytes(budget)} is too small for --quant while loading",
-            hint=f"write it to disk first: bmkit compress {quant} -m MODEL, and run that",
+            hint=f"the smallest that works is {math.ceil(least / 2**20)}MiB; to stream rounded "
+            f"weights, write them first: bmkit compress {quant} -m MODEL",
         )
     chosen = spread(units, budget - streamed.peak_bytes)
     return _roomy(replace(streamed, resident=frozenset(chosen)), headers, budget)

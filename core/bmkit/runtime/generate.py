@@ -120,16 +120,17 @@ def choices(
     start: int,
     eos: Sequence[int],
     device: torch.device | str = "cpu",
+    most: int | None = None,
 ) -> LogitsProcessorList:
     """Return what turns scores into choices: the largest of what comes out is the next token.
 
     `padding` are the tokens before each row's own, `start` is where answers begin. A row's draws
-    depend on the seed and its number.
+    depend on the seed and its number. `most` is how long prompt and answer can be.
     """
     steps = LogitsProcessorList()
     if how.repetition_penalty != 1.0:
         steps.append(sampling.RepetitionPenalty(how.repetition_penalty, padding))
-    steps += sampling.limits(how.more, start=start, eos=eos, device=device)
+    steps += sampling.limits(how.more, start=start, eos=eos, device=device, most=most)
     if how.sampled:
         steps += sampling.processors(
             [sampling.row_seed(how.seed, n) for n in numbers],
@@ -140,6 +141,7 @@ def choices(
             typical_p=how.more.get("typical_p", 1.0),
             epsilon_cutoff=how.more.get("epsilon_cutoff", 0.0),
             eta_cutoff=how.more.get("eta_cutoff", 0.0),
+            start=start,
         )
     return steps
 
@@ -170,6 +172,8 @@ def plain_defaults(model: Any) -> None:
         eos_token_id=own.eos_token_id,
         pad_token_id=own.pad_token_id,
         decoder_start_token_id=getattr(own, "decoder_start_token_id", None),
+        forced_bos_token_id=getattr(own, "forced_bos_token_id", None),
+        forced_eos_token_id=getattr(own, "forced_eos_token_id", None),
     )
 
 

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
 
 from bmkit.errors import InputError
 from bmkit.runtime import sampling
@@ -49,7 +48,12 @@ class Row:
         self.made: list[int] = []
         self.told: list[sampling.Chosen] = []
         self.steps = choices(
-            how, [prompt.number], padding=[0], start=len(self.before), eos=list(eos)
+            how,
+            [prompt.number],
+            padding=[0],
+            start=len(self.before),
+            eos=list(eos),
+            most=len(self.before) + self.limit,
         )
         self.stream = TextStream(tokenizer, how.stop_strings, write) if write else None
         if self.stream is not None:
@@ -61,7 +65,7 @@ class Row:
         return self.limit - len(self.made)
 
     def choose(self, scores: Tensor) -> int:
-        """Choose the next token by `scores` [vocabulary]; a random draw is made once a token.
+        """Choose the next token by `scores` [vocabulary].
 
         Raises InputError if the scores are no numbers.
         """
@@ -73,14 +77,6 @@ class Row:
         if not torch.isfinite(scores[token]):
             raise InputError("the model's output is not a number; its weights are damaged")
         return token
-
-    def steps_ahead(self) -> LogitsProcessorList:
-        """Return a copy of what turns scores into choices, that draws what will be drawn here."""
-        found = LogitsProcessorList()
-        for step in self.steps:
-            ahead = step.ahead() if isinstance(step, sampling.SeededDraw) else step
-            found.append(ahead)
-        return found
 
     def take(self, token: int, scores: Tensor) -> Answer | None:
         """Add a token that was chosen by `scores`; return the answer if it was the last one."""

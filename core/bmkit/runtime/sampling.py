@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,11 @@ from transformers import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
     LogitsProcessor,
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     SequenceBiasLogitsProcessor,
@@ -23,7 +25,6 @@ from transformers import (
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
-    TopPLogitsWarper,
     TypicalLogitsWarper,
 )
 
@@ -69,28 +70,79 @@ class Told(LogitsProcessor):  # type: ignore[misc]
         return [list(row) for row in zip(*self.steps, strict=True)]
 
 
-class SeededDraw(LogitsProcessor):  # type: ignore[misc]
-    """Make the likeliest token a random draw, each row from a generator of its own.
+class TopP(LogitsProcessor):  # type: ignore[misc]
+    """Leave the fewest likeliest tokens that make up `share`: nucleus sampling, arXiv 1904.09751.
 
-    Adding Gumbel noise to log-probabilities and taking the largest draws from their distribution
-    (the Gumbel-max trick, arXiv 1611.01144). So a prompt's answer depends on the seed and its
-    number, not on the batch that it happens to be in.
+    What transformers' own leaves, without sorting the whole vocabulary.
     """
 
-    def __init__(self, seeds: Sequence[int]) -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def ahead(self) -> SeededDraw:
-        """Return one that draws the same from now on, and leaves this one as it is."""
-        found = SeededDraw([])
-        found.generators = [g.clone_state() for g in self.generators]
-        return found
+    def __init__(self, share: float) -> None:
+        self.share = share
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return `scores` [batch, vocabulary] with fresh noise added."""
-        rows = [torch.empty(scores.shape[-1]).exponential_(generator=g) for g in self.generators]
-        noise = -torch.stack(rows).clamp_min(1e-30).log()  # [batch, vocabulary]
-        return scores.float() + noise.to(scores.device)
+        """Return `scores` [batch, vocabulary], minus infinity where a token is left out."""
+        whole = scores.shape[-1]
+        total = scores.float().logsumexp(-1, keepdim=True)
+        count = min(512, whole)
+        while True:
+            top, places = scores.topk(count)  # falling
+            chances = (top.float() - total).exp()
+            before = chances.cumsum(-1) - chances
+            if count == whole or bool((before[:, -1] >= self.share).all()):
+                break
+            count = min(count * 8, whole)
+        kept = top.masked_fill(before >= self.share, -torch.inf)
+        return torch.full_like(scores, -torch.inf).scatter_(1, places, kept)
+
+
+class MinP(LogitsProcessor):  # type: ignore[misc]
+    """Leave out what is less likely than `share` of the likeliest (arXiv 2407.01082)."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return `scores` [batch, vocabulary], minus infinity where a token is left out."""
+        least = scores.amax(-1, keepdim=True) + math.log(self.share)
+        return scores.masked_fill(scores < least, -torch.inf)
+
+
+class SeededDraw(LogitsProcessor):  # type: ignore[misc]
+    """Make the likeliest token a random draw.
+
+    Adding Gumbel noise to log-probabilities and taking the largest draws from their distribution
+    (the Gumbel-max trick, arXiv 1611.01144). The noise is a hash of a row's seed, of the place in
+    its answer and of the token: so an answer depends on the seed and the prompt's number, not on
+    the batch that it happens to be in, nor on what was guessed of it.
+    """
+
+    def __init__(self, seeds: Sequence[int], start: int = 0) -> None:
+        self.seeds, self.start = list(seeds), start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return `scores` [batch, vocabulary] with noise added; the answer began at `start`."""
+        place = input_ids.shape[1] - self.start
+        found = scores.float()
+        for row, seed in zip(found, self.seeds, strict=True):
+            left = row.isfinite().nonzero()[:, 0]
+            row[left] += gumbel(seed, place, left)
+        return found
+
+
+def gumbel(seed: int, place: int, tokens: Tensor) -> Tensor:
+    """Return Gumbel noise for each of `tokens`, float32, the same whenever it is asked for."""
+    key = row_seed(seed, place)
+    x = tokens.long() * _signed(0x9E3779B97F4A7C15) + _signed(key * 0xBF58476D1CE4E5B9)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * _signed(factor)  # splitmix64
+    share = (((x >> 12) & (2**52 - 1)).double() + 0.5) * 2.0**-52  # in (0, 1)
+    return share.log_().neg_().log_().neg_().float()
+
+
+def _signed(value: int) -> int:
+    """Return a number of 64 bits as torch's int64 holds it."""
+    value &= 2**64 - 1
+    return value - 2**64 if value >= 2**63 else value
 
 
 class RepetitionPenalty(LogitsProcessor):  # type: ignore[misc]
@@ -114,11 +166,17 @@ class RepetitionPenalty(LogitsProcessor):  # type: ignore[misc]
 
 
 def limits(
-    more: Mapping[str, Any], *, start: int, eos: Sequence[int], device: torch.device | str
+    more: Mapping[str, Any],
+    *,
+    start: int,
+    eos: Sequence[int],
+    device: torch.device | str,
+    most: int | None = None,
 ) -> LogitsProcessorList:
     """Return what keeps tokens from being chosen, or prefers some, by GenerationConfig's names.
 
-    They are transformers' own, in its order. `start` is where answers begin, `eos` ends them.
+    They are transformers' own, in its order. `start` is where answers begin, `eos` ends them,
+    `most` is how long prompt and answer can be.
     """
     ends = list(eos)
     steps = LogitsProcessorList()
@@ -130,12 +188,16 @@ def limits(
         steps.append(NoBadWordsLogitsProcessor([list(ids) for ids in words], ends or None))
     if (least := more.get("min_new_tokens")) and ends:
         steps.append(MinNewTokensLengthLogitsProcessor(start, least, ends, device))
+    if (first := more.get("forced_bos_token_id")) is not None:
+        steps.append(ForcedBOSTokenLogitsProcessor(first))
+    if (last := more.get("forced_eos_token_id")) is not None and most is not None:
+        steps.append(ForcedEOSTokenLogitsProcessor(most, last, device))
     if (decay := more.get("exponential_decay_length_penalty")) and ends:
         steps.append(ExponentialDecayLengthPenalty(tuple(decay), ends, start))
     if never := more.get("suppress_tokens"):
         steps.append(SuppressTokensLogitsProcessor(list(never), device))
-    if first := more.get("begin_suppress_tokens"):
-        steps.append(SuppressTokensAtBeginLogitsProcessor(list(first), start, device))
+    if begin := more.get("begin_suppress_tokens"):
+        steps.append(SuppressTokensAtBeginLogitsProcessor(list(begin), start, device))
     return steps
 
 
@@ -149,24 +211,28 @@ def processors(
     typical_p: float = 1.0,
     epsilon_cutoff: float = 0.0,
     eta_cutoff: float = 0.0,
+    start: int = 0,
 ) -> LogitsProcessorList:
-    """Return what turns logits into draws: temperature, then what is left out, then noise."""
+    """Return what turns logits into draws: temperature, then what is left out, then noise.
+
+    `start` is where answers begin.
+    """
     steps = LogitsProcessorList()
     if temperature != 1.0:
         steps.append(TemperatureLogitsWarper(float(temperature)))
     if top_k:
         steps.append(TopKLogitsWarper(top_k))
     if top_p < 1.0:
-        steps.append(TopPLogitsWarper(top_p))
+        steps.append(TopP(top_p))
     if min_p > 0.0:
-        steps.append(MinPLogitsWarper(min_p))
+        steps.append(MinP(min_p))
     if typical_p < 1.0:
         steps.append(TypicalLogitsWarper(typical_p))
     if epsilon_cutoff > 0.0:
         steps.append(EpsilonLogitsWarper(epsilon_cutoff))
     if eta_cutoff > 0.0:
         steps.append(EtaLogitsWarper(eta_cutoff))
-    steps.append(SeededDraw(seeds))
+    steps.append(SeededDraw(seeds, start))
     return steps
 
 

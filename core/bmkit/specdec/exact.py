@@ -98,9 +98,7 @@ class Exactness:
         if target.start is not None:
             scores = _read_on(target, scores, said[:at])
         row = Row(prompt, plain.how, plain.tokenizer, plain.eos, context=None, before=target.start)
-        for token in said[:at]:  # the draws that were made before
-            row.choose(torch.zeros_like(scores))
-            row.made.append(token)
+        row.made = said[:at]
         seen = torch.tensor([row.before + row.made])
         judged = row.steps(seen, scores[None].clone())[0] if row.steps else scores
         gap = abs(float(judged[one] - judged[other]))

@@ -92,7 +92,8 @@ class Session:
         if self.engine.most_tokens is not None:
             self.reader.most = self.engine.most_tokens - spare
         self.rss_before_bytes = self.engine.rss_before_bytes
-        self.eos = eos_ids(models.load_generation_config(job.checkpoint), self.tokenizer)
+        self.generation = models.load_generation_config(job.checkpoint)
+        self.eos = eos_ids(self.generation, self.tokenizer)
         self.target = _target(self.engine)
         if isinstance(self.target, ModelTarget) and not config.is_encoder_decoder:
             name = f"{(job.base or job.model).digest} {recipe.dtype} {self.engine.device}"
@@ -170,7 +171,7 @@ class Session:
             self.target,
             self.tokenizer,
             self.eos,
-            how_to(recipe, recipe.max_new_tokens),
+            how_to(recipe, recipe.max_new_tokens, config=self.generation),
             rows=rows,
             context=self.context,
             draft=self.draft if found.draft_length != 0 else None,

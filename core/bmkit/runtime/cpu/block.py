@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numba
 import numpy as np
 from numba import carray, cfunc, float32, njit, prange
 
@@ -122,6 +123,11 @@ def _rows(
 
 ADDRESS: int = _rows.address
 """Where the compiled products are in this process: what the functions below are given."""
+
+
+def use_threads(count: int) -> None:
+    """Let what this thread calls run on `count` threads: others would only be waited for."""
+    numba.set_num_threads(max(1, min(count, numba.config.NUMBA_NUM_THREADS)))
 
 
 @njit(**_parallel)

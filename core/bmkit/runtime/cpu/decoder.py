@@ -367,6 +367,7 @@ class Decoder:
     ) -> np.ndarray:
         """Run embeddings `h` [tokens, hidden] through the fused blocks, in place; see `block`."""
         cos, sin = self.angles(position)
+        kernels.use_threads(self.threads)
         x, heads, mixed, inner = self._space(len(h))
         queries, scores, branch, parts, peaks = self._attention_space(len(h))
         for i in range(self.depth):
@@ -411,6 +412,7 @@ class Decoder:
     def _head(self, h: np.ndarray, logits: np.ndarray) -> None:
         x = np.zeros((len(h), round_up(self.hidden)), np.float32)
         norm = self.last_norm.table[0]
+        kernels.use_threads(self.threads)
         for t in range(len(h)):
             kernels.normalise(h[t], self.norm_slab, norm, self.eps, x[t, : self.hidden])
         column = 0

@@ -39,6 +39,7 @@ def load_decoder(
             f"{path}: {len(missing)} tensors are missing, as {missing[0]}",
             hint="the weights belong to another config.json; fetch the checkpoint again",
         )
+    _require_shapes(path, config, source)
     if placement is None:
         return Decoder(config, source, threads=threads)
     return Decoder(
@@ -57,6 +58,38 @@ def _missing(config: Any, source: Source) -> list[str]:
     for i in range(config.num_hidden_layers):
         modules += [f"model.layers.{i}.{name}" for name in needed]
     return [name for name in modules if source.shape(name) is None]
+
+
+def _require_shapes(path: Path, config: Any, source: Source) -> None:
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    kv = getattr(config, "num_key_value_heads", None) or heads
+    dim = getattr(config, "head_dim", None) or hidden // heads
+    inner = config.intermediate_size
+    sizes = {
+        "self_attn.q_proj": (heads * dim, hidden),
+        "self_attn.k_proj": (kv * dim, hidden),
+        "self_attn.v_proj": (kv * dim, hidden),
+        "self_attn.o_proj": (hidden, heads * dim),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+        "input_layernorm": (1, hidden),
+        "post_attention_layernorm": (1, hidden),
+        "self_attn.q_norm": (1, dim),
+        "self_attn.k_norm": (1, dim),
+    }
+    wanted = {"model.embed_tokens": (config.vocab_size, hidden), "model.norm": (1, hidden)}
+    wanted[head_name(config)] = (config.vocab_size, hidden)
+    for i in range(config.num_hidden_layers):
+        wanted |= {f"model.layers.{i}.{name}": size for name, size in sizes.items()}
+    for name, size in wanted.items():
+        shape = source.shape(name)
+        if shape is not None and (shape.rows, shape.inputs) != size:
+            raise InputError(
+                f"{path}: {name} has the shape {[shape.rows, shape.inputs]}, its config wants "
+                f"{list(size)}",
+                hint="the weights belong to another config.json; fetch the checkpoint again",
+            )
 
 
 def warm(threads: int) -> None:

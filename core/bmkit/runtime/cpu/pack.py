@@ -15,7 +15,12 @@ ALIGN = 64
 PAD = 32
 FLOAT16 = 4
 """A kind that the CPU's kernels don't know; GPUs compute in it."""
-KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT32}
+KINDS = {
+    torch.float64: FLOAT32,
+    torch.float32: FLOAT32,
+    torch.bfloat16: BFLOAT16,
+    torch.float16: FLOAT32,
+}
 BITS = {FLOAT32: 32, BFLOAT16: 16, FLOAT16: 16, INT8: 8, INT4: 4}
 
 
@@ -78,9 +83,9 @@ class Packed:
 
 
 def pack_floats(weight: Tensor, bias: Tensor | None = None) -> Packed:
-    """Pack `weight` [out, in] in the dtype that it has, float32 or bfloat16; float16 is widened."""
+    """Pack `weight` [out, in] as it is, if it is float32 or bfloat16, else as float32."""
     out, inputs = weight.shape
-    if weight.dtype == torch.float16:
+    if weight.dtype in {torch.float16, torch.float64}:
         weight = weight.float()
     padded = weight.contiguous()
     if inputs % PAD:

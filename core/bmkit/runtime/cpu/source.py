@@ -20,7 +20,13 @@ from bmkit.runtime.cpu.dots import BFLOAT16, FLOAT32, INT8
 from bmkit.runtime.cpu.pack import Layout, Packed, Shape
 from bmkit.runtime.cpu.window import MappedFile, Window
 
-DTYPES = {"U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {
+    "U8": torch.uint8,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
 PART = 2**20
 """Weights that are converted at a time: each takes some 16 bytes while it is."""
 QUANT = {"int8": (8, None), "int4": (4, 64)}

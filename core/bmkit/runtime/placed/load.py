@@ -53,7 +53,8 @@ def build(kind: Any, config: Any) -> Any:
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        model = kind.from_config(config, dtype=torch.float32).eval()
+        make = getattr(kind, "from_config", None) or kind._from_config
+        model = make(config, dtype=torch.float32).eval()
     model.tie_weights()
     model.requires_grad_(False)
     return model

@@ -154,6 +154,7 @@ class Matrix:
         if shape.width != shape.inputs:
             flat = functional.pad(flat, (0, shape.width - shape.inputs))
         y = np.empty((count, shape.rows), np.float32)
+        kernels.use_threads(torch.get_num_threads())
         kernels.product(
             kernels.ADDRESS,
             self.raw,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bmkit import model as models
 from bmkit.errors import InputError, ResourceError
 from bmkit.nn.rounding import dequantize, quantize
 from bmkit.runtime.budget import spread
@@ -93,7 +94,9 @@ def place_model(
     are missing or can't be used, ResourceError with the smallest room that works.
     """
     origin = Origin(path, model, quant=quant)
+    _drop_poolers(model, origin)
     _refuse_missing(path, origin)
+    origin.require_shapes()
     builder = Builder(model, origin, device, dtype, quant)
     builder.build()
     room = room or Room()
@@ -135,6 +138,16 @@ def place_model(
             wrap(model.get_submodule(unit.name), nullcontext)
     streamed = sum(u.bytes for i, u in enumerate(units) if i not in resident)
     return Placed(model, units, tiers, frozenset(resident), streamed, origin)
+
+
+def _drop_poolers(model: Any, origin: Origin) -> None:
+    """Take away what an encoder puts behind its token vectors, if the files don't hold it."""
+    found = [name for name in origin.missing if models.POOLER in f".{name}"]
+    if not found or models.task(model.config) != "embed":
+        return
+    origin.missing = [name for name in origin.missing if name not in found]
+    for name in {name[: f".{name}".index(models.POOLER)] for name in found}:
+        model.get_submodule(name.rstrip(".")).pooler = None
 
 
 def _refuse_missing(path: Path, origin: Origin) -> None:

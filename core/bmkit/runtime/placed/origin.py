@@ -99,6 +99,23 @@ class Origin:
         found = converter.convert(made.first, model=self.model, config=self.model.config)
         return {n: t[0] if isinstance(t, list) else t for n, t in found.items()}
 
+    def require_shapes(self) -> None:
+        """Raise InputError for a stored tensor that hasn't the shape that the model wants."""
+        for name, parameter in self.model.named_parameters():
+            header, wanted = self.header(name), tuple(parameter.shape)
+            if header is not None:
+                found = header.shape
+            elif (packed := self.packed_shape(name)) is not None:
+                found = (packed.rows, packed.inputs)
+            else:
+                continue
+            if found != wanted:
+                raise InputError(
+                    f"{self.path}: {name} has the shape {list(found)}, its config wants "
+                    f"{list(wanted)}",
+                    hint="the weights belong to another config.json; fetch the checkpoint again",
+                )
+
     def header(self, name: str) -> TensorHeader | None:
         """Return the one stored tensor that is parameter `name`, None if it is made otherwise."""
         return self.files.tensors.get(self.plain.get(name, ""))

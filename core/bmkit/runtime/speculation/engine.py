@@ -404,10 +404,9 @@ def _chooser(row: Row) -> Callable[[Tensor, Sequence[int]], int]:
     """
     if not row.steps:
         return lambda scores, drafted: int(scores.argmax())
-    steps = row.steps_ahead()
 
     def pick(scores: Tensor, drafted: Sequence[int]) -> int:
         seen = torch.tensor([[*row.before, *row.made, *drafted]])
-        return int(steps(seen, scores[None].clone())[0].argmax())
+        return int(row.steps(seen, scores[None].clone())[0].argmax())
 
     return pick

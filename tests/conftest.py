@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import array
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -88,7 +91,7 @@ def tiny(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def bmkit(tmp_path: Path) -> Run:
+def fresh(tmp_path: Path) -> Run:
     """Run the command in a process of its own, in `tmp_path`; stdin is empty unless given."""
 
     def run(*arguments: object, stdin: str = "", timeout: float = 300, **env: str) -> Done:
@@ -101,6 +104,56 @@ def bmkit(tmp_path: Path) -> Run:
             env={**os.environ, **env},
             timeout=timeout,
         )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The socket of a process that forks commands: see `zygote.py`."""
+    folder = tempfile.mkdtemp(prefix="bmkit-zygote-")  # a socket's path has to be short
+    path = f"{folder}/socket"
+    process = subprocess.Popen([sys.executable, str(Path(__file__).parent / "zygote.py"), path])
+    end = time.monotonic() + 120
+    while not os.path.exists(path):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    yield path
+    process.kill()
+    process.wait()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def bmkit(tmp_path: Path, zygote: str) -> Run:
+    """Run the command in `tmp_path`, as `fresh` does, in a process that has its imports already."""
+
+    def run(*arguments: object, stdin: str = "", timeout: float = 300, **env: str) -> Done:
+        words = list(map(str, arguments))
+        request = {
+            "arguments": words,
+            "folder": str(tmp_path),
+            "environment": {**os.environ, **env},
+        }
+        with (
+            tempfile.TemporaryFile() as given,
+            tempfile.TemporaryFile() as out,
+            tempfile.TemporaryFile() as err,
+            socket.socket(socket.AF_UNIX) as connection,
+        ):
+            given.write(stdin.encode("utf-8", "surrogateescape"))
+            given.seek(0)
+            connection.settimeout(timeout)
+            connection.connect(zygote)
+            handles = array.array("i", [f.fileno() for f in (given, out, err)])
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, handles)
+            text = json.dumps(request).encode() + b"\n"
+            sent = connection.sendmsg([text], [rights])
+            connection.sendall(text[sent:])
+            code = int(connection.makefile().readline())
+            out.seek(0)
+            err.seek(0)
+            return Done(words, code, out.read().decode(), err.read().decode())
 
     return run
 

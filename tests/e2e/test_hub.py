@@ -59,10 +59,10 @@ def hub(tiny_checkpoint: Path) -> Iterator[str]:
 
 
 def test_a_hub_model_is_pulled_once_with_its_commit(
-    bmkit: Run, hub: str, tiny_checkpoint: Path
+    fresh: Run, hub: str, tiny_checkpoint: Path
 ) -> None:
     online = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0"}
-    first = bmkit("pull", "me/tiny", "--json", **online)
+    first = fresh("pull", "me/tiny", "--json", **online)
     assert first.returncode == 0, first.stderr
     path = Path(json.loads(first.stdout)["path"])
     assert (path / "model.safetensors").read_bytes() == (
@@ -71,12 +71,12 @@ def test_a_hub_model_is_pulled_once_with_its_commit(
     assert not (path / ".cache").exists()
     steps = json.loads((path / "bmkit.json").read_text())["steps"]
     assert steps[0]["recipe"] == {"name": "me/tiny", "source": "hub:me/tiny", "commit": COMMIT}
-    offline = bmkit("pull", "me/tiny", "--json")
+    offline = fresh("pull", "me/tiny", "--json")
     assert json.loads(offline.stdout)["reused"] is True, offline.stderr
 
 
-def test_a_name_that_the_hub_does_not_know(bmkit: Run, hub: str, home: Path) -> None:
-    done = bmkit("pull", "me/tinny", HF_ENDPOINT=hub, HF_HUB_OFFLINE="0")
+def test_a_name_that_the_hub_does_not_know(fresh: Run, hub: str, home: Path) -> None:
+    done = fresh("pull", "me/tinny", HF_ENDPOINT=hub, HF_HUB_OFFLINE="0")
     assert done.returncode == 3, done.stderr
     assert "me/tinny" in done.stderr and "Traceback" not in done.stderr
     assert not list(home.glob("models/*"))

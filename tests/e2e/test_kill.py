@@ -54,7 +54,7 @@ COMPRESS = ("compress", "int8", "-m", "tiny", "-o", "x")
 @pytest.mark.parametrize("stage", ["pull", "compress", "tune", "infer"])
 def test_a_stopped_stage_leaves_nothing_and_runs_again(
     start: Callable[..., Popen],
-    bmkit: Run,
+    fresh: Run,
     tiny: Path,
     chats: Path,
     tmp_path: Path,
@@ -94,7 +94,7 @@ def test_a_stopped_stage_leaves_nothing_and_runs_again(
     if stage == "pull":
         (tiny / "extra.txt").unlink()
     if stage != "infer":
-        again = bmkit(*words)
+        again = fresh(*words)
         assert again.returncode == 0, again.stderr
         assert (tmp_path / "x" / "bmkit.json").exists()
         assert not (tmp_path / ".x.partial").exists()
@@ -120,7 +120,7 @@ def wide(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.mark.parametrize("stage", ["compress", "tune", "infer"])
 def test_a_stage_that_is_stopped_in_the_middle_of_its_work(
     start: Callable[..., Popen],
-    bmkit: Run,
+    fresh: Run,
     tiny: Path,
     wide: Path,
     chats: Path,
@@ -158,7 +158,7 @@ def test_a_stage_that_is_stopped_in_the_middle_of_its_work(
         written = (tmp_path / ".x.partial").read_text()
         whole = written[: written.rfind("\n") + 1]
     if stage != "compress" or number == signal.SIGKILL:
-        again = bmkit(*words)
+        again = fresh(*words)
         assert again.returncode == 0, again.stderr
         assert (tmp_path / "x").exists()
         assert not (tmp_path / ".x.partial").exists()
@@ -170,21 +170,21 @@ def test_a_stage_that_is_stopped_in_the_middle_of_its_work(
 
 
 def test_training_resumes_after_a_kill_with_the_same_result(
-    start: Callable[..., Popen], bmkit: Run, tiny: Path, chats: Path, home: Path, tmp_path: Path
+    start: Callable[..., Popen], fresh: Run, tiny: Path, chats: Path, home: Path, tmp_path: Path
 ) -> None:
     words = (
         *("tune", "lora", "-m", "tiny", "--data", chats, "--json"),
         *("-s", "train.max_steps=40", "-s", "train.save_steps=3", "-s", "data.dev=chats.jsonl"),
         *("-s", "deltas.0.lora_dropout=0.1"),  # so that random draws matter
     )
-    whole = json.loads(bmkit(*words, "-o", "whole").stdout)
+    whole = json.loads(fresh(*words, "-o", "whole").stdout)
     process = start(*words, "-o", "stopped")
     work = home / "work"
     until(lambda: list(work.glob("*/checkpoint-*/bmkit-whole")) or process.poll() is not None)
     process.kill()
     process.communicate()
     assert not (tmp_path / "stopped").exists()
-    resumed = bmkit(*words, "-o", "stopped")
+    resumed = fresh(*words, "-o", "stopped")
     assert "going on from step" in resumed.stderr
     found = json.loads(resumed.stdout)
     assert found["metrics"] == whole["metrics"]
@@ -193,7 +193,7 @@ def test_training_resumes_after_a_kill_with_the_same_result(
 
 
 def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(
-    start: Callable[..., Popen], bmkit: Run, tiny: Path, chats: Path, home: Path
+    start: Callable[..., Popen], fresh: Run, tiny: Path, chats: Path, home: Path
 ) -> None:
     words = (
         *("tune", "lora", "-m", "tiny", "--data", chats, "--json", "-o", "x"),
@@ -208,17 +208,17 @@ def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(
     shutil.copytree(newest, half)
     (half / "bmkit-whole").unlink(missing_ok=True)
     (half / "adapter_model.safetensors").write_bytes(b"cut off")
-    again = bmkit(*words)
+    again = fresh(*words)
     assert again.returncode == 0, again.stderr
 
 
 def test_two_runs_into_the_same_out_at_once(
-    start: Callable[..., Popen], bmkit: Run, tiny: Path, chats: Path, tmp_path: Path
+    start: Callable[..., Popen], fresh: Run, tiny: Path, chats: Path, tmp_path: Path
 ) -> None:
     words = ("tune", "lora", "-m", "tiny", "--data", chats, "-s", "train.max_steps=60")
     first = start(*words, "-o", "x")
     until(lambda: (tmp_path / ".x.partial").exists())
-    second = bmkit(*words, "-o", "x")
+    second = fresh(*words, "-o", "x")
     assert second.returncode == 3 and "another bmkit" in second.stderr, second.stderr
     out, err = first.communicate(timeout=120)
     assert (first.returncode, out) == (0, "x\n"), err
@@ -235,9 +235,9 @@ def test_two_identical_runs_into_the_cache_build_once(
 
 
 def test_a_loss_that_is_not_a_number_exits_5_and_keeps_the_last_checkpoint(
-    bmkit: Run, tiny: Path, chats: Path, home: Path, tmp_path: Path
+    fresh: Run, tiny: Path, chats: Path, home: Path, tmp_path: Path
 ) -> None:
-    done = bmkit(
+    done = fresh(
         *("tune", "lora", "-m", "tiny", "--data", chats, "-o", "x", "-s", "train.max_steps=60"),
         *("-s", "train.learning_rate=1e30", "-s", "train.max_grad_norm=1e30"),
         *("-s", "train.save_steps=1", "-s", "train.warmup_steps=0"),
@@ -254,7 +254,7 @@ def test_a_loss_that_is_not_a_number_exits_5_and_keeps_the_last_checkpoint(
 
 
 def test_force_trains_from_the_start_and_resume_does_not(
-    start: Callable[..., Popen], bmkit: Run, tiny: Path, chats: Path, home: Path
+    start: Callable[..., Popen], fresh: Run, tiny: Path, chats: Path, home: Path
 ) -> None:
     words = ("tune", "lora", "-m", "tiny", "--data", chats, "-o", "x", "--json")
     words = (*words, "-s", "train.max_steps=60", "-s", "train.save_steps=3")
@@ -262,27 +262,27 @@ def test_force_trains_from_the_start_and_resume_does_not(
     until(lambda: list((home / "work").glob("*/checkpoint-*/bmkit-whole")))
     process.kill()
     process.communicate()
-    again = bmkit(*words, "--force")
+    again = fresh(*words, "--force")
     assert again.returncode == 0, again.stderr
     assert "going on from step" not in again.stderr
     assert not any((home / "work").iterdir())
 
 
 def test_two_trainings_of_the_same_key_do_not_share_their_checkpoints(
-    start: Callable[..., Popen], bmkit: Run, tiny: Path, chats: Path, home: Path
+    start: Callable[..., Popen], fresh: Run, tiny: Path, chats: Path, home: Path
 ) -> None:
     words = ("tune", "lora", "-m", "tiny", "--data", chats, "-s", "train.max_steps=150")
     first = start(*words, "-o", "x")
     until(lambda: list((home / "work").glob("*/checkpoint-*")))
-    second = bmkit(*words, "-o", "y")  # another place, the same work folder
+    second = fresh(*words, "-o", "y")  # another place, the same work folder
     assert second.returncode == 3 and "another bmkit" in second.stderr, second.stderr
     out, err = first.communicate(timeout=120)
     assert (first.returncode, out) == (0, "x\n"), err
 
 
-def test_launchers_variables_change_nothing(bmkit: Run, tiny: Path, chats: Path) -> None:
+def test_launchers_variables_change_nothing(fresh: Run, tiny: Path, chats: Path) -> None:
     words = ("tune", "lora", "-m", "tiny", "--data", chats, "--json", "-s", "train.max_steps=5")
-    plain = json.loads(bmkit(*words, "-o", "x").stdout)
+    plain = json.loads(fresh(*words, "-o", "x").stdout)
     foreign = {
         "ACCELERATE_MIXED_PRECISION": "bf16",
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
@@ -291,7 +291,7 @@ def test_launchers_variables_change_nothing(bmkit: Run, tiny: Path, chats: Path)
         "RANK": "1",
         "LOCAL_RANK": "1",
     }
-    other = bmkit(*words, "-o", "y", **foreign)
+    other = fresh(*words, "-o", "y", **foreign)
     assert other.returncode == 0, other.stderr
     assert json.loads(other.stdout)["digest"] == plain["digest"]
 
@@ -317,7 +317,7 @@ def test_an_impatient_user_who_stops_twice_gets_130_and_one_line(
     assert not list(tmp_path.glob(".x*"))
 
 
-def test_a_stop_inside_generated_code_ends_with_130(bmkit: Run, tmp_path: Path) -> None:
+def test_a_stop_inside_generated_code_ends_with_130(fresh: Run, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "class Stop:\n"
@@ -327,6 +327,6 @@ def test_a_stop_inside_generated_code_ends_with_130(bmkit: Run, tmp_path: Path) 
         "sys.meta_path.insert(0, Stop())\n"
     )
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
-    done = bmkit("show", "int8", PYTHONPATH=path)
+    done = fresh("show", "int8", PYTHONPATH=path)
     assert done.returncode == 130, (done.returncode, done.stderr)
     assert done.stderr == "error: stopped; nothing half-written is left\n"

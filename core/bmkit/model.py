@@ -23,7 +23,7 @@ from bmkit.errors import (
     first_line,
     machine_refusal,
 )
-from bmkit.plan import Headers, Task
+from bmkit.plan import Headers, Task, read_json
 from bmkit.plan import task as task_of
 
 SMALLER = "close other programs, or take a smaller model"
@@ -361,6 +361,29 @@ class ShardWriter:
 
     def _part(self, i: int) -> Path:
         return self.folder / f"part-{i:05}.safetensors"
+
+
+def save(model: Any, source: Path, out: Path) -> None:
+    """Write a dense model whose config is that of the checkpoint at `source`, in its stored dtype.
+
+    Weights that are tied are stored once.
+    """
+    stored = stored_dtype(load_config(source))
+    tied = set(getattr(model, "_tied_weights_keys", None) or [])
+    head = model.get_output_embeddings()
+    inputs = model.get_input_embeddings()
+    shares = head is not None and inputs is not None and head.weight is inputs.weight
+    writer = ShardWriter(out)
+    for name, tensor in model.state_dict().items():
+        if not (shares and name in tied):
+            writer.add(
+                name, tensor.to(stored).cpu() if tensor.is_floating_point() else tensor.cpu()
+            )
+    writer.close()
+    copy_side_files(source, out)
+    values = dict(read_json(source / "config.json"))
+    values.pop("quantization_config", None)
+    (out / "config.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def copy_side_files(source: Path, target: Path) -> None:

@@ -244,6 +244,8 @@ class Job:
     """A model that guesses what `model` will say."""
     phrases: Path | None = None
     """Where the phrase pool is, or is to be."""
+    is_draft: bool = False
+    """Whether the model is opened beside another one, to guess for it."""
 
     @property
     def deltas(self) -> tuple[Artifact, ...]:

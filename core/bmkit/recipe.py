@@ -7,6 +7,7 @@ duplicate key win silently. The loader here reads YAML 1.2 scalars and refuses d
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import math
 import re
@@ -317,8 +318,36 @@ def look_at(doc: Document, model: type[M]) -> tuple[list[str], M | None]:
         # JSON mode + strict is the data model of YAML: "4" is not 4, a list may become a tuple.
         checked = model.model_validate_json(json.dumps(doc.data), strict=True)
     except ValidationError as exc:
-        problems += dict.fromkeys(_explain_all(doc, model, exc.errors(include_url=False)))
+        found = exc.errors(include_url=False)
+        problems += dict.fromkeys(_explain_all(doc, model, found))
+        problems += _behind_wrong_tags(doc, model, found, problems)
     return problems, None if problems else checked
+
+
+def _behind_wrong_tags(
+    doc: Document, model: type[M], found: Sequence[Any], told: Sequence[str]
+) -> list[str]:
+    """Return what else is wrong where a `method` or `type` is misspelt: as if it were not."""
+    data, guessed = json.loads(json.dumps(doc.data)), False
+    for problem in found:
+        if problem["type"] != "union_tag_invalid":
+            continue
+        tag = problem["ctx"]["discriminator"].strip("'")
+        allowed = _choices(problem["ctx"]["expected_tags"])
+        close = difflib.get_close_matches(str(problem["ctx"]["tag"]), allowed, n=1, cutoff=0.55)
+        here = data
+        for step in _resolve(doc, model, problem["loc"])[0]:
+            here = here[step]
+        if close:
+            here[tag], guessed = close[0], True
+    if not guessed:
+        return []
+    try:
+        model.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as exc:
+        again = _explain_all(replace(doc, data=data), model, exc.errors(include_url=False))
+        return [text for text in dict.fromkeys(again) if text not in told]
+    return []
 
 
 KINDS = ("compress", "tune", "prompt", "infer", "spec-decode", "duplex")

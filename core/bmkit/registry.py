@@ -44,7 +44,7 @@ STAGES = {
             "bmkit.compress.run:run",
             takes=("model",),
             gives="model",
-            version=2,
+            version=3,
         ),
         Stage(
             "tune",
@@ -84,6 +84,31 @@ METHODS = (
         "int8",
         "Round weights to 8 or 4 bits, a scale per output channel or per group of inputs.",
         "round to nearest, symmetric; compressed-tensors `pack-quantized` on disk",
+    ),
+    Method(
+        "compress",
+        "drop_layers",
+        "bmkit.compress.layers:spread",
+        "draft",
+        "Leave whole layers out, spread over the depth.",
+        "layer dropping; as in ShortGPT, arXiv 2403.03853, without its ranking",
+    ),
+    Method(
+        "compress",
+        "frequent_tokens",
+        "bmkit.compress.frequent:ranked",
+        "draft",
+        "Let a draft's head say only the most frequent tokens.",
+        "FR-Spec: Accelerating Large-Vocabulary Language Models via Frequency-Ranked Speculative "
+        "Sampling, arXiv 2502.14856",
+    ),
+    Method(
+        "compress",
+        "distill",
+        "bmkit.train.distil:divergence",
+        "draft",
+        "Train a smaller model on its teacher's likeliest tokens, kept on disk.",
+        "Distilling the Knowledge in a Neural Network, arXiv 1503.02531",
     ),
     Method(
         "tune",

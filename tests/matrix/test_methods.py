@@ -29,11 +29,25 @@ class Line:
     """What keeps it short."""
     data: bool = False
     """Whether it takes rows."""
+    another: bool = False
+    """Whether what comes out is another model, not one that does nearly the same."""
 
 
+DRAFT = Line(
+    "model",
+    (
+        *("data.tokens=300", "data.max_new_tokens=12", "data.sequence_length=64"),
+        *("steps.0.keep=1", "steps.1.tokens=64", "steps.2.train.max_steps=3"),
+        "steps.2.train.num_train_epochs=1",
+    ),
+    another=True,
+)
 # One line a method: `("stage", "method"): Line(…)`.
 MATRIX = {
     ("compress", "quantize"): Line("model"),
+    ("compress", "drop_layers"): DRAFT,
+    ("compress", "frequent_tokens"): DRAFT,
+    ("compress", "distill"): DRAFT,
     ("tune", "lora"): Line(
         "delta",
         ("train.max_steps=2", "train.per_device_train_batch_size=4", "data.max_length=64"),
@@ -41,8 +55,11 @@ MATRIX = {
     ),
 }
 
+# Methods that share a built-in recipe are tried in one.
 each_method = pytest.mark.parametrize(
-    "method", registry.METHODS, ids=lambda m: f"{m.stage}-{m.name}"
+    "method",
+    {(m.stage, m.builtin): m for m in registry.METHODS}.values(),
+    ids=lambda m: f"{m.stage}-{m.builtin}",
 )
 
 Make = Callable[..., Result]
@@ -128,10 +145,12 @@ def test_a_method_makes_a_whole_artifact(method: Method, make: Make, home: Path)
     assert not [n for n in on_disk if n.endswith((".bin", ".pt", ".pth", ".pkl"))]
 
 
-@each_method
-def test_the_metrics_that_gates_may_name_are_measured(method: Method, make: Make) -> None:
-    recipe = registry.load(registry.STAGES[method.stage].recipe)
-    missing = set(recipe.METRICS) - set(make(method).artifact.metrics)
+@pytest.mark.parametrize("stage", sorted({m.stage for m in registry.METHODS}))
+def test_the_metrics_that_gates_may_name_are_measured(stage: str, make: Make) -> None:
+    recipe = registry.load(registry.STAGES[stage].recipe)
+    methods = {m.builtin: m for m in registry.METHODS if m.stage == stage}
+    measured = {name for m in methods.values() for name in make(m).artifact.metrics}
+    missing = set(recipe.METRICS) - measured
     assert {name for name in missing if not name.startswith("dev_")} == set()
 
 
@@ -204,7 +223,8 @@ def test_the_result_loads_in_the_stock_library_with_the_same_logits(
     with torch.no_grad():
         plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)(token_ids()).logits
     assert not torch.equal(ours, plain), "the method has changed nothing"
-    assert float((ours - plain).norm() / plain.norm()) < 0.2, "the method has broken the model"
+    if not MATRIX[method.stage, method.name].another:
+        assert float((ours - plain).norm() / plain.norm()) < 0.2, "the method has broken the model"
 
 
 @each_method

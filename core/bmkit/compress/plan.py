@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from bmkit.compress.recipe import CompressRecipe
+from dataclasses import dataclass
+
+from bmkit.compress.recipe import CompressRecipe, Distill, DropLayers, FrequentTokens, Quantize
 from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers
+from bmkit.runtime.budget import Sizes, block_of
 
 SHARD_BYTES = 2 * 2**30
+
+
+@dataclass
+class _Model:
+    """What a step finds: weights in blocks and outside of them."""
+
+    inside: int
+    outside: int
+    layers: int
+    width: int
+    """Bytes of a weight."""
+
+    @property
+    def weights(self) -> int:
+        """Return how many there are."""
+        return self.inside + self.outside
 
 
 def estimate(job: Job) -> Estimate:
@@ -13,18 +32,76 @@ def estimate(job: Job) -> Estimate:
     recipe = job.recipe
     assert isinstance(recipe, CompressRecipe)  # the registry pairs recipe and plan
     headers = read_headers(job.checkpoint)
-    step = recipe.steps[0]
+    inside = sum(t.numel for t in headers.tensors if block_of(t.name) is not None)
+    whole = sum(t.numel for t in headers.tensors)
+    sizes = Sizes.of(headers.config)
+    width = max(headers.bytes // max(whole, 1), 1)
+    now = _Model(inside, whole - inside, sizes.layers, width)
+    largest = max((t.numel for t in headers.tensors), default=0)
+    device = recipe.device != "cpu"
+    ram = gpu = work = 0
+    written = headers.bytes
+    steps = []
+    for i, step in enumerate(recipe.steps):
+        need = 0
+        if isinstance(step, Quantize):
+            text, written = _quantize(headers, step, now, first=i == 0)
+            need = min(written, SHARD_BYTES) + 4 * 4 * largest
+            gpu = max(gpu, 4 * 4 * largest if device else 0)
+        elif isinstance(step, DropLayers):
+            kept = len(step.keep) if isinstance(step.keep, list) else step.keep
+            text = f"keep {kept} of {now.layers} layers"
+            now.inside = now.inside * kept // max(now.layers, 1)
+            now.layers = kept
+            written = now.width * now.weights
+            need = min(written, SHARD_BYTES) + now.width * largest
+        elif isinstance(step, FrequentTokens):
+            text = f"find the {step.tokens} most frequent tokens"
+            need = _speaking(headers, sizes, recipe)
+        else:
+            text = f"learn from {recipe.data.tokens} tokens of the model"
+            learning = _learning(step, now, sizes, recipe)
+            need = max(_speaking(headers, sizes, recipe), learning)
+            gpu = max(gpu, need if device else 0)
+            work += 3 * 12 * now.weights + 8 * step.likeliest * recipe.data.tokens
+        ram = max(ram, need)
+        if i < len(recipe.steps) - 1:
+            work += written
+        steps.append(text)
+    peak = Peak(RUNTIME_BYTES + ram, gpu, written + 2**24, work)
+    return Estimate(steps, peak)
+
+
+def _quantize(headers: Headers, step: Quantize, now: _Model, *, first: bool) -> tuple[str, int]:
+    group = "per output channel" if step.group_size == "channel" else f"per {step.group_size}"
+    if not first:  # of another checkpoint than the one that is known
+        text = f"quantize linear layers to {step.bits} bits, one scale {group}"
+        return text, now.inside * step.bits // 8 + now.inside // 8 + now.width * now.outside
     linear = quantizable(headers)
     packed = sum(t.numel * step.bits // 8 for t in linear)
     scales = sum(_scales(t.shape, step.group_size) * 4 for t in linear)
     kept = headers.bytes - sum(t.bytes for t in linear)
-    written = kept + packed + scales
-    largest = max((t.numel for t in headers.tensors), default=0)
-    ram = RUNTIME_BYTES + min(written, SHARD_BYTES) + 4 * 4 * largest
-    gpu = 4 * 4 * largest if recipe.device != "cpu" else 0
-    group = "per output channel" if step.group_size == "channel" else f"per {step.group_size}"
     text = f"quantize {len(linear)} linear layers to {step.bits} bits, one scale {group}"
-    return Estimate([text], Peak(ram_bytes=ram, gpu_bytes=gpu, disk_bytes=written + 2**24))
+    return text, kept + packed + scales
+
+
+def _speaking(headers: Headers, sizes: Sizes, recipe: CompressRecipe) -> int:
+    """Return what the model takes while it speaks and judges: eight texts at a time."""
+    tokens = 8 * recipe.data.sequence_length
+    cache = 8 * sizes.layers * sizes.kv * sizes.dim * tokens
+    logits = 3 * 4 * sizes.vocabulary * 64
+    weights = max(4 * headers.dense_numel, headers.bytes)
+    texts = 64 * recipe.data.tokens
+    return weights + cache + logits + texts + 2**28
+
+
+def _learning(step: Distill, now: _Model, sizes: Sizes, recipe: CompressRecipe) -> int:
+    """Return what training takes: weights, gradients, AdamW's moments, one batch's activations."""
+    tokens = step.train.per_device_train_batch_size * recipe.data.sequence_length
+    activations = 4 * tokens * (34 * sizes.hidden * now.layers + 8 * sizes.hidden)
+    logits = 4 * 4 * 256 * sizes.vocabulary
+    lessons = (8 * step.likeliest + 64) * recipe.data.tokens
+    return 16 * now.weights + activations + logits + lessons + 2**28
 
 
 def quantizable(headers: Headers) -> list:  # type: ignore[type-arg]

@@ -1,27 +1,104 @@
-"""The compress engine: walk the checkpoint tensor by tensor, write a smaller one."""
+"""The compress engine: step by step, each from one checkpoint to the next."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from bmkit import model, plan
-from bmkit.compress import pack
-from bmkit.compress.recipe import CompressRecipe, Quantize
+from bmkit.compress import corpus, distill, frequent, layers, pack
+from bmkit.compress.corpus import Text
+from bmkit.compress.recipe import (
+    CompressRecipe,
+    Distill,
+    DropLayers,
+    FrequentTokens,
+    Quantize,
+)
 from bmkit.errors import InputError, RecipeError
 from bmkit.nn import walk
 from bmkit.nn.rounding import dequantize, quantize
 from bmkit.plan import Headers, Job, Outcome
 from bmkit.report import task
+from bmkit.runtime.frequent import read as read_frequent
+from bmkit.runtime.frequent import write as write_frequent
+from bmkit.runtime.voice import Voice
+
+Metrics = Mapping[str, float | int | str]
+
+
+@dataclass
+class Shared:
+    """What several steps need of the model that the recipe begins with, made when it is asked."""
+
+    job: Job
+    recipe: CompressRecipe
+    device: torch.device
+    _texts: list[Text] | None = None
+    _voice: Voice | None = None
+
+    @property
+    def voice(self) -> Voice:
+        """Return the model as one that speaks and judges."""
+        if self._voice is None:
+            self._voice = Voice(
+                self.job.checkpoint,
+                device=self.device,
+                dtype=self.recipe.dtype,
+                rows=8,
+                reporter=self.job.reporter,
+            )
+        return self._voice
+
+    @property
+    def texts(self) -> list[Text]:
+        """Return what is learned from."""
+        if self._texts is None:
+            counts = [s.likeliest for s in self.recipe.steps if isinstance(s, Distill)]
+            self._texts = corpus.gather(
+                self.voice,
+                self.recipe.data,
+                self.job.files.get("data.calibration"),
+                self.job.work / "texts",
+                likeliest=max(counts, default=None),
+                seed=self.recipe.seed,
+                reporter=self.job.reporter,
+            )
+        return self._texts
+
+    def forget(self) -> None:
+        """Give the memory back that the model takes."""
+        self._voice = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step: from the checkpoint at `source` to the one at `out`."""
+
+    source: Path
+    out: Path
+    folder: Path
+    """What a stopped run goes on from."""
+    shared: Shared = field(repr=False)
+
+    @property
+    def job(self) -> Job:
+        """Return the whole job."""
+        return self.shared.job
 
 
 def run(job: Job) -> Outcome:
-    """Apply the recipe's step to the model, writing into `job.out`.
+    """Apply the recipe's steps to the model, writing the last one's result into `job.out`.
 
-    Peak memory: one output shard and four float32 copies of the largest layer.
+    Results of earlier steps lie in `job.work`, and a stopped run goes on behind the last whole one.
+    Peak memory of rounding: one output shard and four float32 copies of the largest layer.
     """
     recipe = job.recipe
     assert isinstance(recipe, CompressRecipe)  # the registry pairs recipe and engine
@@ -32,36 +109,47 @@ def run(job: Job) -> Outcome:
         raise InputError(
             f"{job.checkpoint} is quantised already", hint="compress the model it was made from"
         )
-    return METHODS[recipe.steps[0].method](job, headers, recipe.steps[0])
+    shared = Shared(job, recipe, model.pick_device(recipe.device))
+    source = job.checkpoint
+    metrics: dict[str, float | int | str] = {}
+    for i, step in enumerate(recipe.steps):
+        last = i == len(recipe.steps) - 1
+        out, note = job.work / f"step-{i}", job.work / f"step-{i}.json"
+        if last:
+            out = job.out
+        elif note.is_file():
+            job.reporter.info(f"{step.method}: done by an earlier run")
+        if last or not note.is_file():
+            if not last:
+                shutil.rmtree(out, ignore_errors=True)
+                out.mkdir(parents=True)
+            folder = job.work / f"part-{i}"
+            found = METHODS[step.method](Work(source, out, folder, shared), step)
+            if not last:
+                note.write_text(json.dumps(found), encoding="utf-8")
+        else:
+            found = plan.read_json(note)
+        metrics |= found
+        source = out
+    kinds = {step.method for step in recipe.steps}
+    loads = "transformers + compressed-tensors" if "quantize" in kinds else "transformers"
+    return Outcome("model", metrics, (loads,))
 
 
-def _quantize(job: Job, headers: Headers, step: Quantize) -> Outcome:
-    skeleton = model.empty_model(job.checkpoint)
+def _quantize(work: Work, step: Quantize) -> Metrics:
+    job, source = work.job, work.source
+    headers = plan.read_headers(source)
+    skeleton = model.empty_model(source)
     linears = walk.linears(skeleton)
     left = [n for n in linears if any(_ends(n, e) for e in step.exclude_modules)]
     for pattern in step.exclude_modules:
         if not any(_ends(n, pattern) for n in linears):
             raise RecipeError(f"exclude_modules: no linear layer's name ends in `{pattern}`")
-    chosen = {f"{n}.weight" for n in linears if n not in left}
-    prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
-    stored = {t.name for t in headers.tensors}
-    if not chosen & stored and prefix != ".":
-        chosen = {n.removeprefix(prefix) for n in chosen}
-    if not chosen & stored:
-        raise InputError(
-            f"{job.checkpoint} has no linear layers that can be quantised",
-            hint="models whose layers are Conv1D (GPT-2) are not covered",
-        )
-    if absent := sorted(chosen - stored):
-        raise InputError(
-            f"{job.checkpoint}: {len(absent)} linear layers have no weight of their own in the "
-            f"checkpoint, as {absent[0]}",
-            hint="name them in exclude_modules, to leave them as they are",
-        )
+    chosen = _to_round(source, headers, skeleton, {n for n in linears if n not in left})
     group = _group_size(step, [m.in_features for n, m in linears.items() if n not in left])
-    device = model.pick_device(job.recipe.device)
-    writer = model.ShardWriter(job.out)
-    layers = before = after = 0
+    device = work.shared.device
+    writer = model.ShardWriter(work.out)
+    count = before = after = 0
     error = energy = 0.0
     with task(
         job.reporter, f"quantize to {step.bits} bits", len(headers.tensors), "tensors"
@@ -75,30 +163,54 @@ def _quantize(job: Job, headers: Headers, step: Quantize) -> Outcome:
             try:
                 values, scale = quantize(weight, step.bits, group, scale_search=step.scale_search)
             except ValueError as exc:
-                raise InputError(f"{job.checkpoint}: layer {name}: {exc}") from None
+                raise InputError(f"{source}: layer {name}: {exc}") from None
             difference = dequantize(values, scale) - weight.float()
             error += float(difference.square().sum())
             energy += float(weight.float().square().sum())
-            layers += 1
+            count += 1
             before += weight.numel() * 4
             for suffix, part in pack.pack(values, scale, step.bits).items():
                 after += part.numel() * part.element_size()
                 writer.add(f"{name.removesuffix('weight')}{suffix}", part.cpu())
             bar.advance()
     writer.close()
-    model.copy_side_files(job.checkpoint, job.out)
+    model.copy_side_files(source, work.out)
     ignore = sorted({*walk.output_heads(skeleton), *left})
     config = dict(headers.config)
     config["quantization_config"] = pack.config(step.bits, group, ignore)
-    (job.out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    metrics = {
-        "layers": layers,
+    _write_config(work.out, config)
+    return {
+        "layers": count,
         "bytes_before": before,
         "bytes_after": after,
         "bytes_ratio": round(after / before, 6),
         "weight_error": round((error / max(energy, 1e-30)) ** 0.5, 6),
     }
-    return Outcome("model", metrics, ("transformers + compressed-tensors",))
+
+
+def _to_round(source: Path, headers: Headers, skeleton: nn.Module, modules: set[str]) -> set[str]:
+    """Return the stored names of the weights of `modules`."""
+    chosen = {f"{n}.weight" for n in modules}
+    prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
+    stored = {t.name for t in headers.tensors}
+    if not chosen & stored and prefix != ".":
+        chosen = {n.removeprefix(prefix) for n in chosen}
+    if not chosen & stored:
+        raise InputError(
+            f"{source} has no linear layers that can be quantised",
+            hint="models whose layers are Conv1D (GPT-2) are not covered",
+        )
+    if absent := sorted(chosen - stored):
+        raise InputError(
+            f"{source}: {len(absent)} linear layers have no weight of their own in the "
+            f"checkpoint, as {absent[0]}",
+            hint="name them in exclude_modules, to leave them as they are",
+        )
+    return chosen
+
+
+def _write_config(out: Path, config: Mapping[str, Any]) -> None:
+    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def _ends(name: str, pattern: str) -> bool:
@@ -119,4 +231,89 @@ def _group_size(step: Quantize, widths: list[int]) -> int | None:
     return fits[0]
 
 
-METHODS: dict[str, Callable[[Job, Headers, Any], Outcome]] = {"quantize": _quantize}
+def _drop_layers(work: Work, step: DropLayers) -> Metrics:
+    headers = plan.read_headers(work.source)
+    skeleton = model.empty_model(work.source)
+    stack, count = walk.stack(skeleton)
+    kept = layers.spread(count, step.keep) if isinstance(step.keep, int) else step.keep
+    if len(kept) > count or kept[-1] >= count:
+        raise RecipeError(f"keep: {work.source} has {count} layers")
+    keys = [k for k, v in headers.config.items() if "layer" in k and v == count and k != "n_layers"]
+    keys += [k for k in ("n_layer", "n_layers") if headers.config.get(k) == count]
+    if len(keys) != 1:
+        raise InputError(f"{work.source}/config.json doesn't say plainly how many layers there are")
+    config = {**headers.config, keys[0]: len(kept)}
+    for key in ("layer_types", "no_rope_layers"):
+        if isinstance(config.get(key), list) and len(config[key]) == count:
+            config[key] = [config[key][i] for i in kept]
+    if isinstance(config.get("max_window_layers"), int):
+        config["max_window_layers"] = sum(i < config["max_window_layers"] for i in kept)
+    prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
+    stored = {t.name for t in headers.tensors}
+    if not any(name.startswith(f"{stack}.") for name in stored):
+        stack = stack.removeprefix(prefix)
+    writer = model.ShardWriter(work.out)
+    parameters = 0
+    for name, tensor in model.tensors(headers):
+        new = layers.renamed(name, stack, kept)
+        if new is not None:
+            writer.add(new, tensor)
+            parameters += tensor.numel()
+    writer.close()
+    model.copy_side_files(work.source, work.out)
+    _write_config(work.out, config)
+    return {"layers": len(kept), "parameters": parameters}
+
+
+def _frequent_tokens(work: Work, step: FrequentTokens) -> Metrics:
+    config = model.load_config(work.source).get_text_config()
+    texts = work.shared.texts
+    said = [t.ids[t.first :] for t in texts]
+    tokens = frequent.ranked(said, min(step.tokens, config.vocab_size), config.vocab_size)
+    _copy(work.source, work.out)
+    write_frequent(work.out, tokens)
+    return {"covered": round(frequent.covered(said, tokens), 6)}
+
+
+def _copy(source: Path, out: Path) -> None:
+    """Take a checkpoint over as it is."""
+    for file in {t.file for t in plan.read_headers(source).tensors}:
+        shutil.copyfile(file, out / file.name)
+    index = source / "model.safetensors.index.json"
+    if index.is_file():
+        shutil.copyfile(index, out / index.name)
+    model.copy_side_files(source, out)
+
+
+def _distill(work: Work, step: Distill) -> Metrics:
+    shared, config = work.shared, model.load_config(work.source)
+    tokens = read_frequent(work.source, config.get_text_config().vocab_size)
+    taught = distill.lessons(
+        shared.voice,
+        shared.texts,
+        step.likeliest,
+        tokens,
+        work.folder / "lessons",
+        reporter=work.job.reporter,
+    )
+    shared.forget()
+    student, metrics = distill.train_student(
+        work.source,
+        taught,
+        step,
+        rows=tokens,
+        seed=shared.recipe.seed,
+        work=work.folder / "training",
+        device=shared.device,
+        reporter=work.job.reporter,
+    )
+    model.save(student, work.source, work.out)
+    return metrics
+
+
+METHODS: dict[str, Callable[[Work, Any], Metrics]] = {
+    "quantize": _quantize,
+    "drop_layers": _drop_layers,
+    "frequent_tokens": _frequent_tokens,
+    "distill": _distill,
+}

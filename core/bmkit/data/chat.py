@@ -78,8 +78,27 @@ def whole(tokenizer: Any, values: dict[str, Any]) -> list[int]:
 
     Raises ValueError for a row that can't be used.
     """
-    raw = tokenizer.chat_template is None
-    return [i for part, _ in _segments(Row(0, values), tokenizer, raw=raw) for i in part]
+    return [i for part, _ in segments(tokenizer, values) for i in part]
+
+
+def segments(tokenizer: Any, values: dict[str, Any]) -> Iterator[tuple[list[int], bool]]:
+    """Yield the token ids of such a row in pieces, each with whether the model is to say it."""
+    return _segments(Row(0, values), tokenizer, raw=tokenizer.chat_template is None)
+
+
+def user_turn(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return what stands before a user's first words in a chat, and what from there to the answer.
+
+    Both are empty without a chat template, or if it doesn't leave the words as they are.
+    """
+    if tokenizer.chat_template is None:
+        return [], []
+    mark = "a user's own words"
+    text = render(tokenizer, [{"role": "user", "content": mark}], answer=True)
+    before, found, after = text.partition(mark)
+    if not found:
+        return [], []
+    return _ids(tokenizer, before), _ids(tokenizer, after)
 
 
 def _segments(row: Row, tokenizer: Any, *, raw: bool) -> Iterator[tuple[list[int], bool]]:

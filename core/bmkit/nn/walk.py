@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from bmkit.errors import InputError
+
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Return the linear layers by name, the output head (tied or not) left out."""
@@ -13,6 +15,20 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     }
+
+
+def stack(model: nn.Module) -> tuple[str, int]:
+    """Return the name of the model's list of blocks, and how many there are.
+
+    Raises InputError if it has none, or several that are as long.
+    """
+    lists = {n: len(m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    nested = {n for n in lists for other in lists if n.startswith(f"{other}.")}
+    found = {n: count for n, count in lists.items() if n not in nested}
+    if len(found) != 1:
+        what = "no list of blocks" if not found else f"{len(found)} lists of blocks"
+        raise InputError(f"{type(model).__name__} has {what}: which layers are meant is not clear")
+    return next(iter(found.items()))
 
 
 def output_heads(model: nn.Module) -> list[str]:

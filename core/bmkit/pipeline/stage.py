@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -308,7 +307,7 @@ def run_stage(request: Request, reporter: Reporter) -> Result:
     work = env.home() / "work" / prepared.key[:16]
     what = f"{prepared.name}, in {work},"
     waits = request.out is None
-    held = place.hold(work, what, wait=waits) if prepared.stage.name == "tune" else nullcontext()
+    held = place.hold(work, what, wait=waits)
     with (
         held,
         place.create(

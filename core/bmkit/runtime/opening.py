@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,10 @@ def names(paths: list[Path]) -> list[str]:
     return found
 
 
-def open_engine(job: Job, config: Any) -> Engine:
-    """Load the job's model with its adapters, in the way that `plan.choose` says.
+def open_engine(job: Job, config: Any, *, said: Sequence[int] | None = None) -> Engine:
+    """Load the job's model with its adapters, in the way that `choose` says.
 
+    With `said`, a fused decoder's head has only the rows of those tokens.
     Raises InputError for what can't be loaded, ResourceError for a budget that can't work.
     """
     recipe = job.recipe
@@ -78,7 +80,7 @@ def open_engine(job: Job, config: Any) -> Engine:
     rows = min(recipe.batch_size, job.rows or recipe.batch_size)
     found = None
     if chosen.way == "packed":
-        found = _packed(job, recipe, chosen, config, device, rows)
+        found = _packed(job, recipe, chosen, config, device, said)
     elif chosen.way == "placed":
         found = _placed(job, recipe, chosen, device)
     if found is None:
@@ -93,8 +95,23 @@ def open_engine(job: Job, config: Any) -> Engine:
     return found
 
 
+def _begin(job: Job) -> int:
+    """Return the resident memory just before a model is opened; the peak is counted from here.
+
+    A draft is opened beside its target, and counts with it.
+    """
+    if not job.is_draft:
+        env.forget_peak_rss()
+    return env.rss_bytes()
+
+
 def _packed(
-    job: Job, recipe: GenerateRecipe, chosen: Chosen, config: Any, device: torch.device, rows: int
+    job: Job,
+    recipe: GenerateRecipe,
+    chosen: Chosen,
+    config: Any,
+    device: torch.device,
+    said: Sequence[int] | None,
 ) -> Engine | None:
     """Load the fused decoder; None if it doesn't compute what the model's own code does."""
     from bmkit.runtime import cpu
@@ -104,21 +121,24 @@ def _packed(
         job.reporter.info("compiling kernels for this machine, once (some 15 seconds)")
     threads = torch.get_num_threads()
     load.warm(threads)
-    env.forget_peak_rss()
-    before = env.rss_bytes()
+    before = _begin(job)
     assert chosen.placement is not None  # this way has one
     decoder = load.load_decoder(
-        job.checkpoint, threads=threads, quant=recipe.quant, placement=chosen.placement
+        job.checkpoint,
+        threads=threads,
+        quant=recipe.quant,
+        placement=chosen.placement,
+        said=said,
     )
     limited = job.cpu_memory is not None  # then two unpacked blocks may be too much
     differ = load.tiny_difference(config)
     if not limited:
         differ = max(differ, load.largest_difference(decoder))
     if differ > load.TOLERANCE:
-        said = f"the fused blocks differ from the model's own code by {differ:.1e}"
+        text = f"the fused blocks differ from the model's own code by {differ:.1e}"
         if limited or recipe.quant:
-            raise ResourceError(said, hint="this model runs without budget and quant only")
-        job.reporter.warn(f"{said}; not used")
+            raise ResourceError(text, hint="this model runs without budget and quant only")
+        job.reporter.warn(f"{text}; not used")
         return None
     if job.deltas:
         paths = [delta.path for delta in job.deltas]
@@ -144,8 +164,7 @@ def _placed(job: Job, recipe: GenerateRecipe, chosen: Chosen, device: torch.devi
     dtype = models.compute_dtype(recipe.dtype, models.stored_dtype(model.config), device)
     if device.type == "cpu":
         load.warm()
-    env.forget_peak_rss()
-    before = env.rss_bytes()
+    before = _begin(job)
     on_cpu = device.type == "cpu"
     limit = job.cpu_memory if on_cpu else job.gpu_memory
     weights = None if limit is None else limit - plan.fixed_bytes + plan.rest_bytes

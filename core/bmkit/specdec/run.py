@@ -16,6 +16,7 @@ from bmkit import model as models
 from bmkit.data.rows import BadRow, Row
 from bmkit.errors import InputError, ResourceError
 from bmkit.plan import Job
+from bmkit.runtime import frequent
 from bmkit.runtime.answered import Answered, how_to
 from bmkit.runtime.generate import Answer, eos_ids
 from bmkit.runtime.opening import Engine, names, open_engine, peak_gpu_bytes
@@ -134,6 +135,7 @@ class Session:
             cpu_memory=None,
             gpu_memory=None,
             recipe=recipe.model_copy(update={"quant": recipe.draft_quant, "adapters": []}),
+            is_draft=True,
         )
         own = models.load_config(where)
         if own.is_encoder_decoder or config.is_encoder_decoder:
@@ -141,7 +143,8 @@ class Session:
                 "a draft can't guess for an encoder-decoder",
                 hint="leave -d out: phrases of the prompt and of answers are guesses too",
             )
-        opened = open_engine(quiet, own)
+        own_size = own.get_text_config().vocab_size
+        opened = open_engine(quiet, own, said=frequent.read(where, own_size))
         if job.draft.path != job.checkpoint and _size(opened) > _size(self.engine):
             job.reporter.warn(f"the draft {where} is larger than its target")
         model = _target(opened)

@@ -23,6 +23,7 @@ from bmkit.report import Reporter, Task
 from bmkit.train.loss import next_token_loss
 from bmkit.train.recipe import Train
 
+Loss = Callable[[Any, dict[str, Tensor]], tuple[Tensor, int]]
 WHOLE = "bmkit-whole"  # marks a checkpoint whose every file has been written
 
 
@@ -50,15 +51,17 @@ def train(
     work: Path,
     device: torch.device,
     reporter: Reporter,
+    loss: Loss = next_token_loss,
 ) -> Trained:
     """Train what is trainable in `model`, in place.
 
     Checkpoints go to `work`; if a killed run has left one there, training goes on from it, with
-    the same batches, random draws and final loss as if it had never stopped. Raises DivergedError
-    when a loss is not a number, leaving the last good checkpoint in `work`.
+    the same batches, random draws and final loss as if it had never stopped. `loss` takes the model
+    and a batch, and returns the sum and what it is divided by. Raises DivergedError when a loss is
+    not a number, leaving the last good checkpoint in `work`.
     """
     with _alone_on(device):
-        return _train(model, examples, collate, spec, seed, work, device, reporter)
+        return _train(model, examples, collate, spec, seed, work, device, reporter, loss)
 
 
 def _train(
@@ -70,6 +73,7 @@ def _train(
     work: Path,
     device: torch.device,
     reporter: Reporter,
+    loss: Loss,
 ) -> Trained:
     last = _last_whole_checkpoint(work)
     arguments = TrainingArguments(
@@ -106,6 +110,7 @@ def _train(
     trainer = _Trainer(
         model=model, args=arguments, train_dataset=list(examples), data_collator=collate
     )
+    trainer.loss_of = loss
     trainer.model_accepts_loss_kwargs = True  # our loss takes the number of labelled tokens
     total = _steps(spec, len(examples))
     watch = _Watch(reporter, total, work, start=int(last.name.rpartition("-")[2]) if last else 0)
@@ -172,6 +177,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
     """transformers' trainer with the loss of `train.loss`."""
 
     loss_is_scaled_for_ga = True  # it is divided by the labels of the whole accumulated step
+    loss_of: Loss
 
     def compute_loss(
         self,
@@ -181,7 +187,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Return the loss of one batch: a mean over the labelled tokens of the whole step."""
-        loss, count = next_token_loss(model, inputs)
+        loss, count = self.loss_of(model, inputs)
         items = count if num_items_in_batch is None else num_items_in_batch
         return loss / items
 

@@ -89,7 +89,7 @@ def run(job: Job) -> Outcome:
         "trainable_parameters": sum(p.numel() for p in peft_model.parameters() if p.requires_grad),
     }
     if recipe.merge:
-        _save_merged(peft_model, job)
+        models.save(peft_model.merge_and_unload(), job.checkpoint, job.out)
         return Outcome("model", metrics, ("transformers",), report)
     if placed:
         placed.close()
@@ -175,24 +175,3 @@ def _put_in_order(file: Path, base: Path) -> None:
         if isinstance(values.get(key), list):
             values[key] = sorted(values[key])
     file.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _save_merged(peft_model: Any, job: Job) -> None:
-    """Write the delta merged into its base, in the dtype that the base is stored in."""
-    merged = peft_model.merge_and_unload()
-    stored = models.stored_dtype(models.load_config(job.checkpoint))
-    tied = set(getattr(merged, "_tied_weights_keys", None) or [])
-    head = merged.get_output_embeddings()
-    inputs = merged.get_input_embeddings()
-    shares = head is not None and inputs is not None and head.weight is inputs.weight
-    writer = models.ShardWriter(job.out)
-    for name, tensor in merged.state_dict().items():
-        if not (shares and name in tied):
-            writer.add(
-                name, tensor.to(stored).cpu() if tensor.is_floating_point() else tensor.cpu()
-            )
-    writer.close()
-    models.copy_side_files(job.checkpoint, job.out)
-    values = dict(plan.read_json(job.checkpoint / "config.json"))
-    values.pop("quantization_config", None)
-    (job.out / "config.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

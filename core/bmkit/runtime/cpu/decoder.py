@@ -142,7 +142,8 @@ class Decoder:
     """The model: what it computes is here, where its weights are is the store's matter.
 
     Its units are its blocks, then its head in `head_parts` parts. `resident` are the units to keep;
-    all if not given. `chunk` tokens of a prompt go through the blocks together.
+    all if not given. `chunk` tokens of a prompt go through the blocks together. With `said`,
+    ascending, logits are those of these tokens alone, in their order.
     """
 
     def __init__(
@@ -154,8 +155,9 @@ class Decoder:
         resident: set[int] | None = None,
         head_parts: int = 1,
         chunk: int = 512,
+        said: Sequence[int] | None = None,
     ) -> None:
-        self.chunk = chunk
+        self.chunk, self.said = chunk, said
         self.config, self.source, self.threads = config, source, threads
         self.heads = config.num_attention_heads
         self.kv = getattr(config, "num_key_value_heads", None) or self.heads
@@ -173,7 +175,7 @@ class Decoder:
         self.last_norm = lay_out([source.shape("model.norm")])
         self.norm_slab = empty_slab(self.last_norm.bytes)
         source.write("model.norm", self.last_norm, 0, self.norm_slab)
-        self.layouts = layouts(config, source, head_parts)
+        self.layouts = layouts(config, source, head_parts, None if said is None else len(said))
         self.vocabulary = sum(layout.rows for layout in self.layouts[self.blocks :])
         chosen = set(range(len(self.layouts))) if resident is None else resident
         self.small: dict[int, tuple[np.ndarray, Layout]] = {}  # norms of units that are mapped
@@ -189,6 +191,8 @@ class Decoder:
         found = {}
         for unit in streamed:
             shapes = self.layouts[unit].shapes
+            if unit >= self.blocks and self.said is not None:
+                continue
             if unit >= self.blocks:
                 low = sum(layout.rows for layout in self.layouts[self.blocks : unit])
                 assert shapes[0] is not None  # a part of the head
@@ -237,6 +241,10 @@ class Decoder:
                     self.source.write(whole, self.layouts[unit], row, slab)
             return
         low = sum(layout.rows for layout in self.layouts[self.blocks : unit])
+        if self.said is not None:
+            chosen = self.said[low : low + self.layouts[unit].rows]
+            self.source.write_chosen(head_name(self.config), chosen, self.layouts[unit], slab)
+            return
         self.source.write_rows(head_name(self.config), low, self.layouts[unit], slab)
 
     def _numbers(self, i: int) -> np.ndarray:
@@ -263,7 +271,8 @@ class Decoder:
     def embed(self, ids: Sequence[int]) -> np.ndarray:
         """Return the embeddings [tokens, hidden]: from the head if it is tied and resident."""
         slab = self.store.resident.get(self.blocks)
-        if not self.tied or slab is None or len(self.layouts) > self.blocks + 1:
+        whole = self.tied and self.said is None and len(self.layouts) == self.blocks + 1
+        if not whole or slab is None:
             return np.ascontiguousarray(self.source.rows("model.embed_tokens", ids))
         h = np.empty((len(ids), self.hidden), np.float32)
         for row, token in zip(h, ids, strict=True):
@@ -600,13 +609,17 @@ def head_name(config: Any) -> str:
     return "model.embed_tokens" if tied else "lm_head"
 
 
-def layouts(config: Any, source: Source, head_parts: int = 1) -> list[Layout]:
-    """Lay out the units of a model: its blocks, then its head in parts of rows."""
+def layouts(
+    config: Any, source: Source, head_parts: int = 1, said: int | None = None
+) -> list[Layout]:
+    """Lay out the units of a model: its blocks, then its head, all or `said` rows, in parts."""
     found = []
     for i in range(config.num_hidden_layers):
         found.append(lay_out([source.shape(f"model.layers.{i}.{name}") for name in NAMES]))
     whole = source.shape(head_name(config))
     assert whole is not None  # `load` has looked
+    if said is not None:
+        whole = replace(whole, rows=said)
     for part in range(head_parts):
         low, high = part * whole.rows // head_parts, (part + 1) * whole.rows // head_parts
         found.append(lay_out([replace(whole, rows=high - low)]))

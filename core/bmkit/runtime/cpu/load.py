@@ -25,12 +25,17 @@ TOLERANCE = 1e-4
 
 
 def load_decoder(
-    path: Path, *, threads: int, quant: str | None = None, placement: Placement | None = None
+    path: Path,
+    *,
+    threads: int,
+    quant: str | None = None,
+    placement: Placement | None = None,
+    said: Sequence[int] | None = None,
 ) -> Decoder:
     """Load the checkpoint at `path`, of a family that `runtime.family` covers.
 
-    Without a placement all of it is resident. Raises InputError for tensors that are missing or
-    can't be used.
+    Without a placement all of it is resident. With `said`, its head says only those tokens. Raises
+    InputError for tensors that are missing or can't be used.
     """
     config = models.load_config(path)
     source = Files(path, quant=quant)
@@ -41,7 +46,7 @@ def load_decoder(
         )
     _require_shapes(path, config, source)
     if placement is None:
-        return Decoder(config, source, threads=threads)
+        return Decoder(config, source, threads=threads, said=said)
     return Decoder(
         config,
         source,
@@ -49,6 +54,7 @@ def load_decoder(
         resident=set(placement.resident),
         head_parts=placement.head_parts,
         chunk=placement.chunk,
+        said=said,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +33,15 @@ QUANT = {"int8": (8, None), "int4": (4, 64)}
 """Bits and group of what `quant` means; inputs that the group doesn't divide take 32."""
 
 
+def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield the runs of ascending numbers without gaps: the first, and one past the last."""
+    start = 0
+    for i in range(1, len(numbers) + 1):
+        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
+            yield numbers[start], numbers[i - 1] + 1
+            start = i
+
+
 class Source:
     """Gives matrices by module name; a norm's vector is a float32 matrix of one row."""
 
@@ -56,6 +65,23 @@ class Source:
         scales = None if whole.scales is None else whole.scales[low:high]
         bias = None if whole.bias is None else whole.bias[low:high]
         layout.write(slab, 0, Packed(shape, whole.data[low:high], scales, bias))
+
+    def write_chosen(
+        self, name: str, chosen: Sequence[int], layout: Layout, slab: np.ndarray
+    ) -> None:
+        """Put the rows `chosen`, ascending, of matrix `name` into `slab`, where the layout says."""
+        whole = layout.shapes[0]
+        assert whole is not None  # by construction of the layout
+        at = 0
+        for low, high in runs(chosen):
+            part = pack.lay_out([replace(whole, rows=high - low)])
+            some = pack.empty_slab(part.bytes)
+            self.write_rows(name, low, part, some)
+            for which, size in enumerate(whole.sizes):
+                each = size // whole.rows
+                target = layout.part(slab, 0, which)[at * each : (at + high - low) * each]
+                target[:] = part.part(some, 0, which)
+            at += high - low
 
     def rows(self, name: str, ids: Sequence[int]) -> np.ndarray:
         """Return rows of an embedding, unpacked: float32 [ids, inputs]."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from bmkit.runtime.speculation.phrases import Phrases
@@ -13,6 +14,7 @@ from bmkit.runtime.speculation.policy import Costs, Record
 from bmkit.runtime.speculation.targets import Target
 from bmkit.runtime.speculation.tree import Tree
 
+Chooser = Callable[[Tensor, Sequence[int]], int]
 STEPS = (0.3, 0.5, 0.7, 0.85, 0.95)
 """Bounds between the classes of a draft's own probability of its guess."""
 
@@ -57,14 +59,14 @@ class Draft:
     def guess(
         self,
         places: Mapping[int, Sequence[int]],
-        choosers: Mapping[int, Callable[[Tensor, Sequence[int]], int]],
+        choosers: Mapping[int, Chooser | None],
         length: Callable[[int, float], bool],
         sources: Mapping[int, Sequence[Phrases]],
     ) -> dict[int, Drafted]:
         """Guess what follows `places`, each with all tokens of its prompt and answer.
 
         `length(count, chance)` says whether to go on, after so many tokens that are right with that
-        chance. `choosers` take logits and the tokens so far.
+        chance. `choosers` take logits and the tokens so far; None takes the likeliest.
         """
         found = {p: Drafted([], []) for p in places}
         going = dict.fromkeys(places, 1.0)
@@ -117,7 +119,7 @@ class Draft:
         logits: Tensor,
         found: Drafted,
         said: Sequence[int],
-        choose: Callable[[Tensor, Sequence[int]], int],
+        choose: Chooser | None,
         chance: float,
         length: Callable[[int, float], bool],
     ) -> float:
@@ -127,8 +129,7 @@ class Draft:
         nodes = list(range(count))
         while True:
             scores = logits[node]
-            token = choose(scores, found.tokens)
-            sure = float(scores.softmax(-1)[token])
+            token, sure = self._choose(scores, choose, found.tokens)
             record = self.records[sum(sure >= step for step in STEPS)]
             found.tokens.append(token)
             found.records.append(record)
@@ -143,6 +144,22 @@ class Draft:
         self.model.keep(place, nodes)
         self.known[place] += [tree.tokens[n] for n in nodes]
         return chance if more else 0.0
+
+    def _choose(
+        self, scores: Tensor, choose: Chooser | None, drafted: Sequence[int]
+    ) -> tuple[int, float]:
+        """Return what the model says, and how likely it finds that."""
+        said = self.model.said
+        if choose is None:
+            best = int(scores.argmax())
+            sure = float((scores[best] - scores.logsumexp(-1)).exp())
+            return (best if said is None else int(said[best])), sure
+        if said is not None:
+            whole = scores.new_full((self.model.vocabulary,), -torch.inf)
+            whole[said] = scores
+            scores = whole
+        token = choose(scores, drafted)
+        return token, float((scores[token] - scores.logsumexp(-1)).exp())
 
     def learn(self, drafted: Drafted, right: int, tried: int) -> None:
         """Note that the first `right` of `tried` guesses were what the target said."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from bmkit.runtime.ahead import Ahead
 from bmkit.runtime.generate import Answer, Generation
 from bmkit.runtime.row import Row
-from bmkit.runtime.speculation.draft import Draft, Drafted
+from bmkit.runtime.speculation.draft import Chooser, Draft, Drafted
 from bmkit.runtime.speculation.phrases import Phrases
 from bmkit.runtime.speculation.policy import Bet, Costs, Experience, choose
 from bmkit.runtime.speculation.targets import Target
@@ -397,13 +397,13 @@ class Speculator:
         return False
 
 
-def _chooser(row: Row) -> Callable[[Tensor, Sequence[int]], int]:
+def _chooser(row: Row) -> Chooser | None:
     """Return how a draft chooses, as its target would: with the noise that will be drawn there.
 
     Where both models' distributions are alike, the same noise makes them choose the same token.
     """
     if not row.steps:
-        return lambda scores, drafted: int(scores.argmax())
+        return None
 
     def pick(scores: Tensor, drafted: Sequence[int]) -> int:
         seen = torch.tensor([[*row.before, *row.made, *drafted]])

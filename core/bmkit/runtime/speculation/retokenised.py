@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
-from bmkit.runtime.speculation.draft import Draft, Drafted
+from bmkit.runtime.speculation.draft import Chooser, Draft, Drafted
 from bmkit.runtime.speculation.phrases import Phrases
 from bmkit.runtime.speculation.policy import Record
 from bmkit.runtime.speculation.targets import Target
@@ -41,7 +39,7 @@ class Retokenised(Draft):
     def guess(
         self,
         places: Mapping[int, Sequence[int]],
-        choosers: Mapping[int, Callable[[Tensor, Sequence[int]], int]],
+        choosers: Mapping[int, Chooser | None],
         length: Callable[[int, float], bool],
         sources: Mapping[int, Sequence[Phrases]],
     ) -> dict[int, Drafted]:
@@ -49,7 +47,7 @@ class Retokenised(Draft):
         own = {p: self._own(said) for p, said in places.items()}
         found = super().guess(
             own,
-            {p: lambda scores, _: int(scores.argmax()) for p in own},
+            dict.fromkeys(own),
             length,
             {p: () for p in own},
         )

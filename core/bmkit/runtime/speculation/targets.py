@@ -20,6 +20,8 @@ class Target(Protocol):
     trees: bool
     """Whether a guess may have two continuations; else only chains are verified."""
     vocabulary: int
+    said: Tensor | None
+    """The tokens that logits are of, ascending; None: all of the vocabulary."""
     start: list[int] | None
     """What an answer begins with, where that is not the prompt: of an encoder-decoder."""
 
@@ -53,7 +55,8 @@ class DecoderTarget:
 
     def __init__(self, decoder: Decoder, rows: int, most: int | None = None) -> None:
         self.decoder, self.rows, self.most = decoder, rows, most
-        self.vocabulary = decoder.vocabulary
+        self.vocabulary = int(decoder.config.vocab_size)
+        self.said = None if decoder.said is None else torch.tensor(list(decoder.said))
         self.cache: Cache | None = None
         self.adapters: dict[int, str | None] = {}
 
@@ -147,6 +150,7 @@ class ModelTarget:
         self.model, self.chunk = model, chunk
         self.config = model.config.get_text_config()
         self.vocabulary = int(self.config.vocab_size)
+        self.said: Tensor | None = None
         self.device = model.device
         self.caches: dict[int, Any] = {}
         self.read: dict[int, int] = {}  # nodes of the tree that a place has read last

@@ -1,0 +1,129 @@
+"""What a draft is made of: layers left out, lessons of a teacher, a head that says less."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from bmkit import model as models
+from bmkit.compress import corpus, distill, frequent, layers
+from bmkit.compress.recipe import Data
+from bmkit.errors import InputError
+from bmkit.report import Silent
+from bmkit.runtime.cpu import load
+from bmkit.runtime.voice import Voice
+from bmkit.train.distil import divergence, likeliest, teaching_loss
+
+CPU = torch.device("cpu")
+
+
+def test_layers_that_stay_are_spread_from_the_first_to_the_last() -> None:
+    assert layers.spread(30, 3) == [0, 14, 29]
+    assert layers.spread(30, 1) == [0]
+    assert layers.spread(4, 4) == [0, 1, 2, 3]
+    for count in range(2, 40):
+        for keep in range(2, count + 1):
+            found = layers.spread(count, keep)
+            assert (len(found), found[0], found[-1]) == (keep, 0, count - 1)
+
+
+def test_tensors_of_layers_that_stay_get_new_numbers_and_others_go() -> None:
+    kept = [0, 14, 29]
+    new = layers.renamed("model.layers.14.mlp.up_proj.weight", "model.layers", kept)
+    assert new == "model.layers.1.mlp.up_proj.weight"
+    assert layers.renamed("model.layers.1.mlp.up_proj.weight", "model.layers", kept) is None
+    assert layers.renamed("model.norm.weight", "model.layers", kept) == "model.norm.weight"
+
+
+def test_the_most_frequent_tokens_come_first_and_low_numbers_fill_up() -> None:
+    texts = [[9, 9, 9, 4, 4, 7], [4, 9]]
+    assert frequent.ranked(texts, 2, 20) == [4, 9]
+    assert frequent.ranked(texts, 5, 20) == [0, 1, 4, 7, 9]
+    assert frequent.covered(texts, [4, 9]) == 7 / 8
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_with_the_whole_vocabulary_the_loss_is_the_cross_entropy(temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(6, 11, generator=generator) for _ in range(2))
+    taught = likeliest(teacher, 11)
+    got = divergence(student, taught.tokens, taught.logprobs, temperature=temperature)
+    p = (teacher / temperature).softmax(-1)
+    wanted = functional.cross_entropy(student / temperature, p, reduction="sum") * temperature**2
+    torch.testing.assert_close(got, wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_a_teachers_tokens_that_a_student_cannot_say_count_for_nothing(tiny: Path) -> None:
+    model = models.load_model(tiny, device=CPU, dtype="float32")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    rows = torch.tensor([3, 8, 20])
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "places": torch.tensor([[0, 1], [0, 3]]),
+        "tokens": torch.tensor([[1, -1], [2, 0]]),
+        "logprobs": torch.tensor([[-0.5, -1.0], [-0.2, -2.0]]),
+    }
+    loss, count = teaching_loss(model, batch, temperature=1.0, rows=rows)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0][:, rows].log_softmax(-1)
+    share = torch.tensor([-0.5, -0.2, -2.0]).exp()
+    wanted = -(share[0] * logits[1, 1] + share[1] * logits[3, 2] + share[2] * logits[3, 0])
+    assert count == 2
+    torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("quant", [None, "int8"])
+def test_a_head_of_some_tokens_gives_their_logits(tiny: Path, quant: str | None) -> None:
+    said = [0, 2, 3, 17, 40, 41, 42, 258]
+    whole = load.load_decoder(tiny, threads=1, quant=quant)
+    some = load.load_decoder(tiny, threads=1, quant=quant, said=said)
+    ids = [5, 6, 7, 8, 9]
+    full = whole.chain(whole.cache(1, 64), 0, ids)
+    part = some.chain(some.cache(1, 64), 0, ids)
+    np.testing.assert_allclose(part[-1], full[-1][said], rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def voice(tiny: Path, home: Path) -> Voice:
+    return Voice(tiny, device=CPU, dtype="float32", rows=4, reporter=Silent())
+
+
+def gather(voice: Voice, kept: Path, data: Data, file: Path | None = None) -> list[corpus.Text]:
+    return corpus.gather(voice, data, file, kept, likeliest=4, seed=0, reporter=Silent())
+
+
+def test_what_the_model_says_is_kept_with_what_it_found_likeliest(
+    voice: Voice, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "Say {i}."}}\n' for i in range(70)))
+    data = Data(tokens=600, max_new_tokens=8, sequence_length=64)
+    texts = gather(voice, tmp_path / "kept", data, prompts)
+    stopped = tmp_path / "stopped"
+    stopped.mkdir()
+    first = next(iter(sorted((tmp_path / "kept").iterdir())))
+    (stopped / first.name).write_bytes(first.read_bytes())  # a run that was stopped behind it
+    again = gather(voice, stopped, data, prompts)
+    assert [(t.ids, t.first) for t in again] == [(t.ids, t.first) for t in texts]
+    told = distill.lessons(voice, texts, 4, None, tmp_path / "a", reporter=Silent())
+    unsaid = [corpus.Text(t.ids, t.first) for t in texts]
+    read = distill.lessons(voice, unsaid, 4, None, tmp_path / "b", reporter=Silent())
+    for one, other in zip(told, read, strict=True):
+        assert torch.equal(one.tokens, other.tokens)
+        torch.testing.assert_close(one.logprobs, other.logprobs)
+        assert one.chosen.tolist() == one.ids[one.first :]  # greedy: it says the likeliest
+
+
+def test_a_model_whose_own_prompts_never_end_asks_for_a_file(
+    voice: Voice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "IDLE", 1)
+    monkeypatch.setattr(corpus, "BATCH", 2)
+    voice.eos = []
+    with pytest.raises(InputError, match="no prompts that end"):
+        gather(voice, tmp_path / "kept", Data(tokens=50, max_new_tokens=4))

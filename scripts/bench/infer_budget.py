@@ -38,7 +38,7 @@ def make(folder: Path) -> int:
         vocab_size=8192,
         hidden_size=1024,
         intermediate_size=2816,
-        num_hidden_layers=42,
+        num_hidden_layers=46,
         num_attention_heads=16,
         num_key_value_heads=4,
         tie_word_embeddings=True,

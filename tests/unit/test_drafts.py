@@ -127,3 +127,16 @@ def test_a_model_whose_own_prompts_never_end_asks_for_a_file(
     voice.eos = []
     with pytest.raises(InputError, match="no prompts that end"):
         gather(voice, tmp_path / "kept", Data(tokens=50, max_new_tokens=4))
+
+
+def test_each_place_that_is_taught_is_counted_once() -> None:
+    taught = likeliest(torch.randn(4, 9), 2)
+    lesson = distill.Lesson(
+        [1, 2, 3, 4, 5, 6], 2, taught.tokens, taught.logprobs, taught.tokens[:, 0]
+    )
+    short = distill.Lesson(
+        [1, 2, 3], 1, taught.tokens[:2], taught.logprobs[:2], taught.tokens[:2, 0]
+    )
+    batch = distill.collate([{"input_ids": t.ids[:-1], "lesson": t} for t in (lesson, short)])
+    for labels in (batch["labels"], batch["labels"][:, 1:]):  # the trainer may leave the first out
+        assert int(labels.ne(-100).sum()) == len(batch["places"]) == 6

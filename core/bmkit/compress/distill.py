@@ -105,12 +105,14 @@ def collate(lessons: Sequence[Any]) -> dict[str, Tensor]:
     longest = max(len(e["input_ids"]) for e in lessons)
     ids = torch.zeros(len(lessons), longest, dtype=torch.long)
     mask = torch.zeros(len(lessons), longest, dtype=torch.long)
+    labels = torch.full((len(lessons), longest + 1), -100)  # for the trainer, which counts them
     places, tokens, logprobs = [], [], []
     for row, example in enumerate(lessons):
         lesson: Lesson = example["lesson"]
         size = len(example["input_ids"])
         ids[row, :size] = torch.tensor(example["input_ids"])
         mask[row, :size] = 1
+        labels[row, lesson.first : len(lesson.ids)] = 0
         where = torch.arange(lesson.first - 1, len(lesson.ids) - 1)
         places.append(torch.stack((torch.full_like(where, row), where), 1))
         tokens.append(lesson.tokens)
@@ -118,6 +120,7 @@ def collate(lessons: Sequence[Any]) -> dict[str, Tensor]:
     return {
         "input_ids": ids,
         "attention_mask": mask,
+        "labels": labels,
         "places": torch.cat(places),
         "tokens": torch.cat(tokens),
         "logprobs": torch.cat(logprobs),

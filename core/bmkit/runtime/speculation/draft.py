@@ -104,7 +104,6 @@ class Draft:
         del known[agree:]
         tree = Tree.of(whole[agree])
         at = tree.add(whole[agree + 1 :], "", [1.0] * (len(whole) - agree - 1))
-        self.unread = len(at) + 1
         if self.model.trees and self.phrases:
             for source in sources:
                 for where, _ in source.find(whole, self.phrases):

@@ -345,6 +345,39 @@ def test_the_fused_decoder_answers_as_the_model(tmp_path: Any, tokenizer: Any) -
         assert found.stats.accepted["draft"] > 0
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_chat_reads_only_what_is_new(fused: bool, tmp_path: Any, tokenizer: Any) -> None:
+    model = model_of(CONFIGS["llama"])
+    how = Generation(12)
+    found = speculator(model, tokenizer, how, draft=noisy(model), settings=ALWAYS, eos=())
+    if fused:
+        model.save_pretrained(tmp_path)
+        found.target = DecoderTarget(load_decoder(tmp_path, threads=1), 1)
+    assert found.draft is not None
+    known: dict[str, list[int]] = {"target": [], "draft": []}
+    for name, read in (("target", found.target), ("draft", found.draft.model)):
+        begin = read.begin
+
+        def noted(*words: Any, name: str = name, begin: Any = begin, **more: Any) -> Any:
+            known[name].append(more["known"])
+            return begin(*words, **more)
+
+        read.begin = noted  # type: ignore[method-assign]
+    found.reuse = True
+    first = prompts_of(1)[0]
+    said = answers(found, [first])[0]
+    second = Prompt(1, 1, "", [*first.ids, *said, 5, 6, 7])
+    other = Prompt(2, 2, "", [*first.ids[:4], 9, 8, 7])
+    again = replace(other, number=3, adapter=None)
+    wanted = [alone(model, tokenizer, [p], how)[0] for p in (first, second, other, again)]
+    assert [said, *(answers(found, [p])[0] for p in (second, other, again))] == wanted
+    whole = len(first.ids) + len(said)
+    assert known["target"] == [0, whole - 1, 4, 0]
+    assert known["draft"][0] == 0
+    assert len(first.ids) <= known["draft"][1] <= whole
+    assert known["draft"][2:] == [4, len(other.ids) - 1]
+
+
 def test_a_draft_with_another_tokenizer_guesses_by_text(tokenizer: Any) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -22,8 +22,9 @@ from bmkit.train.distil import Taught
 BATCH = 64
 IDLE = 8
 """Batches without a text after which it is no use to go on."""
-LONGEST_PROMPT = 96
-"""Tokens of a prompt that the model makes up itself."""
+LONGEST_PROMPT = 48
+"""Tokens of a prompt that the model makes up itself; one that hasn't ended then is cut."""
+SHORTEST_PROMPT = 3
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def gather(
             nothing = 0 if more else nothing + 1
             if nothing == IDLE:
                 raise InputError(
-                    "the model makes up no prompts that end",
+                    "the model has nothing to say to prompts of its own",
                     hint="name a file of prompts: -s data.calibration=prompts.jsonl",
                 )
     return _enough([t for batch in batches for t in batch], data.tokens)
@@ -208,7 +209,8 @@ def _said(
         elif opening:
             asking = Generation(LONGEST_PROMPT, sampled=True, top_p=0.95, seed=seed)
             made = _answers(voice, [opening] * BATCH, number, asking)
-            asked = [[*opening, *a.token_ids[:-1], *closing] for a in made if _is_whole(a)]
+            turns = [a.token_ids[:-1] if a.finish == "eos" else a.token_ids for a in made]
+            asked = [[*opening, *ids, *closing] for ids in turns if len(ids) >= SHORTEST_PROMPT]
         else:  # no chats: what the model says from its beginning on
             asked = [[start]] * BATCH
             how = Generation(most - 1, sampled=True, seed=seed, logprobs=likeliest)
@@ -226,10 +228,6 @@ def _text(ids: list[int], answer: Answer, most: int) -> Text:
     tokens = torch.tensor([[token for token, _ in c.top] for c in told], dtype=torch.int32)
     logprobs = torch.tensor([[p for _, p in c.top] for c in told], dtype=torch.float16)
     return Text(whole, len(ids), Taught(tokens, logprobs))
-
-
-def _is_whole(answer: Answer) -> bool:
-    return answer.finish == "eos" and len(answer.token_ids) > 3
 
 
 def _answers(voice: Voice, prompts: list[list[int]], first: int, how: Generation) -> list[Answer]:

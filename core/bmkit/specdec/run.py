@@ -104,8 +104,7 @@ class Session:
                     "verified one chain at a time"
                 )
         self.draft = self._draft(job, config)
-        self.server = None
-        self.speculator = self.speculate(self.engine.rows)
+        self.server = self.speculator = self.speculate(self.engine.rows)
         self.tokens = 0
         self.seconds = 0.0
         self.exactness: Exactness | None = None

@@ -19,6 +19,13 @@ STEPS = (0.3, 0.5, 0.7, 0.85, 0.95)
 """Bounds between the classes of a draft's own probability of its guess."""
 
 
+def agreement(known: Sequence[int], whole: Sequence[int]) -> int:
+    """Return how many first tokens of `whole` are those that are known; never all of it."""
+    pairs = enumerate(zip(known, whole, strict=False))
+    found = next((i for i, (a, b) in pairs if a != b), len(known))
+    return min(found, len(whole) - 1)
+
+
 @dataclass
 class Drafted:
     """What a draft has guessed for one prompt."""
@@ -50,9 +57,10 @@ class Draft:
         self.seconds = 0.0
 
     def begin(self, place: int, ids: Sequence[int], *, slots: int) -> None:
-        """Read a prompt."""
+        """Read a prompt, from where it differs from what the place has read."""
         start = time.perf_counter()
-        self.model.begin(place, ids, slots=slots, adapter=None)
+        known = agreement(self.known.pop(place, []), ids)
+        self.model.begin(place, ids, slots=slots, adapter=None, known=known)
         self.known[place] = list(ids)
         self.seconds += time.perf_counter() - start
 
@@ -95,11 +103,7 @@ class Draft:
     def _tree(self, place: int, whole: list[int], sources: Sequence[Phrases]) -> Tree:
         """Return the tokens that the model hasn't read, with phrases after them."""
         known = self.known[place]
-        agree = next(
-            (i for i, (a, b) in enumerate(zip(known, whole, strict=False)) if a != b),
-            min(len(known), len(whole) - 1),
-        )
-        agree = min(agree, len(whole) - 1)
+        agree = agreement(known, whole)
         self.model.cut(place, agree)
         del known[agree:]
         tree = Tree.of(whole[agree])

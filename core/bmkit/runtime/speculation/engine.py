@@ -14,7 +14,7 @@ from torch import Tensor
 from bmkit.runtime.ahead import Ahead
 from bmkit.runtime.generate import Answer, Generation
 from bmkit.runtime.row import Row
-from bmkit.runtime.speculation.draft import Chooser, Draft, Drafted
+from bmkit.runtime.speculation.draft import Chooser, Draft, Drafted, agreement
 from bmkit.runtime.speculation.phrases import Phrases
 from bmkit.runtime.speculation.policy import Bet, Costs, Experience, choose
 from bmkit.runtime.speculation.targets import Target
@@ -116,6 +116,9 @@ class Speculator:
         self.experience = Experience()
         self.stats = Stats()
         self.idle = 0  # rounds since the draft was last asked
+        self.reuse = False
+        """Whether a prompt is read on from where it agrees with the one before it, as in a chat."""
+        self.known: tuple[str | None, list[int]] | None = None  # what place 0 holds then
         self.said: list[list[int]] = []
         """Prompts with their answers, as far as they came."""
 
@@ -151,7 +154,7 @@ class Speculator:
                 place = next(i for i in range(self.rows) if i not in active)
                 begun, answer = self._begin(place, prompt, write)
                 if answer is not None:
-                    self._end(begun)
+                    self._end(place, begun)
                     yield prompt, answer, begun.origins[: len(answer.token_ids)]
                 else:
                     active[place] = begun
@@ -164,7 +167,7 @@ class Speculator:
             self.stats.seconds += time.perf_counter() - start
             for place, answer in done.items():
                 over = active.pop(place)
-                self._end(over)
+                self._end(place, over)
                 yield over.row.prompt, answer, over.origins[: len(answer.token_ids)]
 
     def _begin(
@@ -180,7 +183,16 @@ class Speculator:
             before=self.target.start,
         )
         slots = row.limit + MOST_NODES
-        logits = self.target.begin(place, prompt.ids, slots=slots, adapter=prompt.adapter)
+        known, self.known = self.known, None
+        if place or known is None or known[0] != prompt.adapter:
+            known = (prompt.adapter, [])
+        logits = self.target.begin(
+            place,
+            prompt.ids,
+            slots=slots,
+            adapter=prompt.adapter,
+            known=agreement(known[1], prompt.ids),
+        )
         log = Phrases()
         log.extend(prompt.ids)
         found = _Active(row, list(prompt.ids), log)
@@ -199,8 +211,11 @@ class Speculator:
         self.stats.tokens += 1
         return active.row.take(token, scores)
 
-    def _end(self, active: _Active) -> None:
+    def _end(self, place: int, active: _Active) -> None:
         """Let later prompts find what was said in this one."""
+        if self.reuse and place == 0 and self.target.start is None:
+            held = self.target.length(place)
+            self.known = (active.row.prompt.adapter, active.said[:held])
         for bet in active.bets:
             bet.settle(active.row.made)
         self.said.append(active.said)

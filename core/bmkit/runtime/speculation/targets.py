@@ -25,10 +25,13 @@ class Target(Protocol):
     start: list[int] | None
     """What an answer begins with, where that is not the prompt: of an encoder-decoder."""
 
-    def begin(self, place: int, ids: Sequence[int], *, slots: int, adapter: str | None) -> Tensor:
+    def begin(
+        self, place: int, ids: Sequence[int], *, slots: int, adapter: str | None, known: int = 0
+    ) -> Tensor:
         """Read a prompt; return the logits [vocabulary] of what follows.
 
-        `slots` is how many tokens may come, guesses included.
+        `slots` is how many tokens may come, guesses included. The first `known` of `ids`, not all,
+        are what the place holds already.
         """
 
     def forward(self, trees: Mapping[int, Tree]) -> dict[int, Tensor]:
@@ -60,13 +63,15 @@ class DecoderTarget:
         self.cache: Cache | None = None
         self.adapters: dict[int, str | None] = {}
 
-    def begin(self, place: int, ids: Sequence[int], *, slots: int, adapter: str | None) -> Tensor:
+    def begin(
+        self, place: int, ids: Sequence[int], *, slots: int, adapter: str | None, known: int = 0
+    ) -> Tensor:
         """Read a prompt; see `Target`."""
         cache = self.cache = self._room(len(ids) + slots)
-        cache.done[place] = 0
+        cache.done[place] = known
         self.adapters[place] = adapter
         self.decoder.choose(adapter)
-        return torch.from_numpy(self.decoder.chain(cache, place, ids)[0])
+        return torch.from_numpy(self.decoder.chain(cache, place, ids[known:])[0])
 
     def _room(self, slots: int) -> Cache:
         old = self.cache
@@ -220,19 +225,25 @@ class ModelTarget:
         return True
 
     @torch.inference_mode()
-    def begin(self, place: int, ids: Sequence[int], *, slots: int, adapter: str | None) -> Tensor:
+    def begin(
+        self, place: int, ids: Sequence[int], *, slots: int, adapter: str | None, known: int = 0
+    ) -> Tensor:
         """Read a prompt; see `Target`. An encoder-decoder begins its answer with a start token."""
         from transformers import DynamicCache, EncoderDecoderCache
 
         self.adapters[place] = adapter
-        given = torch.tensor([list(ids)], device=self.device)
         if self.encoder_decoder:
+            given = torch.tensor([list(ids)], device=self.device)
             self.caches[place] = EncoderDecoderCache(DynamicCache(), DynamicCache())
             with self._adapter(place):
                 self.encoded[place] = self.model.get_encoder()(input_ids=given)
             start = torch.tensor([self.start], device=self.device)
             return self._read(place, start, None, None)[-1]
-        self.caches[place] = DynamicCache()
+        if known:
+            self.cut(place, known)
+        else:
+            self.caches[place] = DynamicCache()
+        given = torch.tensor([list(ids[known:])], device=self.device)
         size = self.chunk or given.shape[1]
         logits = None
         for low in range(0, given.shape[1], size):

@@ -207,7 +207,7 @@ def _said(
         if prompts:
             asked = prompts[number : number + BATCH]
         elif opening:
-            asking = Generation(LONGEST_PROMPT, sampled=True, top_p=0.95, seed=seed)
+            asking = Generation(LONGEST_PROMPT, sampled=True, min_p=0.02, seed=seed)
             made = _answers(voice, [opening] * BATCH, number, asking)
             turns = [a.token_ids[:-1] if a.finish == "eos" else a.token_ids for a in made]
             asked = [[*opening, *ids, *closing] for ids in turns if len(ids) >= SHORTEST_PROMPT]

@@ -104,6 +104,8 @@ def test_rivals_answer_the_same_prompts(bmkit: Run, tiny: Path, rows: Rows, tmp_
     for name in names:
         assert found[name]["identical"] is True, name
         assert found[name]["tokens_per_second"] > 0 and found[name]["ratio"] > 0
+        alone = name in {"greedy", "transformers"}
+        assert found[name]["tokens_per_forward"] == 1 or not alone, name
         assert name in done.stderr
 
 

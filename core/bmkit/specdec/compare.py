@@ -18,12 +18,21 @@ Answerer = Callable[[Any], list[int]]
 """Answers a prompt (with `number`, `ids`, `adapter`) with token ids."""
 
 
+@dataclass(frozen=True)
+class Rival:
+    """How somebody answers, and how often the target was run for it by now, prompts included."""
+
+    answer: Answerer
+    forwards: Callable[[], int]
+
+
 @dataclass
 class Tally:
     """How one of them did."""
 
     rows: int = 0
     tokens: int = 0
+    forwards: int = 0
     seconds: float = 0.0
     identical: int = 0
 
@@ -32,30 +41,39 @@ class Tally:
         """Return tokens per second, reading the prompts included."""
         return self.tokens / max(self.seconds, 1e-9)
 
+    @property
+    def length(self) -> float:
+        """Return tokens per forward of the target, those that read the prompts included."""
+        return self.tokens / max(self.forwards, 1)
+
 
 class Comparison:
     """Rivals by name, and how they and our own answers did."""
 
-    def __init__(self, rivals: dict[str, Answerer]) -> None:
+    def __init__(self, rivals: dict[str, Rival]) -> None:
         self.rivals = rivals
         self.own = Tally()
         self.tallies = {name: Tally() for name in rivals}
         self.warm = False
 
-    def run(self, prompt: Any, answer: Answerer) -> None:
+    def run(self, prompt: Any, own: Rival) -> None:
         """Let all answer one prompt, beginning with another one each time."""
         if not self.warm:  # what is made at the first call counts for nobody
             for rival in self.rivals.values():
-                rival(prompt)
+                rival.answer(prompt)
             self.warm = True
         names: list[str | None] = [None, *self.rivals]
         first = self.own.rows % len(names)
         said: dict[str | None, list[int]] = {}
         for name in names[first:] + names[:first]:
+            rival, tally = (
+                (own, self.own) if name is None else (self.rivals[name], self.tallies[name])
+            )
+            before = rival.forwards()
             start = time.perf_counter()
-            said[name] = (answer if name is None else self.rivals[name])(prompt)
-            tally = self.own if name is None else self.tallies[name]
+            said[name] = rival.answer(prompt)
             tally.seconds += time.perf_counter() - start
+            tally.forwards += rival.forwards() - before
             tally.tokens += len(said[name])
             tally.rows += 1
         for name, tally in self.tallies.items():
@@ -67,6 +85,7 @@ class Comparison:
             name: {
                 "tokens_per_second": round(tally.rate, 2),
                 "ratio": round(self.own.rate / max(tally.rate, 1e-9), 3),
+                "tokens_per_forward": round(tally.length, 4),
                 "identical": tally.identical == tally.rows,
                 "identical_rows": tally.identical,
                 "rows": tally.rows,
@@ -76,13 +95,14 @@ class Comparison:
 
     def table(self) -> list[str]:
         """Return the lines of a table."""
-        rows = [("", "tokens/s", "this is", "same answers")]
-        rows.append(("spec-decode", f"{self.own.rate:.1f}", "", ""))
+        rows = [("", "tokens/s", "this is", "tokens a forward", "same answers")]
+        rows.append(("spec-decode", f"{self.own.rate:.1f}", "", f"{self.own.length:.2f}", ""))
         for name, found in self.values().items():
             same = f"{found['identical_rows']} of {found['rows']}"
             times = f"{found['ratio']:.2f} x"
-            rows.append((name, f"{found['tokens_per_second']:.1f}", times, same))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+            length = f"{found['tokens_per_forward']:.2f}"
+            rows.append((name, f"{found['tokens_per_second']:.1f}", times, length, same))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
         return [
             "  ".join(
                 cell.ljust(w) if i == 0 else cell.rjust(w)
@@ -100,6 +120,8 @@ class Transformers:
         assert isinstance(recipe, SpecDecodeRecipe)  # the registry pairs recipe and engine
         self.tokenizer, self.how = tokenizer, how
         self.model = self._load(job, job.checkpoint, device)
+        self.forwards = 0
+        self.model.register_forward_hook(self._count)
         self.draft: Any = None
         self.draft_tokenizer: Any = None
         if "assisted" in recipe.compare and job.draft is not None:
@@ -107,6 +129,9 @@ class Transformers:
             own = models.load_tokenizer(job.draft.path)
             if own.get_vocab() != tokenizer.get_vocab():
                 self.draft_tokenizer = own
+
+    def _count(self, *_: Any) -> None:
+        self.forwards += 1
 
     def _load(self, job: Job, path: Any, device: torch.device) -> Any:
         model = models.load_model(path, device=device, dtype=job.recipe.dtype)

@@ -27,7 +27,7 @@ from bmkit.runtime.speculation.engine import ALONE, Settings, Speculator, Stats
 from bmkit.runtime.speculation.phrases import Phrases
 from bmkit.runtime.speculation.retokenised import Retokenised
 from bmkit.runtime.speculation.targets import DecoderTarget, ModelTarget, Target
-from bmkit.specdec.compare import Answerer, Comparison, Transformers
+from bmkit.specdec.compare import Comparison, Rival, Transformers
 from bmkit.specdec.exact import Exactness
 from bmkit.specdec.recipe import SpecDecodeRecipe
 
@@ -188,10 +188,10 @@ class Session:
             self.draft.costs = calibrate.costs(self.draft.model, draft)
         return speculator
 
-    def _rivals(self) -> dict[str, Answerer]:
+    def _rivals(self) -> dict[str, Rival]:
         """Return what answers the same prompts, by its name."""
         wanted = self.recipe.compare
-        found: dict[str, Answerer] = {}
+        found: dict[str, Rival] = {}
         for name, settings in (("greedy", ALONE), ("lookahead", LOOKAHEAD)):
             if name in wanted:
                 found[name] = _alone(self.speculate(1, settings=settings))
@@ -204,7 +204,7 @@ class Session:
                 "assisted": them.assisted,
                 "prompt-lookup": them.prompt_lookup,
             }
-            found |= {name: methods[name] for name in theirs}
+            found |= {name: Rival(methods[name], lambda: them.forwards) for name in theirs}
         return {name: found[name] for name in wanted}
 
     def answer(
@@ -277,7 +277,7 @@ class Session:
             if isinstance(prompt, Bad):
                 yield prompt, prompt.row
                 continue
-            self.comparison.run(prompt, own)
+            self.comparison.run(prompt, Rival(own, self.speculator.stats.forwards))
             yield prompt, last.pop()
 
     def _spoken(self, prompt: Any, answer: Answer, origins: list[str]) -> Spoken:
@@ -352,13 +352,13 @@ LOOKAHEAD = Settings(draft_length=0, harvest=False, window=5, levels=4, sources=
 """Lookahead decoding (arXiv 2402.02057): a Jacobi window, and the phrases that it finds."""
 
 
-def _alone(speculator: Speculator) -> Answerer:
+def _alone(speculator: Speculator) -> Rival:
     def answer(prompt: Any) -> list[int]:
         _, found, _ = next(speculator.answer([prompt]))
         assert found is not None  # a prompt is answered
         return found.token_ids
 
-    return answer
+    return Rival(answer, speculator.stats.forwards)
 
 
 def _target(engine: Engine) -> Target:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from bmkit.runtime.speculation.phrases import Phrases
-from bmkit.runtime.speculation.policy import Costs, Record
+from bmkit.runtime.speculation.policy import Bet, Costs, Experience, Record
 from bmkit.runtime.speculation.targets import Target
 from bmkit.runtime.speculation.tree import Tree
 
@@ -33,6 +33,8 @@ class Drafted:
     tokens: list[int]
     records: list[Record]
     """For each token, what is known of guesses that the draft was as sure of."""
+    then: list[Record] = field(default_factory=list)
+    """For each token, what is known of those that came after one that it was as sure of."""
 
     @property
     def chances(self) -> list[float]:
@@ -52,7 +54,11 @@ class Draft:
         self.known: dict[int, list[int]] = {}
         self.costs = Costs()
         self.records = [Record(max((*STEPS, 1.0)[i] - 0.15, 0.1)) for i in range(len(STEPS) + 1)]
+        self.then = [Record(0.5) for _ in self.records]
+        """How often the token after a right one was right, by how sure the draft was of that."""
         self.overall = Record(0.5)
+        self.experience = Experience()
+        """How often the draft itself says what a phrase says."""
         self.forwards = self.tokens = 0
         self.seconds = 0.0
 
@@ -73,13 +79,15 @@ class Draft:
     ) -> dict[int, Drafted]:
         """Guess what follows `places`, each with all tokens of its prompt and answer.
 
-        `length(count, chance)` says whether to go on, after so many tokens that are right with that
-        chance. `choosers` take logits and the tokens so far; None takes the likeliest.
+        `length(count, chance)` says whether to go on, after so many tokens, to another one that
+        will be right with that chance, all before it as well. `choosers` take logits and the tokens
+        so far; None takes the likeliest.
         """
         found = {p: Drafted([], []) for p in places}
         going = dict.fromkeys(places, 1.0)
+        bets: dict[int, list[Bet]] = {p: [] for p in places}
         while going:
-            trees = {p: self._tree(p, [*places[p], *found[p].tokens], sources[p]) for p in going}
+            trees = {p: self._tree(p, places[p], found[p], sources[p], bets[p]) for p in going}
             start = time.perf_counter()
             logits = self.model.forward(trees)
             seconds = time.perf_counter() - start
@@ -98,22 +106,52 @@ class Draft:
                     length,
                 )
             going = {p: chance for p, chance in going.items() if chance > 0}
+        for place, drafted in found.items():
+            for bet in bets[place]:
+                bet.settle(drafted.tokens)
         return found
 
-    def _tree(self, place: int, whole: list[int], sources: Sequence[Phrases]) -> Tree:
-        """Return the tokens that the model hasn't read, with phrases after them."""
+    def _tree(
+        self,
+        place: int,
+        said: Sequence[int],
+        found: Drafted,
+        sources: Sequence[Phrases],
+        bets: list[Bet],
+    ) -> Tree:
+        """Return the tokens that the model hasn't read, with the phrases after them that pay."""
+        whole = [*said, *found.tokens]
         known = self.known[place]
         agree = agreement(known, whole)
         self.model.cut(place, agree)
         del known[agree:]
         tree = Tree.of(whole[agree])
-        at = tree.add(whole[agree + 1 :], "", [1.0] * (len(whole) - agree - 1))
-        if self.model.trees and self.phrases:
-            for source in sources:
-                for where, _ in source.find(whole, self.phrases):
-                    phrase = source.phrase(where, self.length)
-                    tree.add(phrase, "", [0.5] * len(phrase), at[-1] if at else 0)
-        return tree
+        unread = tree.add(whole[agree + 1 :], "", [1.0] * (len(whole) - agree - 1))
+        if not self.model.trees or not self.phrases:
+            return tree
+        end = unread[-1] if unread else 0
+        for source in sources:
+            for rank, (where, agreed) in enumerate(source.find(whole, self.phrases)):
+                phrase = source.phrase(where, self.length)
+                first, then = self.experience.records("", agreed, rank)
+                tree.add(phrase, "", [first.chance, *[then.chance] * (len(phrase) - 1)], end)
+                bets.append(Bet(len(found.tokens), phrase, first, then))
+        return self._paying(tree, end)
+
+    def _paying(self, tree: Tree, end: int) -> Tree:
+        """Keep the nodes up to `end`, and of those after it as many as make most tokens a second.
+
+        A node that the draft agrees with is a token that it needn't read by itself.
+        """
+        phrases = [n for n in tree.best_first() if n > end]
+        expected, count = 1.0, 0
+        best = expected / self.costs.of(end + 1)
+        for i, node in enumerate(phrases, 1):
+            expected += tree.chances[node]
+            rate = expected / self.costs.of(end + 1 + i)
+            if rate > best:
+                best, count = rate, i
+        return tree.kept([*range(1, end + 1), *phrases[:count]])
 
     def _walk(
         self,
@@ -133,12 +171,13 @@ class Draft:
         while True:
             scores = logits[node]
             token, sure = self._choose(scores, choose, found.tokens)
-            record = self.records[sum(sure >= step for step in STEPS)]
+            kind = sum(sure >= step for step in STEPS)
             found.tokens.append(token)
-            found.records.append(record)
+            found.records.append(self.records[kind])
+            found.then.append(self.then[kind])
             self.tokens += 1
-            chance *= record.chance
-            more = length(len(found.tokens), chance)
+            chance *= self.records[kind].chance
+            more = length(len(found.tokens), chance * self.then[kind].chance)
             below = tree.children[node].get(token)
             if below is None or not more:
                 break
@@ -171,3 +210,5 @@ class Draft:
                 break
             record.learn(float(i < right))
             self.overall.learn(float(i < right))
+            if i < min(right, tried - 1) and i < len(drafted.then):
+                drafted.then[i].learn(float(i + 1 < right))

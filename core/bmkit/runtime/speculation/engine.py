@@ -16,7 +16,7 @@ from bmkit.runtime.generate import Answer, Generation
 from bmkit.runtime.row import Row
 from bmkit.runtime.speculation.draft import Chooser, Draft, Drafted, agreement
 from bmkit.runtime.speculation.phrases import Phrases
-from bmkit.runtime.speculation.policy import Bet, Costs, Experience, choose
+from bmkit.runtime.speculation.policy import Bet, Costs, Experience, Pace, choose
 from bmkit.runtime.speculation.targets import Target
 from bmkit.runtime.speculation.tree import Tree
 from bmkit.runtime.speculation.window import Window
@@ -58,6 +58,7 @@ class Stats:
     target_forwards: int = 0
     row_forwards: int = 0
     """Forwards, each counted once for every row in it."""
+    prompts: int = 0
     tokens: int = 0
     steps_tokens: int = 0
     """Tokens but for each answer's first, which reading the prompt gives."""
@@ -76,6 +77,10 @@ class Stats:
     """How often so many tokens were drafted for a row; 0 where the draft wasn't asked."""
     sizes: Counter[int] = field(default_factory=Counter)
     """How often so many tokens were in a forward."""
+
+    def forwards(self) -> int:
+        """Return how often the target was run for a row, to read its prompt or to verify."""
+        return self.prompts + self.row_forwards
 
 
 @dataclass
@@ -116,6 +121,7 @@ class Speculator:
         self.experience = Experience()
         self.stats = Stats()
         self.idle = 0  # rounds since the draft was last asked
+        self.pace = Pace()
         self.reuse = False
         """Whether a prompt is read on from where it agrees with the one before it, as in a chat."""
         self.known: tuple[str | None, list[int]] | None = None  # what place 0 holds then
@@ -163,8 +169,11 @@ class Speculator:
                     return
                 continue
             start = time.perf_counter()
+            before = self.stats.tokens
             done = self._round(active)
-            self.stats.seconds += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self.stats.seconds += seconds
+            self.pace.learn(self.stats.tokens - before, seconds)
             for place, answer in done.items():
                 over = active.pop(place)
                 self._end(place, over)
@@ -193,6 +202,7 @@ class Speculator:
             adapter=prompt.adapter,
             known=agreement(known[1], prompt.ids),
         )
+        self.stats.prompts += 1
         log = Phrases()
         log.extend(prompt.ids)
         found = _Active(row, list(prompt.ids), log)
@@ -383,10 +393,8 @@ class Speculator:
                 return count < min(fixed, most)
             if count >= most or count >= MOST_NODES // rows - 1:
                 return False
-            known = draft.overall.chance
-            rate = (1 + count * known) / (self.costs.of(rows * (count + 1)) + step * count)
             rise = self.costs.of(rows * (count + 2)) - self.costs.of(rows * (count + 1))
-            return rows * chance * known / (step + max(rise, 0.0)) > rate
+            return rows * chance / (step + max(rise, 0.0)) > self._rate(rows)
 
         found = draft.guess(
             {p: a.said for p, a in asked.items()},
@@ -396,6 +404,14 @@ class Speculator:
         )
         for place, drafted in found.items():
             asked[place].drafted = drafted
+
+    def _rate(self, rows: int) -> float:
+        """Return the tokens a second that another guess has to beat: the most known to be possible.
+
+        Of a ratio of sums, as tokens to seconds over many rounds, what raises it is what has a
+        better ratio by itself.
+        """
+        return max(rows / self.costs.of(rows), self.pace.tokens / max(self.pace.seconds, 1e-9))
 
     def _draft_pays(self, rows: int) -> bool:
         """Tell whether any number of draft tokens is expected to be quicker than none."""

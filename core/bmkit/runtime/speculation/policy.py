@@ -70,6 +70,18 @@ class Costs:
         return {size: self.of(size) for size in self.seconds}
 
 
+class Pace:
+    """Tokens and seconds of the latest rounds."""
+
+    def __init__(self) -> None:
+        self.tokens = self.seconds = 0.0
+
+    def learn(self, tokens: int, seconds: float) -> None:
+        """Note a round."""
+        self.tokens = self.tokens * FORGET + tokens
+        self.seconds = self.seconds * FORGET + seconds
+
+
 class Record:
     """How often guesses of a kind were right, the latest weighing most."""
 

@@ -24,6 +24,9 @@ class Shown(Protocol):
     live: bool
     """Whether text may be written while it is made."""
 
+    def flags(self) -> dict[str, Any]:
+        """Return what it was told on the command line, by option."""
+
     def line(self, found: Any) -> str:
         """Return an answer as text."""
 
@@ -35,6 +38,10 @@ class Plain:
     """Answers as they are."""
 
     live = True
+
+    def flags(self) -> dict[str, Any]:
+        """Return nothing: it was told nothing."""
+        return {}
 
     def line(self, found: Any) -> str:
         """Return an answer's text."""
@@ -103,12 +110,20 @@ def run(
         stages.check_fits(prepared, reporter)
         return
     if talk:
+        wanted = {"--report": words["report"], **(shown.flags() if shown else {}), **_kept(flags)}
+        for name, value in wanted.items():
+            if value:
+                raise UsageError(f"{name} is not for a chat", hint="give -p TEXT or -i FILE.jsonl")
         _, opened = generate.open_session(replace(request, rows=1, longest=CHAT), reporter)
         chat.Chat(opened, reporter, stdout()).run()
         return
     options = {"prompt": prompt, "input": source}
     options |= {key: words[key] for key in ("as_json", "report", "out", "force")}
     answer(request, options, reporter, shown=shown)
+
+
+def _kept(flags: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"--{key.replace('_', '-')}": flags.get(key) for key in ("compare", "verify_exact")}
 
 
 def answer(

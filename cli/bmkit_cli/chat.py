@@ -35,6 +35,12 @@ class Chat:
 
     def run(self) -> None:
         """Read lines and answer them until the end of the input."""
+        try:
+            self._run()
+        finally:
+            self.session.close()
+
+    def _run(self) -> None:
         with suppress(ImportError):
             import readline  # noqa: F401 - input() edits lines and keeps a history with it
         self.reporter.info("/help lists what else can be typed; Ctrl-D leaves")
@@ -105,7 +111,7 @@ class Chat:
         except KeyboardInterrupt:
             stopping.handled()
             self.reporter.info("(interrupted)")
-        finally:
+        with suppress(KeyboardInterrupt):
             answers.close()
         if not isinstance(found, BadRow):
             self.out.text("")

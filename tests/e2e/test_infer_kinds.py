@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Rows = Callable[..., Path]
@@ -357,6 +358,31 @@ def test_a_chat_goes_on_after_an_answer_was_stopped(tiny: Path, tmp_path: Path) 
     terminal.type("\x04")
     assert terminal.process.wait(30) == 0
     os.close(terminal.master)
+
+
+def test_a_chat_of_spec_decode_says_what_infer_says_and_keeps_it_once(
+    tiny: Path, bmkit: Run, tmp_path: Path
+) -> None:
+    refused = Terminal("spec-decode", "-m", "tiny", "--verify-exact", cwd=tmp_path)
+    refused.until("--verify-exact is not for a chat")
+    assert refused.process.wait(30) == 2
+    os.close(refused.master)
+    said = []
+    for words in (("infer",), ("spec-decode", "--phrases", "pool")):
+        terminal = Terminal(*words, "-m", "tiny", "--max-new-tokens", "6", cwd=tmp_path)
+        terminal.until("> ")
+        answers = []
+        for text in ("Hello", "And now?"):
+            terminal.type(text + "\n")
+            answers.append(terminal.until("\n> ").replace("\r", "").split("\n", 1)[1])
+        terminal.type("\x04")
+        assert terminal.process.wait(30) == 0
+        os.close(terminal.master)
+        said.append(answers)
+    assert said[0] == said[1]
+    with safe_open(tmp_path / "pool" / "phrases.safetensors", "np") as file:
+        tokens = file.get_tensor("tokens").tolist()
+    assert tokens.count(-1) == 1, tokens  # the second question's prompt holds the first
 
 
 def test_tuning_under_a_budget_is_the_same_training(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from transformers import AutoModelForCausalLM, CohereConfig, GPTNeoXConfig, PhiConfig
 
 from bmkit import model as models
 from bmkit.compress import corpus, distill, frequent, layers
@@ -16,7 +18,7 @@ from bmkit.errors import InputError
 from bmkit.report import Silent
 from bmkit.runtime.cpu import load
 from bmkit.runtime.voice import Voice
-from bmkit.train.distil import divergence, likeliest, teaching_loss
+from bmkit.train.distil import divergence, has_plain_head, likeliest, teaching_loss
 
 CPU = torch.device("cpu")
 
@@ -119,14 +121,72 @@ def test_what_the_model_says_is_kept_with_what_it_found_likeliest(
         assert one.chosen.tolist() == one.ids[one.first :]  # greedy: it says the likeliest
 
 
-def test_a_model_whose_own_prompts_never_end_asks_for_a_file(
+def test_a_prompt_that_the_model_does_not_end_is_cut(voice: Voice, tmp_path: Path) -> None:
+    voice.eos = []
+    texts = gather(voice, tmp_path / "kept", Data(tokens=20, max_new_tokens=4))
+    assert sum(len(t.ids) - t.first for t in texts) >= 20
+    assert all(len(t.ids) == t.first + 4 for t in texts)
+
+
+def test_a_model_that_says_nothing_asks_for_a_file(
     voice: Voice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(corpus, "IDLE", 1)
     monkeypatch.setattr(corpus, "BATCH", 2)
-    voice.eos = []
-    with pytest.raises(InputError, match="no prompts that end"):
+    voice.eos = list(range(voice.decoder.vocabulary))
+    with pytest.raises(InputError, match="nothing to say"):
         gather(voice, tmp_path / "kept", Data(tokens=50, max_new_tokens=4))
+
+
+def test_prompts_are_answered_beside_rows_that_hold_answers(voice: Voice, tmp_path: Path) -> None:
+    file = tmp_path / "mixed.jsonl"
+    file.write_text(
+        '{"prompt": "One?", "completion": "Two."}\n{"prompt": "Three?"}\n{"prompt": "Five?"}\n'
+    )
+    texts = gather(voice, tmp_path / "kept", Data(tokens=40, max_new_tokens=5), file)
+    assert [t.taught is None for t in texts] == [True, False, False]
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    with pytest.raises(InputError, match="nothing to learn from"):
+        gather(voice, tmp_path / "none", Data(tokens=40), empty)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPTNeoXConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2),
+        CohereConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2),
+        PhiConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2),
+    ],
+    ids=lambda config: str(config.model_type),
+)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_students_of_any_kind_learn_from_their_own_logits(config: Any, temperature: float) -> None:
+    torch.manual_seed(0)
+    config.pad_token_id = 0
+    student = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.normal_(0.0, 0.3)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    taught = likeliest(torch.randn(2, 40), 3)
+    rows = torch.tensor([1, 3, 8, 20])
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "places": torch.tensor([[0, 1], [0, 3]]),
+        "tokens": torch.tensor([[1, -1, 3], [-1, -1, -1]]),  # the head can say none of the last
+        "logprobs": taught.logprobs,
+    }
+    plain = has_plain_head(student)
+    assert plain == (config.model_type == "gpt_neox")
+    loss, _ = teaching_loss(student, batch, temperature=temperature, rows=rows, plain=plain)
+    logits = student(input_ids=ids).logits[0, 1, rows]
+    logged = taught.logprobs[0, [0, 2]].float() / temperature
+    share = logged.softmax(-1) if temperature != 1 else logged.exp()
+    said = (logits / temperature).log_softmax(-1)[[1, 3]]
+    wanted = -(share * said).sum() * temperature**2
+    torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_each_place_that_is_taught_is_counted_once() -> None:

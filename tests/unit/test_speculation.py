@@ -378,6 +378,78 @@ def test_a_chat_reads_only_what_is_new(fused: bool, tmp_path: Any, tokenizer: An
     assert known["draft"][2:] == [4, len(other.ids) - 1]
 
 
+def test_a_window_has_room_up_to_the_last_token(tmp_path: Any, tokenizer: Any) -> None:
+    model = model_of(CONFIGS["llama"])
+    model.save_pretrained(tmp_path)
+    how = Generation(LONG)
+    wide = Settings(adaptive=False, window=16, levels=8, topk=3)
+    target = DecoderTarget(load_decoder(tmp_path, threads=1), 1)
+    found = Speculator(target, tokenizer, [], how, rows=1, context=256, settings=wide)
+    for prompt in prompts_of(3, length=11):
+        assert answers(found, [prompt]) == alone(model, tokenizer, [prompt], how)
+        assert target.cache is not None
+
+
+@pytest.mark.parametrize("name", ["t5", "bloom"])
+def test_targets_that_verify_chains_have_no_window(name: str, tokenizer: Any) -> None:
+    config = SEQ2SEQ["t5"] if name == "t5" else BloomConfig(**TOKENS, n_layer=2, n_head=4)
+    model = model_of(config)
+    how = Generation(20)
+    found = speculator(model, tokenizer, how, settings=Settings(window=5))
+    if name == "bloom":
+        assert isinstance(found.target, ModelTarget) and not found.target.check()
+    prompts = prompts_of(2)
+    assert answers(found, prompts) == alone(model, tokenizer, prompts, how)
+
+
+def test_a_place_grows_when_more_is_read_than_was_planned_for(tmp_path: Any) -> None:
+    model_of(CONFIGS["llama"]).save_pretrained(tmp_path)
+    target, wide = (DecoderTarget(load_decoder(tmp_path, threads=1), 1) for _ in range(2))
+    target.begin(0, [5] * 10, slots=2, adapter=None)
+    wide.begin(0, [5] * 10, slots=500, adapter=None)
+    for _ in range(4):
+        tree = Tree.of(7)
+        tree.add([9] * 47, "", [1.0] * 47)
+        assert torch.equal(target.forward({0: tree})[0], wide.forward({0: tree})[0])
+        target.keep(0, list(range(48)))
+        wide.keep(0, list(range(48)))
+
+
+def test_a_draft_with_a_shorter_context_stops_guessing(tokenizer: Any) -> None:
+    model = model_of(CONFIGS["llama"])
+    config = GPT2Config(**TOKENS, n_embd=64, n_layer=2, n_head=4, n_positions=30)
+    how = Generation(LONG)
+    found = speculator(model, tokenizer, how, settings=ALWAYS, eos=())
+    found.draft = Draft(ModelTarget(model_of(config)), context=30)
+    never = replace(prompts_of(1, length=30)[0], number=1)
+    prompts = [*prompts_of(1), never]  # the first one fits for a while
+    assert answers(found, prompts) == alone(model, tokenizer, prompts, how)
+    assert 0 < found.draft.forwards < LONG
+
+
+def test_a_draft_that_was_stopped_reads_again(tokenizer: Any) -> None:
+    model = model_of(CONFIGS["llama"])
+    draft = noisy(model)
+    how = Generation(12)
+    found = speculator(model, tokenizer, how, draft=draft, settings=ALWAYS, eos=())
+    found.reuse = True
+    first = prompts_of(1)[0]
+    calls = 0
+
+    def stop(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:  # the first layers have taken the tokens in, the others not
+            raise KeyboardInterrupt
+
+    hook = draft.model.layers[1].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        answers(found, [first])
+    hook.remove()
+    later = Prompt(1, 1, "", [*first.ids, 5, 6, 7])
+    assert answers(found, [later]) == alone(model, tokenizer, [later], how)
+
+
 def test_a_draft_with_another_tokenizer_guesses_by_text(tokenizer: Any) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -125,6 +125,10 @@ class Spoken:
         self.origins, self.plot = origins, plot
         self.live = not origins
 
+    def flags(self) -> dict[str, Any]:
+        """Return what it was told, by option."""
+        return {"--origins": self.origins, "--plot": self.plot}
+
     def line(self, found: Any) -> str:
         """Return an answer's text, coloured."""
         if not self.origins:

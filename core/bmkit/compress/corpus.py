@@ -63,12 +63,15 @@ def gather(
     InputError for rows that can't be used.
     """
     given = [] if calibration is None else _given(voice, data, calibration)
+    if calibration is not None and not given:
+        raise InputError(f"{calibration} holds nothing to learn from")
     whole = [t for t in given if t.first < len(t.ids)]
-    if whole:
+    given = [t for t in given if t.first == len(t.ids)]
+    if whole and (not given or sum(len(t.ids) - t.first for t in whole) >= data.tokens):
         return _enough(whole, data.tokens)
     kept.mkdir(parents=True, exist_ok=True)
     batches = [_read(file) for file in sorted(kept.glob("*.safetensors"))]
-    done = sum(len(t.ids) - t.first for batch in batches for t in batch)
+    done = sum(len(t.ids) - t.first for batch in [whole, *batches] for t in batch)
     source = _said(voice, data, [t.ids for t in given], len(batches), likeliest, seed)
     nothing = 0
     with task(reporter, "let the model speak", data.tokens, "tokens") as bar:
@@ -85,7 +88,7 @@ def gather(
                     "the model has nothing to say to prompts of its own",
                     hint="name a file of prompts: -s data.calibration=prompts.jsonl",
                 )
-    return _enough([t for batch in batches for t in batch], data.tokens)
+    return _enough([t for batch in [whole, *batches] for t in batch], data.tokens)
 
 
 def _enough(texts: list[Text], tokens: int) -> list[Text]:

@@ -17,7 +17,7 @@ from bmkit.compress.recipe import Distill
 from bmkit.errors import InputError, RecipeError
 from bmkit.report import Reporter, task
 from bmkit.runtime.voice import Voice
-from bmkit.train.distil import likeliest, teaching_loss
+from bmkit.train.distil import has_plain_head, likeliest, teaching_loss
 from bmkit.train.trainer import train
 
 TEXTS = 128
@@ -162,8 +162,10 @@ def train_student(
     before = agreement(student, dev, among)
     examples = [{"input_ids": lesson.ids[:-1], "lesson": lesson} for lesson in rest]
 
+    plain = has_plain_head(student)
+
     def loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-        return teaching_loss(model, batch, temperature=step.temperature, rows=among)
+        return teaching_loss(model, batch, temperature=step.temperature, rows=among, plain=plain)
 
     trained = train(
         student,

@@ -238,11 +238,11 @@ def _drop_layers(work: Work, step: DropLayers) -> Metrics:
     kept = layers.spread(count, step.keep) if isinstance(step.keep, int) else step.keep
     if len(kept) > count or kept[-1] >= count:
         raise RecipeError(f"keep: {work.source} has {count} layers")
-    keys = [k for k, v in headers.config.items() if "layer" in k and v == count and k != "n_layers"]
-    keys += [k for k in ("n_layer", "n_layers") if headers.config.get(k) == count]
-    if len(keys) != 1:
-        raise InputError(f"{work.source}/config.json doesn't say plainly how many layers there are")
-    config = {**headers.config, keys[0]: len(kept)}
+    names = model.load_config(work.source).attribute_map
+    key = names.get("num_hidden_layers", "num_hidden_layers")
+    if headers.config.get(key) != count:
+        raise InputError(f"{work.source}/config.json says no `{key}: {count}`, as the model has it")
+    config = {**headers.config, key: len(kept)}
     for key in ("layer_types", "no_rope_layers"):
         if isinstance(config.get(key), list) and len(config[key]) == count:
             config[key] = [config[key][i] for i in kept]

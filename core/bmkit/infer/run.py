@@ -97,6 +97,9 @@ class Session:
             return self.recipe.cache == "static"
         return self.engine.device.type == "cuda" and many and can
 
+    def close(self) -> None:
+        """End: nothing is kept."""
+
     def answer(
         self,
         given: Iterable[Row | BadRow],

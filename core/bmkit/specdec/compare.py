@@ -12,6 +12,7 @@ import torch
 from bmkit import model as models
 from bmkit.plan import Job
 from bmkit.runtime.generate import Generation, generate, plain_defaults
+from bmkit.runtime.opening import names
 from bmkit.specdec.recipe import SpecDecodeRecipe
 
 Answerer = Callable[[Any], list[int]]
@@ -136,17 +137,21 @@ class Transformers:
     def _load(self, job: Job, path: Any, device: torch.device) -> Any:
         model = models.load_model(path, device=device, dtype=job.recipe.dtype)
         plain_defaults(model)
-        return model
+        if path != job.checkpoint:
+            return model
+        paths = [delta.path for delta in job.deltas]
+        return models.attach(model, dict(zip(names(paths), paths, strict=True)))
 
     def _answer(self, prompt: Any, **more: Any) -> list[int]:
-        (answer,) = generate(
-            self.model,
-            self.tokenizer,
-            [prompt.ids],
-            self.how,
-            numbers=[prompt.number],
-            more=more,
-        )
+        with models.adapter(self.model, prompt.adapter):
+            (answer,) = generate(
+                self.model,
+                self.tokenizer,
+                [prompt.ids],
+                self.how,
+                numbers=[prompt.number],
+                more=more,
+            )
         return answer.token_ids
 
     def greedy(self, prompt: Any) -> list[int]:

@@ -103,8 +103,13 @@ class Session:
                     f"{type(self.engine.model).__name__} takes no mask of ours: guesses are "
                     "verified one chain at a time"
                 )
+        if recipe.window and not (self.target.trees and job.draft is None):
+            why = "beside a draft" if job.draft else "of a target that verifies chains"
+            job.reporter.warn(f"window: none is used {why}")
         self.draft = self._draft(job, config)
         self.server = self.speculator = self.speculate(self.engine.rows)
+        if job.phrases is not None:
+            self.speculator.said = []
         self.tokens = 0
         self.seconds = 0.0
         self.exactness: Exactness | None = None
@@ -137,6 +142,8 @@ class Session:
             is_draft=True,
         )
         own = models.load_config(where)
+        if models.task(own) != "generate":
+            raise InputError(f"the draft {where} doesn't generate text")
         if own.is_encoder_decoder or config.is_encoder_decoder:
             raise ResourceError(
                 "a draft can't guess for an encoder-decoder",
@@ -153,10 +160,15 @@ class Session:
                     f"the draft {where} has another tokenizer than its target",
                     hint="`-s retokenise=true` lets them exchange text",
                 )
-            return Retokenised(model, tokenizer, self.tokenizer)
+            return Retokenised(model, tokenizer, self.tokenizer, context=models.context(own))
         if isinstance(model, ModelTarget):
             calibrate.reads_trees(model, f"{job.draft.digest} draft {recipe.draft_quant}")
-        return Draft(model, phrases=min(recipe.topk, 2), length=min(recipe.phrase_length, 6))
+        return Draft(
+            model,
+            phrases=min(recipe.topk, 2),
+            length=min(recipe.phrase_length, 6),
+            context=models.context(own),
+        )
 
     def speculate(self, rows: int, *, settings: Settings | None = None) -> Speculator:
         """Return what answers: as the recipe says, or by other `settings` with nothing learned."""
@@ -181,6 +193,7 @@ class Session:
             settings=found,
         )
         kind = f"{recipe.quant} {recipe.dtype} {self.engine.device} {torch.get_num_threads()}"
+        kind += f" {self.job.cpu_memory} {self.job.gpu_memory}"
         model = (self.job.base or self.job.model).digest
         speculator.costs = calibrate.costs(self.target, f"{model} {kind}")
         if self.draft is not None and self.job.draft is not None:
@@ -232,7 +245,8 @@ class Session:
                 for prompt, ids in said:
                     self.exactness.check(plain, prompt, ids)
         finally:
-            self._keep()
+            if not self.speculator.reuse:
+                self.close()
 
     def _together(
         self, given: Iterable[Row | BadRow], write: Callable[[str], None] | None, done: int
@@ -299,8 +313,8 @@ class Session:
             numbers.append(number)
             yield found
 
-    def _keep(self) -> None:
-        """Add what was said to the pool on disk."""
+    def close(self) -> None:
+        """Add what was said to the pool on disk; of a chat, once it is over."""
         path, said = self.job.phrases, self.speculator.said
         if path is None or not said:
             return

@@ -49,8 +49,10 @@ class Draft:
     where it agrees with them (Ouroboros, arXiv 2402.13720).
     """
 
-    def __init__(self, model: Target, *, phrases: int = 2, length: int = 6) -> None:
-        self.model, self.phrases, self.length = model, phrases, length
+    def __init__(
+        self, model: Target, *, phrases: int = 2, length: int = 6, context: int | None = None
+    ) -> None:
+        self.model, self.phrases, self.length, self.context = model, phrases, length, context
         self.known: dict[int, list[int]] = {}
         self.costs = Costs()
         self.records = [Record(max((*STEPS, 1.0)[i] - 0.15, 0.1)) for i in range(len(STEPS) + 1)]
@@ -66,6 +68,8 @@ class Draft:
         """Read a prompt, from where it differs from what the place has read."""
         start = time.perf_counter()
         known = agreement(self.known.pop(place, []), ids)
+        if not self._fits(len(ids)):
+            return
         self.model.begin(place, ids, slots=slots, adapter=None, known=known)
         self.known[place] = list(ids)
         self.seconds += time.perf_counter() - start
@@ -84,12 +88,14 @@ class Draft:
         so far; None takes the likeliest.
         """
         found = {p: Drafted([], []) for p in places}
-        going = dict.fromkeys(places, 1.0)
+        going = {p: 1.0 for p, said in places.items() if p in self.known and self._fits(len(said))}
         bets: dict[int, list[Bet]] = {p: [] for p in places}
         while going:
             trees = {p: self._tree(p, places[p], found[p], sources[p], bets[p]) for p in going}
             start = time.perf_counter()
+            known = {p: self.known.pop(p) for p in trees}  # if stopped here, it knows nothing
             logits = self.model.forward(trees)
+            self.known |= known
             seconds = time.perf_counter() - start
             self.seconds += seconds
             self.forwards += 1
@@ -105,11 +111,19 @@ class Draft:
                     going[place],
                     length,
                 )
-            going = {p: chance for p, chance in going.items() if chance > 0}
+            going = {
+                p: chance
+                for p, chance in going.items()
+                if chance > 0 and self._fits(len(places[p]) + len(found[p].tokens))
+            }
         for place, drafted in found.items():
             for bet in bets[place]:
                 bet.settle(drafted.tokens)
         return found
+
+    def _fits(self, tokens: int) -> bool:
+        """Tell whether the model can read so many tokens and a phrase after them."""
+        return self.context is None or tokens + self.length < self.context
 
     def _tree(
         self,
@@ -183,8 +197,9 @@ class Draft:
                 break
             node = below
             nodes.append(below)
+        known = self.known.pop(place)
         self.model.keep(place, nodes)
-        self.known[place] += [tree.tokens[n] for n in nodes]
+        self.known[place] = [*known, *(tree.tokens[n] for n in nodes)]
         return chance if more else 0.0
 
     def _choose(

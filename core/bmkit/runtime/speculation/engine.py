@@ -125,8 +125,9 @@ class Speculator:
         self.reuse = False
         """Whether a prompt is read on from where it agrees with the one before it, as in a chat."""
         self.known: tuple[str | None, list[int]] | None = None  # what place 0 holds then
-        self.said: list[list[int]] = []
-        """Prompts with their answers, as far as they came."""
+        self.said: list[list[int]] | None = None
+        """Prompts with their answers, as far as they came, where somebody wants them."""
+        self.asked = 0  # tokens of the last one's prompt
 
     def answer(
         self, prompts: Iterable[Any], *, write: Callable[[str], None] | None = None
@@ -144,7 +145,7 @@ class Speculator:
         finally:
             source.stop()
             for left in active.values():  # stopped in the middle
-                self.said.append(left.said)
+                self._remember(left)
 
     def _answer(
         self, source: Ahead, active: dict[int, _Active], write: Callable[[str], None] | None
@@ -191,7 +192,7 @@ class Speculator:
             write=write,
             before=self.target.start,
         )
-        slots = row.limit + MOST_NODES
+        slots = row.limit + MOST_NODES + self.settings.window * self.settings.levels
         known, self.known = self.known, None
         if place or known is None or known[0] != prompt.adapter:
             known = (prompt.adapter, [])
@@ -206,7 +207,7 @@ class Speculator:
         log = Phrases()
         log.extend(prompt.ids)
         found = _Active(row, list(prompt.ids), log)
-        if self.settings.window and self.draft is None:
+        if self.settings.window and self.draft is None and self.target.trees:
             found.window = Window(self.settings.window, self.settings.levels, prompt.ids)
         token = row.choose(logits)
         answer = self._say(found, token, logits, "target")
@@ -228,10 +229,19 @@ class Speculator:
             self.known = (active.row.prompt.adapter, active.said[:held])
         for bet in active.bets:
             bet.settle(active.row.made)
-        self.said.append(active.said)
+        self._remember(active)
         self.history.extend(active.said)
         self.history.end()
         self.history.trim()
+
+    def _remember(self, active: _Active) -> None:
+        """Note what was said; of a chat, whose prompts hold all that came before, the last turn."""
+        if self.said is None:
+            return
+        if self.reuse and self.said and active.said[: self.asked] == self.said[-1][: self.asked]:
+            self.said.pop()
+        self.said.append(active.said)
+        self.asked = len(active.said) - len(active.row.made)
 
     def _round(self, active: dict[int, _Active]) -> dict[int, Answer]:
         """Guess, verify in one forward, and keep what was right."""

@@ -20,8 +20,8 @@ class Retokenised(Draft):
     A guess whose text the target would cut otherwise is merely wrong: the target verifies all.
     """
 
-    def __init__(self, model: Target, own: Any, target: Any) -> None:
-        super().__init__(model, phrases=0)
+    def __init__(self, model: Target, own: Any, target: Any, *, context: int | None = None) -> None:
+        super().__init__(model, phrases=0, context=context)
         self.own, self.target = own, target
         self.right = Record(0.5)
 

@@ -94,6 +94,8 @@ class DecoderTarget:
     def forward(self, trees: Mapping[int, Tree]) -> dict[int, Tensor]:
         """Read trees; see `Target`. Those of one adapter go together."""
         assert self.cache is not None  # `begin` was called
+        needed = max(self.length(p) + len(tree) for p, tree in trees.items())
+        self.cache = self._room(needed)  # a draft may have more to read than was planned for
         found: dict[int, Tensor] = {}
         for adapter in dict.fromkeys(self.adapters[p] for p in trees):
             places = [p for p in trees if self.adapters[p] == adapter]

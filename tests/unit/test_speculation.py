@@ -390,6 +390,27 @@ def test_a_window_has_room_up_to_the_last_token(tmp_path: Any, tokenizer: Any) -
         assert target.cache is not None
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_window_of_a_draft_finds_phrases_that_it_says(
+    fused: bool, tmp_path: Any, tokenizer: Any
+) -> None:
+    model = model_of(CONFIGS["llama"])
+    how = Generation(LONG)
+    found = speculator(model, tokenizer, how, settings=ALWAYS, eos=())
+    small = noisy(model)
+    small.save_pretrained(tmp_path)
+    own: Any = ModelTarget(small)
+    if fused:
+        own = DecoderTarget(load_decoder(tmp_path, threads=1), 1)
+    found.draft = Draft(own, window=4, levels=3)
+    prompts = prompts_of(3)
+    assert answers(found, prompts) == alone(model, tokenizer, prompts, how)
+    pieces = list(found.draft.own.pieces())
+    assert pieces and all(len(piece) == 3 for piece in pieces)
+    after = {token for piece in pieces for token in piece[1:]}
+    assert len(after) > 5  # the draft's own words, not what the window began with alone
+
+
 @pytest.mark.parametrize("name", ["t5", "bloom"])
 def test_targets_that_verify_chains_have_no_window(name: str, tokenizer: Any) -> None:
     config = SEQ2SEQ["t5"] if name == "t5" else BloomConfig(**TOKENS, n_layer=2, n_head=4)

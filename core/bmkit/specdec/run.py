@@ -103,10 +103,10 @@ class Session:
                     f"{type(self.engine.model).__name__} takes no mask of ours: guesses are "
                     "verified one chain at a time"
                 )
-        if recipe.window and not (self.target.trees and job.draft is None):
-            why = "beside a draft" if job.draft else "of a target that verifies chains"
-            job.reporter.warn(f"window: none is used {why}")
         self.draft = self._draft(job, config)
+        reader = self.target if self.draft is None else self.draft.model
+        if recipe.window and (not reader.trees or isinstance(self.draft, Retokenised)):
+            job.reporter.warn("window: none is used, what would read it takes chains only")
         self.server = self.speculator = self.speculate(self.engine.rows)
         if job.phrases is not None:
             self.speculator.said = []
@@ -168,6 +168,8 @@ class Session:
             phrases=min(recipe.topk, 2),
             length=min(recipe.phrase_length, 6),
             context=models.context(own),
+            window=recipe.window,
+            levels=recipe.levels,
         )
 
     def speculate(self, rows: int, *, settings: Settings | None = None) -> Speculator:

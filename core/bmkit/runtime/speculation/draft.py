@@ -13,6 +13,7 @@ from bmkit.runtime.speculation.phrases import Phrases
 from bmkit.runtime.speculation.policy import Bet, Costs, Experience, Record
 from bmkit.runtime.speculation.targets import Target
 from bmkit.runtime.speculation.tree import Tree
+from bmkit.runtime.speculation.window import Window
 
 Chooser = Callable[[Tensor, Sequence[int]], int]
 STEPS = (0.3, 0.5, 0.7, 0.85, 0.95)
@@ -46,13 +47,25 @@ class Draft:
     """A draft model beside a target: it reads what was said, and guesses what comes.
 
     Its forwards carry phrases of the pool as well, so that it moves more than one token at a time
-    where it agrees with them (Ouroboros, arXiv 2402.13720).
+    where it agrees with them, and a Jacobi window of `window` places and `levels` iterations, which
+    finds such phrases (Ouroboros, arXiv 2402.13720).
     """
 
     def __init__(
-        self, model: Target, *, phrases: int = 2, length: int = 6, context: int | None = None
+        self,
+        model: Target,
+        *,
+        phrases: int = 2,
+        length: int = 6,
+        context: int | None = None,
+        window: int = 0,
+        levels: int = 4,
     ) -> None:
         self.model, self.phrases, self.length, self.context = model, phrases, length, context
+        self.window, self.levels = window, levels
+        self.windows: dict[int, Window] = {}
+        self.own = Phrases(limit=2**16)
+        """What its windows have found."""
         self.known: dict[int, list[int]] = {}
         self.costs = Costs()
         self.records = [Record(max((*STEPS, 1.0)[i] - 0.15, 0.1)) for i in range(len(STEPS) + 1)]
@@ -70,6 +83,8 @@ class Draft:
         known = agreement(self.known.pop(place, []), ids)
         if not self._fits(len(ids)):
             return
+        if self.window and self.model.trees:
+            self.windows[place] = Window(self.window, self.levels, ids)
         self.model.begin(place, ids, slots=slots, adapter=None, known=known)
         self.known[place] = list(ids)
         self.seconds += time.perf_counter() - start
@@ -123,7 +138,8 @@ class Draft:
 
     def _fits(self, tokens: int) -> bool:
         """Tell whether the model can read so many tokens and a phrase after them."""
-        return self.context is None or tokens + self.length < self.context
+        ahead = max(self.length, self.window + self.levels if self.window else 0)
+        return self.context is None or tokens + ahead < self.context
 
     def _tree(
         self,
@@ -141,16 +157,19 @@ class Draft:
         del known[agree:]
         tree = Tree.of(whole[agree])
         unread = tree.add(whole[agree + 1 :], "", [1.0] * (len(whole) - agree - 1))
-        if not self.model.trees or not self.phrases:
+        if not self.model.trees or not (self.phrases or self.window):
             return tree
         end = unread[-1] if unread else 0
-        for source in sources:
+        for source in (*sources, self.own):
             for rank, (where, agreed) in enumerate(source.find(whole, self.phrases)):
                 phrase = source.phrase(where, self.length)
                 first, then = self.experience.records("", agreed, rank)
                 tree.add(phrase, "", [first.chance, *[then.chance] * (len(phrase) - 1)], end)
                 bets.append(Bet(len(found.tokens), phrase, first, then))
-        return self._paying(tree, end)
+        tree = self._paying(tree, end)
+        if place in self.windows:
+            self.windows[place].add(tree, end)
+        return tree
 
     def _paying(self, tree: Tree, end: int) -> Tree:
         """Keep the nodes up to `end`, and of those after it as many as make most tokens a second.
@@ -197,6 +216,13 @@ class Draft:
                 break
             node = below
             nodes.append(below)
+        if place in self.windows:
+            best = logits.argmax(-1)
+            best = best if self.model.said is None else self.model.said[best]
+            for phrase in self.windows[place].learn(best.tolist(), len(nodes) - count + 1):
+                self.own.extend(phrase)
+                self.own.end()
+            self.own.trim()
         known = self.known.pop(place)
         self.model.keep(place, nodes)
         self.known[place] = [*known, *(tree.tokens[n] for n in nodes)]

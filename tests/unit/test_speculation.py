@@ -405,7 +405,7 @@ def test_a_window_of_a_draft_finds_phrases_that_it_says(
     found.draft = Draft(own, window=4, levels=3)
     prompts = prompts_of(3)
     assert answers(found, prompts) == alone(model, tokenizer, prompts, how)
-    pieces = list(found.draft.own.pieces())
+    pieces = list(found.draft.found.pieces())
     assert pieces and all(len(piece) == 3 for piece in pieces)
     after = {token for piece in pieces for token in piece[1:]}
     assert len(after) > 5  # the draft's own words, not what the window began with alone

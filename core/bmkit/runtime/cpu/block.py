@@ -22,11 +22,10 @@ from bmkit.runtime.cpu.dots import (
     ROWS,
     call_rows,
     dot_1x1,
+    dot_2x3,
     dot_2x4,
-    dot_2x6,
     dot_4x1,
     dot_4x2,
-    dot_4x3,
     float_of_bits,
     mix_1,
     mix_2,
@@ -87,12 +86,15 @@ def _rows(
                 for u in range(8):
                     _put(y, (t + u % 2) * stride + column + i + u // 2, d2[u], add)
                 t += 2
-            elif rest == 3 or rest == 5:
-                d3 = dot_4x3(kind, slab, w, one, s, scale, x, width, t, group)
-                for u in range(12):
-                    _put(y, (t + u % 3) * stride + column + i + u // 3, d3[u], add)
+            elif rest == 3:
+                for r in range(0, 4, 2):
+                    d3 = dot_2x3(
+                        kind, slab, w + r * one, one, s + r * scale, scale, x, width, t, group
+                    )
+                    for u in range(6):
+                        _put(y, (t + u % 3) * stride + column + i + r + u // 3, d3[u], add)
                 t += 3
-            elif rest == 4 or rest == 7 or rest == 8:
+            else:  # more than eight sums at a time don't stay in registers
                 for r in range(0, 4, 2):
                     d4 = dot_2x4(
                         kind, slab, w + r * one, one, s + r * scale, scale, x, width, t, group
@@ -100,14 +102,6 @@ def _rows(
                     for u in range(8):
                         _put(y, (t + u % 4) * stride + column + i + r + u // 4, d4[u], add)
                 t += 4
-            else:
-                for r in range(0, 4, 2):
-                    d6 = dot_2x6(
-                        kind, slab, w + r * one, one, s + r * scale, scale, x, width, t, group
-                    )
-                    for u in range(12):
-                        _put(y, (t + u % 6) * stride + column + i + r + u // 6, d6[u], add)
-                t += 6
     for i in range(whole, high):
         w, s = weights + i * one, scales + i * scale
         for t in range(tokens):

@@ -237,8 +237,8 @@ def _make(rows: int, tokens: int) -> Callable[..., Any]:
 
 
 BYTES, FLOATS, WHOLES = (types.CPointer(t) for t in (types.uint8, types.float32, types.int64))
-dot_1x1, dot_4x1, dot_4x2, dot_4x3, dot_2x4, dot_2x6 = (
-    _make(*tile) for tile in ((1, 1), (4, 1), (4, 2), (4, 3), (2, 4), (2, 6))
+dot_1x1, dot_4x1, dot_4x2, dot_2x3, dot_2x4 = (
+    _make(*tile) for tile in ((1, 1), (4, 1), (4, 2), (2, 3), (2, 4))
 )
 """Weight rows x activation rows: as many as sixteen vector registers can sum up at a time."""
 

@@ -64,7 +64,7 @@ class Draft:
         self.model, self.phrases, self.length, self.context = model, phrases, length, context
         self.window, self.levels = window, levels
         self.windows: dict[int, Window] = {}
-        self.own = Phrases(limit=2**16)
+        self.found = Phrases(limit=2**16)
         """What its windows have found."""
         self.known: dict[int, list[int]] = {}
         self.costs = Costs()
@@ -160,7 +160,7 @@ class Draft:
         if not self.model.trees or not (self.phrases or self.window):
             return tree
         end = unread[-1] if unread else 0
-        for source in (*sources, self.own):
+        for source in (*sources, self.found):
             for rank, (where, agreed) in enumerate(source.find(whole, self.phrases)):
                 phrase = source.phrase(where, self.length)
                 first, then = self.experience.records("", agreed, rank)
@@ -220,9 +220,9 @@ class Draft:
             best = logits.argmax(-1)
             best = best if self.model.said is None else self.model.said[best]
             for phrase in self.windows[place].learn(best.tolist(), len(nodes) - count + 1):
-                self.own.extend(phrase)
-                self.own.end()
-            self.own.trim()
+                self.found.extend(phrase)
+                self.found.end()
+            self.found.trim()
         known = self.known.pop(place)
         self.model.keep(place, nodes)
         self.known[place] = [*known, *(tree.tokens[n] for n in nodes)]

@@ -153,7 +153,7 @@ def main() -> None:
         result["busy"] = result.get("busy", False) or load > THREADS + 0.5
         for kind, values in found.items():
             print(name, kind, values["mean_accepted_length"], values["compare"], flush=True)
-    machine.save(arguments.name, result)
+        machine.save(arguments.name, result)  # what is done is kept if it is stopped
 
 
 if __name__ == "__main__":

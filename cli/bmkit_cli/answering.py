@@ -110,7 +110,8 @@ def run(
         stages.check_fits(prepared, reporter)
         return
     if talk:
-        wanted = {"--report": words["report"], **(shown.flags() if shown else {}), **_kept(flags)}
+        wanted = {"--report": words["report"], "--compare": flags.get("compare")}
+        wanted |= {"--verify-exact": flags.get("verify_exact")} | (shown.flags() if shown else {})
         for name, value in wanted.items():
             if value:
                 raise UsageError(f"{name} is not for a chat", hint="give -p TEXT or -i FILE.jsonl")
@@ -120,10 +121,6 @@ def run(
     options = {"prompt": prompt, "input": source}
     options |= {key: words[key] for key in ("as_json", "report", "out", "force")}
     answer(request, options, reporter, shown=shown)
-
-
-def _kept(flags: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"--{key.replace('_', '-')}": flags.get(key) for key in ("compare", "verify_exact")}
 
 
 def answer(

@@ -111,8 +111,11 @@ class Chat:
         except KeyboardInterrupt:
             stopping.handled()
             self.reporter.info("(interrupted)")
-        with suppress(KeyboardInterrupt):
-            answers.close()
+        finally:
+            try:
+                answers.close()
+            except KeyboardInterrupt:  # pressed again: the answer is over all the same
+                stopping.handled()
         if not isinstance(found, BadRow):
             self.out.text("")
         return "".join(pieces), found

@@ -52,11 +52,14 @@ def has_plain_head(model: Any) -> bool:
     Some models add a bias, scale them or cap them.
     """
     head = model.get_output_embeddings()
+    if not hasattr(head, "weight"):
+        return False
+    training = model.training
+    model.eval()  # dropout would tell them apart
     ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
     logits = model(input_ids=ids, use_cache=False).logits.float()
     hidden = getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False)
-    if head is None or not hasattr(head, "weight"):
-        return False
+    model.train(training)
     found = functional.linear(hidden.last_hidden_state, head.weight).float()
     return found.shape == logits.shape and torch.allclose(found, logits, rtol=1e-3, atol=1e-4)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bmkit.runtime.speculation.phrases import Phrases
-from bmkit.runtime.speculation.policy import Bet, Costs, Experience, Record
+from bmkit.runtime.speculation.policy import Bet, Costs, Experience, Record, paying
 from bmkit.runtime.speculation.targets import Target
 from bmkit.runtime.speculation.tree import Tree
 from bmkit.runtime.speculation.window import Window
@@ -177,13 +177,7 @@ class Draft:
         A node that the draft agrees with is a token that it needn't read by itself.
         """
         phrases = [n for n in tree.best_first() if n > end]
-        expected, count = 1.0, 0
-        best = expected / self.costs.of(end + 1)
-        for i, node in enumerate(phrases, 1):
-            expected += tree.chances[node]
-            rate = expected / self.costs.of(end + 1 + i)
-            if rate > best:
-                best, count = rate, i
+        count = paying([tree.chances[n] for n in phrases], 1, end + 1, self.costs)
         return tree.kept([*range(1, end + 1), *phrases[:count]])
 
     def _walk(

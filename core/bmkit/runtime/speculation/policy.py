@@ -153,6 +153,20 @@ class Bet:
             self.then.learn(float(right - 1), float(tried))
 
 
+def paying(chances: Sequence[float], sure: int, nodes: int, costs: Costs) -> int:
+    """Return how many guesses, the likeliest first, make the most tokens a second.
+
+    `sure` tokens come without any, from a forward of `nodes`.
+    """
+    expected, best, count = float(sure), sure / costs.of(nodes), 0
+    for i, chance in enumerate(chances, 1):
+        expected += chance
+        rate = expected / costs.of(nodes + i)
+        if rate > best:
+            best, count = rate, i
+    return count
+
+
 def choose(trees: Sequence[Tree], costs: Costs, *, most: int) -> list[Tree]:
     """Keep of each tree what makes the most tokens a second; `most` nodes in all.
 
@@ -160,16 +174,11 @@ def choose(trees: Sequence[Tree], costs: Costs, *, most: int) -> list[Tree]:
     that are expected, and makes the forward longer.
     """
     ranked = sorted(
-        ((-tree.chances[n], i, n) for i, tree in enumerate(trees) for n in tree.best_first()),
-        key=lambda item: item[0],
+        ((tree.chances[n], i, n) for i, tree in enumerate(trees) for n in tree.best_first()),
+        key=lambda item: -item[0],
     )
     sure = len(trees)
-    expected, best, count = float(sure), sure / costs.of(sure), 0
-    for i, (chance, _, _) in enumerate(ranked[: max(most - sure, 0)], 1):
-        expected -= chance
-        rate = expected / costs.of(sure + i)
-        if rate > best:
-            best, count = rate, i
+    count = paying([chance for chance, _, _ in ranked[: max(most - sure, 0)]], sure, sure, costs)
     nodes: list[list[int]] = [[] for _ in trees]
     for _, tree, node in ranked[:count]:
         nodes[tree].append(node)

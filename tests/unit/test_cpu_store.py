@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -105,3 +106,29 @@ def test_residents_fit_and_lie_apart(sizes: list[int], room: int) -> None:
     order = sorted(chosen)
     gaps = [b - a for a, b in itertools.pairwise(order)]
     assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_the_reader_computes_alone_and_others_as_before() -> None:
+    """A second team of OpenMP threads would hold up all barriers of the first."""
+    found: list[int] = []
+
+    def load(unit: int, slab: np.ndarray) -> None:
+        found.append(torch.get_num_threads())
+        slab[:] = unit
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        store = Store(LAYOUTS, load, resident=set())
+        with store.use(0):
+            pass
+        later: list[int] = []
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        store.close()
+        assert set(found) == {1}
+        assert torch.get_num_threads() == 2
+        assert later == [2]
+    finally:
+        torch.set_num_threads(before)

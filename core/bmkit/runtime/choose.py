@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from bmkit.errors import RecipeError, ResourceError
@@ -135,11 +135,32 @@ def _tokens(job: Job, text: str, *, exact: bool) -> int:
     return len(found.ids)
 
 
+def draft_job(job: Job) -> Job:
+    """Return the job of opening the draft beside its target: all of it is in memory."""
+    assert job.draft is not None and isinstance(job.recipe, GenerateRecipe)  # the caller has looked
+    return replace(
+        job,
+        model=job.draft,
+        base=None,
+        adapters=(),
+        draft=None,
+        cpu_memory=None,
+        gpu_memory=None,
+        recipe=job.recipe.of_draft(),
+        is_draft=True,
+    )
+
+
 def _draft_bytes(job: Job, recipe: GenerateRecipe, tokens: int) -> int:
-    """Return the memory that a draft model takes beside its target, its cache included."""
-    assert job.draft is not None  # the caller has looked
-    headers = read_headers(job.draft.path)
+    """Return the memory that a draft model takes beside its target, its cache included.
+
+    What libraries take counts once, with the target.
+    """
+    own = draft_job(job)
+    headers = read_headers(own.model.path)
+    chosen = choose(own, headers)
+    if chosen.placement is not None:
+        return chosen.placement.peak_bytes - budget.SLACK_BYTES - budget.LOAD_BYTES
     sizes = budget.Sizes.of(headers.config)
-    rows = min(recipe.batch_size, job.rows or recipe.batch_size)
-    cache = 8 * sizes.layers * sizes.kv * sizes.dim * rows * tokens
-    return 4 * headers.dense_numel + cache
+    rows = recipe.batch_size if job.rows is None else min(recipe.batch_size, job.rows)
+    return 4 * headers.dense_numel + 8 * sizes.layers * sizes.kv * sizes.dim * rows * tokens

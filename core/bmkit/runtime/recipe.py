@@ -105,6 +105,10 @@ class GenerateRecipe(Recipe):
         """Return the most tokens that are guessed at and read in one forward, of all rows."""
         return 0
 
+    def of_draft(self) -> GenerateRecipe:
+        """Return how a draft of this recipe is opened."""
+        return self
+
     @property
     def sampled(self) -> bool:
         """Tell whether tokens are drawn at random."""

@@ -66,3 +66,7 @@ class SpecDecodeRecipe(GenerateRecipe):
     def guesses(self) -> int:
         """Return the most tokens that are guessed at and read in one forward, of all rows."""
         return 64
+
+    def of_draft(self) -> SpecDecodeRecipe:
+        """Return how the draft is opened: rounded, without the target's adapters."""
+        return self.model_copy(update={"quant": self.draft_quant, "adapters": []})

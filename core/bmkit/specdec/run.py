@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from bmkit.errors import InputError, ResourceError
 from bmkit.plan import Job
 from bmkit.runtime import frequent
 from bmkit.runtime.answered import Answered, how_to
+from bmkit.runtime.choose import draft_job
 from bmkit.runtime.generate import Answer, eos_ids
 from bmkit.runtime.opening import Engine, names, open_engine, peak_gpu_bytes
 from bmkit.runtime.prompts import Bad, Prompt, Reader
@@ -130,17 +131,6 @@ class Session:
         where = job.draft.path
         tokenizer = models.load_tokenizer(where)
         same = pool.tokenizer_digest(tokenizer) == self.digest
-        quiet = replace(
-            job,
-            model=job.draft,
-            base=None,
-            adapters=(),
-            draft=None,
-            cpu_memory=None,
-            gpu_memory=None,
-            recipe=recipe.model_copy(update={"quant": recipe.draft_quant, "adapters": []}),
-            is_draft=True,
-        )
         own = models.load_config(where)
         if models.task(own) != "generate":
             raise InputError(f"the draft {where} doesn't generate text")
@@ -150,10 +140,12 @@ class Session:
                 hint="leave -d out: phrases of the prompt and of answers are guesses too",
             )
         own_size = own.get_text_config().vocab_size
-        opened = open_engine(quiet, own, said=frequent.read(where, own_size))
+        opened = open_engine(draft_job(job), own, said=frequent.read(where, own_size))
         if job.draft.path != job.checkpoint and _size(opened) > _size(self.engine):
             job.reporter.warn(f"the draft {where} is larger than its target")
         model = _target(opened)
+        if isinstance(model, DecoderTarget) and same:
+            model.least = self.engine.most_tokens or 0  # a budget has no room for two caches
         if not same:
             if not recipe.retokenise:
                 raise InputError(
@@ -170,6 +162,7 @@ class Session:
             context=models.context(own),
             window=recipe.window,
             levels=recipe.levels,
+            alike=job.draft.path == job.checkpoint,
         )
 
     def speculate(self, rows: int, *, settings: Settings | None = None) -> Speculator:

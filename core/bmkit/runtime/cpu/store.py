@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from bmkit.runtime.cpu.pack import empty_slab
 from bmkit.runtime.cpu.window import Window
@@ -97,9 +98,13 @@ class Store:
         self.closed = False
         self.change = threading.Condition()
         self.bytes_read = 0
+        self.begun = threading.Event()
         self.reader = threading.Thread(target=self._read, daemon=True, name="weights")
         if count:
+            threads = torch.get_num_threads()
             self.reader.start()
+            self.begun.wait()
+            torch.set_num_threads(threads)  # what threads begin with that are made later
             # A thread that is in a library's code when Python ends would abort the process.
             atexit.register(self.close)
             with self.change:
@@ -169,6 +174,10 @@ class Store:
                 self.change.wait()
 
     def _read(self) -> None:
+        # A second team of OpenMP threads would make those of both yield at each barrier.
+        torch.get_num_threads()  # the first call in a thread sets it to what all have
+        torch.set_num_threads(1)
+        self.begun.set()
         while True:
             with self.change:
                 while not self.wanted and not self.closed:

@@ -60,29 +60,47 @@ class Draft:
         context: int | None = None,
         window: int = 0,
         levels: int = 4,
+        alike: bool = False,
     ) -> None:
+        """Make a draft of `model`. One that is `alike`, its target rounded, is trusted at once."""
         self.model, self.phrases, self.length, self.context = model, phrases, length, context
         self.window, self.levels = window, levels
         self.windows: dict[int, Window] = {}
         self.found = Phrases(limit=2**16)
         """What its windows have found."""
         self.known: dict[int, list[int]] = {}
+        self.room: dict[int, int] = {}
+        """Of places whose prompt is to be read when the draft is asked: tokens that it may have."""
         self.costs = Costs()
-        self.records = [Record(max((*STEPS, 1.0)[i] - 0.15, 0.1)) for i in range(len(STEPS) + 1)]
-        self.then = [Record(0.5) for _ in self.records]
+        chances = [max(step - 0.15, 0.1) for step in (*STEPS, 1.0)]
+        usual = 0.9 if alike else 0.5
+        self.records = [Record(max(chance, usual) if alike else chance) for chance in chances]
+        self.then = [Record(usual) for _ in chances]
         """How often the token after a right one was right, by how sure the draft was of that."""
-        self.overall = Record(0.5)
+        self.overall = Record(usual)
         self.experience = Experience()
         """How often the draft itself says what a phrase says."""
         self.forwards = self.tokens = 0
         self.seconds = 0.0
 
     def begin(self, place: int, ids: Sequence[int], *, slots: int) -> None:
+        """Take note of a prompt: it is read when the draft is first asked what follows."""
+        self.room[place] = len(ids) + slots
+
+    def unread(self, place: int, said: Sequence[int]) -> int:
+        """Return how many tokens would be read before the first guess at what follows `said`."""
+        known = self.known.get(place, [])
+        if place in self.room:
+            return len(said) - agreement(known, said)
+        return max(len(said) - len(known), 1)
+
+    def _read(self, place: int, ids: Sequence[int]) -> None:
         """Read a prompt, from where it differs from what the place has read."""
-        start = time.perf_counter()
+        slots = max(self.room.pop(place) - len(ids), 0)
         known = agreement(self.known.pop(place, []), ids)
         if not self._fits(len(ids)):
             return
+        start = time.perf_counter()
         if self.window and self.model.trees:
             self.windows[place] = Window(self.window, self.levels, ids)
         self.model.begin(place, ids, slots=slots, adapter=None, known=known)
@@ -103,6 +121,8 @@ class Draft:
         so far; None takes the likeliest.
         """
         found = {p: Drafted([], []) for p in places}
+        for place in [p for p in places if p in self.room]:
+            self._read(place, places[place][:-1] or places[place])
         going = {p: 1.0 for p, said in places.items() if p in self.known and self._fits(len(said))}
         bets: dict[int, list[Bet]] = {p: [] for p in places}
         while going:

@@ -24,8 +24,8 @@ from bmkit.runtime.speculation.window import Window
 MOST_NODES = 64
 SOURCES = ("prompt", "answers", "history")
 """A prompt with its answer, what was said after wrong guesses, and earlier prompts and answers."""
-PROBE = 32
-"""Rounds after which a draft that doesn't pay is tried again."""
+PROBE = 0.02
+"""Of the time, what goes into trying a draft again that doesn't pay."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Speculator:
         self.costs = costs or Costs()
         self.experience = Experience()
         self.stats = Stats()
-        self.idle = 0  # rounds since the draft was last asked
+        self.asked_at = 0.0  # of `stats.seconds`, when the draft was last asked
         self.pace = Pace()
         self.reuse = False
         """Whether a prompt is read on from where it agrees with the one before it, as in a chat."""
@@ -387,10 +387,12 @@ class Speculator:
         draft, fixed = self.draft, self.settings.draft_length
         if draft is None or fixed == 0:
             return
-        self.idle += 1
-        if fixed is None and self.idle < PROBE and not self._draft_pays(len(active)):
-            return
-        self.idle = 0
+        if fixed is None and not self._draft_pays(active, draft.overall.chance):
+            unread = sum(draft.unread(p, a.said) for p, a in active.items())
+            since = self.stats.seconds - self.asked_at
+            if draft.costs.of(unread) > PROBE * since or not self._draft_pays(active, 1.0):
+                return
+        self.asked_at = self.stats.seconds
         rows = len(active)
         most = min(a.row.left - 1 for a in active.values())
         asked = {p: a for p, a in active.items() if a.row.left > 1}
@@ -423,17 +425,24 @@ class Speculator:
         """
         return max(rows / self.costs.of(rows), self.pace.tokens / max(self.pace.seconds, 1e-9))
 
-    def _draft_pays(self, rows: int) -> bool:
-        """Tell whether any number of draft tokens is expected to be quicker than none."""
-        assert self.draft is not None  # the caller has one
-        chance, step = self.draft.overall.chance, self.draft.costs.of(rows)
-        if not self.draft.costs.seconds or not self.costs.seconds:
+    def _draft_pays(self, active: dict[int, _Active], chance: float) -> bool:
+        """Tell whether any number of draft tokens is expected to be quicker than none.
+
+        Each is right with `chance`, if those before it were. A prompt that the draft hasn't read
+        has to be worth reading for what is left of the answers.
+        """
+        draft, rows = self.draft, len(active)
+        assert draft is not None  # the caller has one
+        if not draft.costs.seconds or not self.costs.seconds:
             return True
-        alone = 1 / self.costs.of(rows)
-        expected = 1.0
+        step = draft.costs.of(rows)
+        new = sum(draft.unread(p, a.said) for p, a in active.items() if p in draft.room)
+        left = max(a.row.left for a in active.values())
+        once = draft.costs.of(new) / max(left, 1) if new else 0.0
+        expected, alone = 1.0, self.costs.of(rows)
         for count in range(1, 17):
             expected += chance**count
-            if expected / (self.costs.of(rows * (count + 1)) + count * step) > alone:
+            if (self.costs.of(rows * (count + 1)) + count * step) / expected + once < alone:
                 return True
         return False
 

@@ -33,8 +33,8 @@ class Retokenised(Draft):
         return found or [0]
 
     def begin(self, place: int, ids: Sequence[int], *, slots: int) -> None:
-        """Read a prompt."""
-        super().begin(place, self._own(ids), slots=2 * slots + len(ids))
+        """Take note of a prompt."""
+        super().begin(place, ids, slots=2 * slots + len(ids))
 
     def guess(
         self,

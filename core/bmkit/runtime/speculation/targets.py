@@ -60,6 +60,8 @@ class DecoderTarget:
         self.decoder, self.rows, self.most = decoder, rows, most
         self.vocabulary = int(decoder.config.vocab_size)
         self.said = None if decoder.said is None else torch.tensor(list(decoder.said))
+        self.least = 0
+        """Tokens a row that room is made for at first."""
         self.cache: Cache | None = None
         self.adapters: dict[int, str | None] = {}
 
@@ -84,6 +86,7 @@ class DecoderTarget:
                     hint="lower --max-new-tokens, or run without the budget",
                 )
             slots = self.most  # so that it never grows: two caches at once would be too much
+        slots = max(slots, self.least)
         larger = self.decoder.cache(self.rows, -(-slots // 64) * 64)
         if old is not None:
             larger.keys[:, :, :, : old.slots] = old.keys

@@ -13,6 +13,8 @@ from bmkit.runtime.recipe import GenerateRecipe
 
 PROMPT_TOKENS = 512
 """Tokens of a prompt that are planned for where prompts aren't known before."""
+TEMPLATE_TOKENS = 128
+"""What a chat template may add."""
 BYTES_A_TOKEN = 3
 """The fewest that are reckoned with where tokens are not counted."""
 
@@ -56,7 +58,10 @@ def choose(job: Job, headers: Headers) -> Chosen:
     prompt = PROMPT_TOKENS
     if job.longest is not None:
         text = f"{recipe.system or ''}{job.longest}"
-        prompt = max(prompt, _tokens(job, text, exact=limit is not None) + 64)
+        if limit is None:
+            prompt = max(prompt, _tokens(job, text, exact=False) + TEMPLATE_TOKENS)
+        else:
+            prompt = _tokens(job, text, exact=True) + TEMPLATE_TOKENS
     generates = task(headers.config) == "generate"
     answer = recipe.max_new_tokens if generates and not recipe.scores else 0
     guesses = recipe.guesses if answer else 0

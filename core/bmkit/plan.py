@@ -246,6 +246,8 @@ class Job:
     """Where the phrase pool is, or is to be."""
     is_draft: bool = False
     """Whether the model is opened beside another one, to guess for it."""
+    tight: bool = False
+    """Whether that one has a budget, which this one counts in."""
 
     @property
     def deltas(self) -> tuple[Artifact, ...]:

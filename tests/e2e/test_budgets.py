@@ -174,3 +174,37 @@ def test_adapters_count(fresh: Run, tmp_path: Path, tiny: Path) -> None:
     report = json.loads((tmp_path / "r.json").read_text())
     took = report["peak_rss_bytes"] - report["rss_before_bytes"]
     assert took <= report["budget_bytes"]["cpu"], (took / MIB, found[1])
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4", "null"])
+def test_a_draft_counts_as_it_is_kept(fresh: Run, tmp_path: Path, tiny: Path, quant: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    config = llama(hidden_size=1024, num_attention_heads=16, intermediate_size=8192)
+    config.num_hidden_layers = 6
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(
+        tmp_path / "model"
+    )
+    weights = (tmp_path / "model" / "model.safetensors").stat().st_size
+    asks = ("spec-decode", "-m", "model", "-p", "Hi", "--json", "--max-new-tokens", "12")
+    asks = (*asks, "-s", "adaptive=false")
+    alone = fresh(*asks, "--cpu-memory", "1MiB")
+    asks = (*asks, "-d", "self", "-s", f"draft_quant={quant}")
+    least = fresh(*asks, "--cpu-memory", "1MiB")
+    needed = []
+    for refused in (alone, least):
+        found = re.search(r"--cpu-memory (\d+)MiB", refused.stderr)
+        assert refused.returncode == 4 and found, refused.stderr
+        needed.append(int(found[1]) * MIB)
+    share = {"int8": 0.6, "int4": 0.4, "null": 1.1}[quant]  # of bfloat16, with scales
+    assert needed[1] - needed[0] < share * weights + 96 * MIB  # what reading a prompt works in
+    kept = fresh(*asks, "--cpu-memory", f"{needed[1] // MIB}MiB", "--report", "r.json")
+    assert kept.returncode == 0, kept.stderr
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["draft_forwards"] > 0
+    took = report["peak_rss_bytes"] - report["rss_before_bytes"]
+    assert took <= needed[1], (took / MIB, needed[1] / MIB)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +43,7 @@ from bmkit.runtime.speculation.draft import Draft
 from bmkit.runtime.speculation.engine import ALONE, Settings, Speculator
 from bmkit.runtime.speculation.phrases import Phrases
 from bmkit.runtime.speculation.retokenised import Retokenised
+from bmkit.runtime.speculation.static import StaticTarget, suits
 from bmkit.runtime.speculation.targets import DecoderTarget, ModelTarget
 from bmkit.runtime.speculation.tree import Tree
 
@@ -186,6 +187,71 @@ def speculator(
 
 ALWAYS = Settings(adaptive=False, draft_length=4, topk=2, phrase_length=5)
 """Everything that there is to guess, whether it pays or not."""
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_room_of_a_fixed_size_gives_the_same_answers(name: str, tokenizer: Any) -> None:
+    model = model_of(CONFIGS[name])
+    target = StaticTarget(model, 2)
+    assert target.check()
+    how = Generation(LONG)
+    prompts = [*prompts_of(3), replace(prompts_of(1, length=40)[0], number=3)]
+    wanted = alone(model, tokenizer, prompts, how)
+    found = speculator(model, tokenizer, how, rows=2, settings=ALWAYS)
+    found.target = target
+    found.draft = Draft(StaticTarget(noisy(model), 2), window=3, levels=3)
+    assert answers(found, prompts) == wanted
+    assert found.stats.accepted["draft"] > 0
+
+
+def test_a_forward_is_recorded_once_a_size_and_anew_when_room_grows() -> None:
+    recorded: list[int] = []
+
+    def record(compute: Callable[[], None]) -> Callable[[], None]:
+        compute()  # as capturing does: it may run before, and what is sent later must count
+        recorded.append(1)
+        return compute
+
+    model = model_of(CONFIGS["llama"])
+    target, plain = StaticTarget(model, 2, record=record), ModelTarget(model)
+    for one in (target, plain):
+        one.begin(1, [5, 6, 7], slots=20, adapter=None)
+    for count in (2, 5, 5, 2, 7, 6, 20):
+        tree = Tree.of(9)
+        tree.add(range(10, 9 + count - count // 3), "", [1.0] * (count - count // 3 - 1))
+        tree.add(range(30, 30 + count // 3), "", [1.0] * (count // 3))
+        read = [one.forward({1: tree})[1] for one in (target, plain)]
+        assert read[0].shape == read[1].shape
+        assert torch.allclose(*read, atol=1e-4)
+        nodes = [0, *tree.path(tree.leaves()[-1])]
+        for one in (target, plain):
+            one.keep(1, nodes)
+            assert one.length(1) > 3
+    assert len(recorded) == 4  # of 2, 6, 8 and 24 tokens
+    target.begin(0, [5] * 300, slots=2, adapter=None)
+    plain.begin(0, [5] * 300, slots=2, adapter=None)
+    both = {0: Tree.of(7), 1: Tree.of(8)}
+    read = [torch.cat([*one.forward(both).values()]) for one in (target, plain)]
+    assert torch.allclose(*read, atol=1e-4)
+    assert len(recorded) == 5
+
+
+@pytest.mark.parametrize("length", [1, 40, 63])
+def test_a_draft_guesses_as_many_tokens_as_it_is_told_to(length: int, tokenizer: Any) -> None:
+    model = model_of(CONFIGS["llama"])
+    settings = Settings(adaptive=False, draft_length=length, topk=0, harvest=False)
+    how = Generation(length + 2)
+    found = speculator(model, tokenizer, how, draft=model, settings=settings, eos=())
+    (prompt,) = prompts_of(1)
+    assert answers(found, [prompt]) == alone(model, tokenizer, [prompt], how)
+    assert found.stats.rounds == [length + 1]  # all right, and one of its own
+
+
+def test_a_state_space_model_has_no_room_of_a_fixed_size() -> None:
+    config = MambaConfig(vocab_size=360, hidden_size=32, num_hidden_layers=2, state_size=4)
+    assert not suits(AutoModelForCausalLM.from_config(config))
+    assert not suits(model_of(SEQ2SEQ["t5"]))
+    assert not StaticTarget(model_of(BloomConfig(**TOKENS, n_layer=2, n_head=4)), 1).check()
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -84,10 +84,12 @@ def place(
     budget: int | None,
     quant: str | None = None,
     besides: int = 0,
+    chunk: int = CHUNK,
 ) -> Placement:
     """Decide what is resident, in `budget` bytes if given, for `rows` sequences of `tokens`.
 
-    `besides` are bytes of adapters, always resident. Rows are answered one after the other before
+    `besides` are bytes of adapters, always resident; `chunk` tokens of a prompt are read at once if
+    all is. Rows are answered one after the other before
     anything is refused.
 
     Raises ResourceError, naming the smallest budget that works, if this one doesn't.
@@ -106,9 +108,9 @@ def place(
     head_parts = math.ceil(head / slot)
     units = (*blocks, *([math.ceil(head / head_parts)] * head_parts))
     while True:
-        fixed = _fixed(headers, rows, tokens, CHUNK) + besides
+        fixed = _fixed(headers, rows, tokens, chunk) + besides
         everything = frozenset(range(layers + 1))
-        whole = Placement(everything, (*blocks, head), 1, fixed, 0, tokens, rows=rows)
+        whole = Placement(everything, (*blocks, head), 1, fixed, 0, tokens, chunk, rows)
         if budget is None or whole.peak_bytes <= budget:
             return _roomy(whole, headers, budget)
         if quant is not None:  # rounding it anew for every token would take too long

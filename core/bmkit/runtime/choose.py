@@ -82,6 +82,7 @@ def choose(job: Job, headers: Headers) -> Chosen:
             budget=limit,
             quant=quant,
             besides=besides,
+            chunk=budget.SMALL_CHUNK if job.tight else budget.CHUNK,
         )
         return Chosen("packed", found)
     packed = any(t.name.endswith("_packed") for t in headers.tensors)
@@ -153,6 +154,7 @@ def draft_job(job: Job) -> Job:
         gpu_memory=None,
         recipe=job.recipe.of_draft(),
         is_draft=True,
+        tight=job.cpu_memory is not None,
     )
 
 

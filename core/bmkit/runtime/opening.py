@@ -130,7 +130,7 @@ def _packed(
         placement=chosen.placement,
         said=said,
     )
-    limited = job.cpu_memory is not None  # then two unpacked blocks may be too much
+    limited = job.cpu_memory is not None or job.tight  # then two unpacked blocks may be too much
     differ = load.tiny_difference(config)
     if not limited:
         differ = max(differ, load.largest_difference(decoder))
@@ -143,7 +143,7 @@ def _packed(
     if job.deltas:
         paths = [delta.path for delta in job.deltas]
         load.attach(decoder, dict(zip(names(paths), paths, strict=True)))
-    most = chosen.placement.tokens if limited else None
+    most = None if job.cpu_memory is None else chosen.placement.tokens
     return Engine(device, before, chosen.placement.rows, decoder=decoder, most_tokens=most)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
@@ -21,6 +22,26 @@ class Prompt(Protocol):
     number: int
     ids: list[int]
     adapter: str | None
+
+
+def likeliest(scores: Tensor) -> tuple[list[int], list[float]]:
+    """Return the likeliest token of each row of `scores` [rows, vocabulary], and its score.
+
+    A device is waited for once.
+    """
+    if scores.device.type == "cpu":  # numpy is many times as quick as torch here
+        values = scores.detach().numpy()
+        tokens = values.argmax(-1)
+        return tokens.tolist(), values[range(len(values)), tokens].tolist()
+    best, where = scores.max(-1)
+    most, tokens = torch.stack((best.double(), where.double())).tolist()
+    return [int(token) for token in tokens], most
+
+
+def require_finite(score: float) -> None:
+    """Raise InputError if the score of a token that was chosen is no number."""
+    if not math.isfinite(score):
+        raise InputError("the model's output is not a number; its weights are damaged")
 
 
 class Row:
@@ -72,10 +93,10 @@ class Row:
         if self.steps:
             seen = torch.tensor([self.before + self.made])
             token = int(self.steps(seen, scores[None].clone())[0].argmax())
-        else:
-            token = int(scores.argmax())
-        if not torch.isfinite(scores[token]):
-            raise InputError("the model's output is not a number; its weights are damaged")
+            require_finite(float(scores[token]))
+            return token
+        (token,), (score,) = likeliest(scores[None].float())
+        require_finite(score)
         return token
 
     def take(self, token: int, scores: Tensor) -> Answer | None:

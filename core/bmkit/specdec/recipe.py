@@ -20,14 +20,16 @@ class SpecDecodeRecipe(GenerateRecipe):
         default=None,
         description="A smaller model that guesses; `self` is the target, rounded to `draft_quant`.",
     )
-    draft_quant: Literal["int8", "int4"] | None = Field(
-        default="int8", description="How the draft's weights are rounded, where it has a choice."
+    draft_quant: Literal["auto", "int8", "int4"] | None = Field(
+        default="auto",
+        description="How the draft's weights are rounded, where it has a choice. auto: int8; on a "
+        "GPU, where rounding saves memory and no time, only that of `self`.",
     )
     retokenise: bool = Field(
         default=True, description="Let a draft with another tokenizer guess: by its text."
     )
     draft_length: int | None = Field(
-        default=None, ge=0, le=64, description="Tokens a draft guesses; if not given, what pays."
+        default=None, ge=0, le=63, description="Tokens a draft guesses; if not given, what pays."
     )
     topk: int = Field(
         default=3, ge=0, le=16, description="Phrases tried at a place, of each source."
@@ -69,4 +71,8 @@ class SpecDecodeRecipe(GenerateRecipe):
 
     def of_draft(self) -> SpecDecodeRecipe:
         """Return how the draft is opened: rounded, without the target's adapters."""
-        return self.model_copy(update={"quant": self.draft_quant, "adapters": []})
+        quant = self.draft_quant
+        if quant == "auto":
+            on_gpu = self.device.startswith("cuda")
+            quant = None if on_gpu and self.draft != "self" else "int8"
+        return self.model_copy(update={"quant": quant, "adapters": []})

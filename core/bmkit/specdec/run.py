@@ -27,6 +27,7 @@ from bmkit.runtime.speculation.draft import Draft
 from bmkit.runtime.speculation.engine import ALONE, Settings, Speculator, Stats
 from bmkit.runtime.speculation.phrases import Phrases
 from bmkit.runtime.speculation.retokenised import Retokenised
+from bmkit.runtime.speculation.static import StaticTarget, suits
 from bmkit.runtime.speculation.targets import DecoderTarget, ModelTarget, Target
 from bmkit.specdec.compare import Comparison, Rival, Transformers
 from bmkit.specdec.exact import Exactness
@@ -96,14 +97,13 @@ class Session:
         self.rss_before_bytes = self.engine.rss_before_bytes
         self.generation = models.load_generation_config(job.checkpoint)
         self.eos = eos_ids(self.generation, self.tokenizer)
-        self.target = _target(self.engine)
-        if isinstance(self.target, ModelTarget) and not config.is_encoder_decoder:
-            name = f"{(job.base or job.model).digest} {recipe.dtype} {self.engine.device}"
-            if not calibrate.reads_trees(self.target, name):
-                job.reporter.warn(
-                    f"{type(self.engine.model).__name__} takes no mask of ours: guesses are "
-                    "verified one chain at a time"
-                )
+        name = f"{(job.base or job.model).digest} {recipe.dtype} {self.engine.device}"
+        self.target = _target(self.engine, name)
+        if not (self.target.trees or config.is_encoder_decoder):
+            job.reporter.warn(
+                f"{type(self.engine.model).__name__} takes no mask of ours: guesses are "
+                "verified one chain at a time"
+            )
         self.draft = self._draft(job, config)
         reader = self.target if self.draft is None else self.draft.model
         if recipe.window and (not reader.trees or isinstance(self.draft, Retokenised)):
@@ -143,7 +143,9 @@ class Session:
         opened = open_engine(draft_job(job), own, said=frequent.read(where, own_size))
         if job.draft.path != job.checkpoint and _size(opened) > _size(self.engine):
             job.reporter.warn(f"the draft {where} is larger than its target")
-        model = _target(opened)
+        model = _target(
+            opened, f"{job.draft.digest} draft {recipe.of_draft().quant} {opened.device}"
+        )
         if isinstance(model, DecoderTarget) and same:
             model.least = self.engine.most_tokens or 0  # a budget has no room for two caches
         if not same:
@@ -153,8 +155,6 @@ class Session:
                     hint="`-s retokenise=true` lets them exchange text",
                 )
             return Retokenised(model, tokenizer, self.tokenizer, context=models.context(own))
-        if isinstance(model, ModelTarget):
-            calibrate.reads_trees(model, f"{job.draft.digest} draft {recipe.draft_quant}")
         return Draft(
             model,
             phrases=min(recipe.topk, 2),
@@ -192,7 +192,7 @@ class Session:
         model = (self.job.base or self.job.model).digest
         speculator.costs = calibrate.costs(self.target, f"{model} {kind}")
         if self.draft is not None and self.job.draft is not None:
-            draft = f"{self.job.draft.digest} draft {recipe.draft_quant} {kind}"
+            draft = f"{self.job.draft.digest} draft {recipe.of_draft().quant} {kind}"
             self.draft.costs = calibrate.costs(self.draft.model, draft)
         return speculator
 
@@ -370,11 +370,21 @@ def _alone(speculator: Speculator) -> Rival:
     return Rival(answer, speculator.stats.forwards)
 
 
-def _target(engine: Engine) -> Target:
-    """Return what verifies: the fused decoder, or any model that can take guesses back."""
+def _target(engine: Engine, name: str) -> Target:
+    """Return what verifies: the fused decoder, or any model that can take guesses back.
+
+    `name` says which model, dtype and device: whether it takes masks is remembered by it.
+    """
     if engine.decoder is not None:
         return DecoderTarget(engine.decoder, engine.rows, engine.most_tokens)
-    return ModelTarget(engine.model, chunk=engine.chunk)
+    if engine.device.type == "cuda" and engine.placed is None and suits(engine.model):
+        static = StaticTarget(engine.model, engine.rows)
+        if calibrate.reads_trees(static, f"{name} static"):
+            return static
+    found = ModelTarget(engine.model, chunk=engine.chunk)
+    if not found.encoder_decoder:
+        calibrate.reads_trees(found, name)
+    return found
 
 
 def _size(engine: Engine) -> int:

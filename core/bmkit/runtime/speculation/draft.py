@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bmkit.runtime.row import likeliest
 from bmkit.runtime.speculation.phrases import Phrases
 from bmkit.runtime.speculation.policy import Bet, Costs, Experience, Record, paying
 from bmkit.runtime.speculation.targets import Target
@@ -130,6 +132,7 @@ class Draft:
             start = time.perf_counter()
             known = {p: self.known.pop(p) for p in trees}  # if stopped here, it knows nothing
             logits = self.model.forward(trees)
+            said = {p: _Said(own, whole=choosers[p] is not None) for p, own in logits.items()}
             self.known |= known
             seconds = time.perf_counter() - start
             self.seconds += seconds
@@ -139,7 +142,7 @@ class Draft:
                 going[place] = self._walk(
                     place,
                     tree,
-                    logits[place],
+                    said[place],
                     found[place],
                     places[place],
                     choosers[place],
@@ -204,7 +207,7 @@ class Draft:
         self,
         place: int,
         tree: Tree,
-        logits: Tensor,
+        heard: _Said,
         found: Drafted,
         said: Sequence[int],
         choose: Chooser | None,
@@ -216,8 +219,7 @@ class Draft:
         node = count - 1  # the last of those that were known; phrases come after it
         nodes = list(range(count))
         while True:
-            scores = logits[node]
-            token, sure = self._choose(scores, choose, found.tokens)
+            token, sure = self._choose(heard, node, choose, found.tokens)
             kind = sum(sure >= step for step in STEPS)
             found.tokens.append(token)
             found.records.append(self.records[kind])
@@ -231,9 +233,10 @@ class Draft:
             node = below
             nodes.append(below)
         if place in self.windows:
-            best = logits.argmax(-1)
-            best = best if self.model.said is None else self.model.said[best]
-            for phrase in self.windows[place].learn(best.tolist(), len(nodes) - count + 1):
+            best = heard.likeliest()
+            if self.model.said is not None:
+                best = self.model.said[torch.tensor(best)].tolist()
+            for phrase in self.windows[place].learn(best, len(nodes) - count + 1):
                 self.found.extend(phrase)
                 self.found.end()
             self.found.trim()
@@ -243,14 +246,14 @@ class Draft:
         return chance if more else 0.0
 
     def _choose(
-        self, scores: Tensor, choose: Chooser | None, drafted: Sequence[int]
+        self, heard: _Said, node: int, choose: Chooser | None, drafted: Sequence[int]
     ) -> tuple[int, float]:
-        """Return what the model says, and how likely it finds that."""
+        """Return what the model says after a node, and how likely it finds that."""
         said = self.model.said
         if choose is None:
-            best = int(scores.argmax())
-            sure = float((scores[best] - scores.logsumexp(-1)).exp())
+            best, sure = heard.judged(node)
             return (best if said is None else int(said[best])), sure
+        scores = heard.logits[node]
         if said is not None:
             whole = scores.new_full((self.model.vocabulary,), -torch.inf)
             whole[said] = scores
@@ -267,3 +270,34 @@ class Draft:
             self.overall.learn(float(i < right))
             if i < min(right, tried - 1) and i < len(drafted.then):
                 drafted.then[i].learn(float(i + 1 < right))
+
+
+class _Said:
+    """What a model says after each node of a tree, by its logits [nodes, vocabulary].
+
+    A device is waited for once; with `whole`, all logits come from it.
+    """
+
+    def __init__(self, logits: Tensor, *, whole: bool) -> None:
+        self.logits = logits
+        self.told: tuple[list[float], list[float]] = ([], [])
+        self.apart = logits.device.type != "cpu"
+        if self.apart and whole:
+            self.logits, self.apart = logits.cpu(), False
+        elif self.apart:
+            best, where = logits.max(-1)
+            sure = (best - logits.logsumexp(-1)).exp()
+            where, sure = torch.stack((where.double(), sure.double())).tolist()
+            self.told = (where, sure)
+
+    def judged(self, node: int) -> tuple[int, float]:
+        """Return the likeliest token after a node, and its probability."""
+        if self.apart:
+            return int(self.told[0][node]), self.told[1][node]
+        scores = self.logits[node]
+        (token,), (score,) = likeliest(scores[None])
+        return token, math.exp(score - float(scores.logsumexp(-1)))
+
+    def likeliest(self) -> list[int]:
+        """Return the likeliest token after each node."""
+        return [int(x) for x in self.told[0]] if self.apart else likeliest(self.logits)[0]

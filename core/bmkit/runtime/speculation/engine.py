@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bmkit.runtime.ahead import Ahead
 from bmkit.runtime.generate import Answer, Generation
-from bmkit.runtime.row import Row
+from bmkit.runtime.row import Row, likeliest, require_finite
 from bmkit.runtime.speculation.draft import Chooser, Draft, Drafted, agreement
 from bmkit.runtime.speculation.phrases import Phrases
 from bmkit.runtime.speculation.policy import Bet, Costs, Experience, Pace, choose
@@ -259,7 +259,7 @@ class Speculator:
                 one.window.add(tree, 0)
         given = dict(zip(active, trees, strict=True))
         start = time.perf_counter()
-        logits = self.target.forward(given)
+        read = self._chosen(active, self.target.forward(given))
         seconds = time.perf_counter() - start
         count = sum(map(len, trees))
         self.stats.sizes[count] += 1
@@ -275,20 +275,54 @@ class Speculator:
         before = self.stats.tokens
         done = {}
         for place, tree in given.items():
-            answer = self._verify(place, active[place], tree, logits[place])
+            answer = self._verify(place, active[place], tree, read[place])
             if answer is not None:
                 done[place] = answer
         self.stats.rounds.append(self.stats.tokens - before)
         self.stats.steps_tokens += self.stats.tokens - before
         return done
 
-    def _verify(self, place: int, active: _Active, tree: Tree, logits: Tensor) -> Answer | None:
+    def _chosen(
+        self, active: dict[int, _Active], logits: dict[int, Tensor]
+    ) -> dict[int, tuple[Tensor, list[int], list[float]]]:
+        """Return each row's logits, with the likeliest tokens and their scores if it is greedy.
+
+        Logits stay on their device if nothing else is asked of them.
+        """
+        greedy = {p: own for p, own in logits.items() if not active[p].row.steps}
+        found: dict[int, tuple[Tensor, list[int], list[float]]] = {}
+        tokens: list[int] = []
+        scores: list[float] = []
+        if greedy:
+            tokens, scores = likeliest(
+                torch.cat([*greedy.values()]) if len(greedy) > 1 else next(iter(greedy.values()))
+            )
+        low = 0
+        for place, own in logits.items():
+            row = active[place].row
+            held = own.cpu() if row.steps or row.how.logprobs is not None else own
+            high = low + len(own) if place in greedy else low
+            found[place] = (held, tokens[low:high], scores[low:high])
+            low = high
+        return found
+
+    def _verify(
+        self,
+        place: int,
+        active: _Active,
+        tree: Tree,
+        read: tuple[Tensor, list[int], list[float]],
+    ) -> Answer | None:
         """Say what the target says, as far as it has read it already."""
         node, nodes = 0, [0]
-        greedy = None if active.row.steps else logits.argmax(-1).tolist()
+        logits, greedy, best = read
         while True:
             scores = logits[node]
-            token = active.row.choose(scores)
+            if greedy:
+                token = greedy[node]
+                require_finite(best[node])
+            else:
+                token = active.row.choose(scores)
             below = tree.children[node].get(token)
             origin = "target" if below is None else tree.sources[below]
             answer = self._say(active, token, scores, origin)
@@ -306,11 +340,11 @@ class Speculator:
         self.target.keep(place, nodes)
         self._settle(active, tree, nodes)
         if active.window is not None:
-            said = logits.argmax(-1).tolist() if greedy is None else greedy
+            said = greedy or likeliest(logits)[0]
             for phrase in active.window.learn(said, len(nodes)):
                 self.harvested.extend(phrase)
                 self.harvested.end()
-        if greedy is not None and self.settings.harvest:
+        if greedy and self.settings.harvest:
             self._harvest(tree, nodes, greedy)
         return answer
 
@@ -350,7 +384,7 @@ class Speculator:
     def _tree(self, active: _Active) -> Tree:
         """Return all guesses at what follows: the draft's, phrases after it, phrases instead."""
         tree = Tree.of(active.said[-1])
-        most = min(active.row.left - 1, MOST_NODES // 2)
+        most = min(active.row.left - 1, MOST_NODES - 1)
         if most < 1:
             return tree
         ends = [(0, active.said)]
@@ -387,7 +421,8 @@ class Speculator:
         draft, fixed = self.draft, self.settings.draft_length
         if draft is None or fixed == 0:
             return
-        if fixed is None and not self._draft_pays(active, draft.overall.chance):
+        free = fixed is None and self.settings.adaptive
+        if free and not self._draft_pays(active, draft.overall.chance):
             unread = sum(draft.unread(p, a.said) for p, a in active.items())
             since = self.stats.seconds - self.asked_at
             if draft.costs.of(unread) > PROBE * since or not self._draft_pays(active, 1.0):

@@ -254,6 +254,17 @@ def test_bad_words_are_refused(
     refused(bmkit("spec-decode", "-m", "tiny", *prompt, *words), code, said)
 
 
+def test_a_static_cache_is_the_targets_and_the_drafts(bmkit: Run, tiny: Path, asked: Path) -> None:
+    words = ("spec-decode", "-m", "tiny", "-i", asked, "--json", "--max-new-tokens", "24")
+    words = (*words, "-s", "dtype=bfloat16", "-d", "self", "-s", "draft_quant=null")
+    words = (*words, "-s", "adaptive=false", "-s", "draft_length=3", "--verify-exact")
+    for cache in ("static", "dynamic"):
+        done = bmkit(*words, "-s", f"cache={cache}", "--report", f"{cache}.json")
+        assert any("draft" in row["origins"] for row in objects(done))
+        report = json.loads((asked.parent / f"{cache}.json").read_text())
+        assert report["exact"]["mismatches"] == 0
+
+
 def test_odd_but_possible_words_work(bmkit: Run, tiny: Path) -> None:
     asks = ("spec-decode", "-m", "tiny", "--json", "--max-new-tokens", "600", "-p", "x" * 470)
     (plain,) = objects(bmkit(*asks, "-s", "topk=0"))

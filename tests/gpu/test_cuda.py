@@ -139,3 +139,42 @@ def test_tuning_on_a_streamed_base_is_the_same_training(
     assert tight.returncode == 0, tight.stderr
     found = json.loads(tight.stdout)["metrics"]["train_loss"]
     assert abs(found - free) < 1e-3 * free
+
+
+@pytest.mark.parametrize("draft", [(), ("-d", "self"), ("-d", "self", "-s", "window=4")])
+def test_guessed_answers_on_the_gpu_are_the_targets_own(
+    bmkit: Run, wide: Path, draft: tuple[str, ...]
+) -> None:
+    words = ("-m", wide, "-p", "Hi", "-p", "1 2 3 1 2 3 1 2", "--json", "--max-new-tokens", "40")
+    words = (*words, "--device", "cuda", "-s", "dtype=float32")
+    guessed = bmkit("spec-decode", *words, *draft, "-s", "adaptive=false", "--report", "r.json")
+    assert tokens(guessed) == tokens(bmkit("infer", *words))
+
+
+def test_forwards_of_a_few_sizes_are_graphs(tiny_checkpoint: Path) -> None:
+    """A graph that is replayed reads what was sent last, and gives what the model's code gives."""
+    from transformers import AutoModelForCausalLM
+
+    from bmkit.runtime.speculation.static import StaticTarget
+    from bmkit.runtime.speculation.targets import ModelTarget
+    from bmkit.runtime.speculation.tree import Tree
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32).cuda()
+    static, plain = StaticTarget(model, 2), ModelTarget(model)
+    assert static.check()
+    captured = torch.cuda.CUDAGraph.replay
+    replayed: list[int] = []
+    try:
+        torch.cuda.CUDAGraph.replay = lambda own: (replayed.append(1), captured(own))[1]
+        for one in (static, plain):
+            one.begin(0, [5, 6, 7], slots=40, adapter=None)
+        for count in (1, 4, 4, 3, 7, 7):
+            tree = Tree.of(9)
+            tree.add([10] * (count - 1), "", [1.0] * (count - 1))
+            read = [one.forward({0: tree})[0].cpu() for one in (static, plain)]
+            assert torch.allclose(*read, atol=1e-3)
+            for one in (static, plain):
+                one.keep(0, [0])
+    finally:
+        torch.cuda.CUDAGraph.replay = captured
+    assert len(replayed) == 6

@@ -166,8 +166,11 @@ def _draft_bytes(job: Job, recipe: GenerateRecipe, tokens: int) -> int:
     own = draft_job(job)
     headers = read_headers(own.model.path)
     chosen = choose(own, headers)
+    on_gpu = recipe.device.startswith("cuda")
     if chosen.placement is not None:
-        return chosen.placement.peak_bytes - budget.SLACK_BYTES - budget.LOAD_BYTES
+        shared = budget.SLACK_BYTES + (budget.LOAD_BYTES if chosen.way == "packed" else 0)
+        return chosen.placement.peak_bytes - (budget.GPU_BYTES if on_gpu else shared)
+    width = 2 if on_gpu and recipe.dtype != "float32" else 4
     sizes = budget.Sizes.of(headers.config)
     rows = recipe.batch_size if job.rows is None else min(recipe.batch_size, job.rows)
-    return 4 * headers.dense_numel + 8 * sizes.layers * sizes.kv * sizes.dim * rows * tokens
+    return width * headers.dense_numel + 8 * sizes.layers * sizes.kv * sizes.dim * rows * tokens

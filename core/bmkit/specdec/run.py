@@ -98,7 +98,7 @@ class Session:
         self.generation = models.load_generation_config(job.checkpoint)
         self.eos = eos_ids(self.generation, self.tokenizer)
         name = f"{(job.base or job.model).digest} {recipe.dtype} {self.engine.device}"
-        self.target = _target(self.engine, name)
+        self.target = _target(self.engine, name, recipe.cache)
         if not (self.target.trees or config.is_encoder_decoder):
             job.reporter.warn(
                 f"{type(self.engine.model).__name__} takes no mask of ours: guesses are "
@@ -143,9 +143,8 @@ class Session:
         opened = open_engine(draft_job(job), own, said=frequent.read(where, own_size))
         if job.draft.path != job.checkpoint and _size(opened) > _size(self.engine):
             job.reporter.warn(f"the draft {where} is larger than its target")
-        model = _target(
-            opened, f"{job.draft.digest} draft {recipe.of_draft().quant} {opened.device}"
-        )
+        name = f"{job.draft.digest} draft {recipe.of_draft().quant} {opened.device}"
+        model = _target(opened, name, recipe.cache)
         if isinstance(model, DecoderTarget) and same:
             model.least = self.engine.most_tokens or 0  # a budget has no room for two caches
         if not same:
@@ -370,14 +369,16 @@ def _alone(speculator: Speculator) -> Rival:
     return Rival(answer, speculator.stats.forwards)
 
 
-def _target(engine: Engine, name: str) -> Target:
+def _target(engine: Engine, name: str, cache: str) -> Target:
     """Return what verifies: the fused decoder, or any model that can take guesses back.
 
-    `name` says which model, dtype and device: whether it takes masks is remembered by it.
+    `name` says which model, dtype and device: whether it takes masks is remembered by it; `cache`
+    is the recipe's.
     """
     if engine.decoder is not None:
         return DecoderTarget(engine.decoder, engine.rows, engine.most_tokens)
-    if engine.device.type == "cuda" and engine.placed is None and suits(engine.model):
+    fixed = cache == "static" or (cache == "auto" and engine.device.type == "cuda")
+    if fixed and engine.placed is None and suits(engine.model):
         static = StaticTarget(engine.model, engine.rows)
         if calibrate.reads_trees(static, f"{name} static"):
             return static

@@ -38,9 +38,6 @@ ACTIVATIONS = {
 }
 FEW = 64
 """Up to so many tokens go through the fused blocks; more are worth unpacking weights for."""
-FEW_BESIDE_READING = 16
-"""Up to so many tokens go through the blocks on one thread fewer while weights are streamed."""
-
 NAMES = {
     "self_attn.q_proj": kernels.Q,
     "self_attn.k_proj": kernels.K,
@@ -378,7 +375,7 @@ class Decoder:
     ) -> np.ndarray:
         """Run embeddings `h` [tokens, hidden] through the fused blocks, in place; see `block`."""
         cos, sin = self.angles(position)
-        kernels.use_threads(self._running(len(h)))
+        kernels.use_threads(self.running)
         x, heads, mixed, inner = self._space(len(h))
         queries, scores, branch, parts, peaks = self._attention_space(len(h))
         for i in range(self.depth):
@@ -420,19 +417,18 @@ class Decoder:
                 )
         return h
 
-    def _running(self, tokens: int) -> int:
-        """Return on how many threads a forward runs: one fewer while another one reads weights.
+    @property
+    def running(self) -> int:
+        """Return on how many threads fused blocks run: one fewer while another one reads weights.
 
-        More threads than cores wait for each other at every barrier. A forward of many tokens
-        computes longer than is read.
+        More threads than cores wait for each other at every barrier.
         """
-        spare = int(bool(self.store.slots) and tokens <= FEW_BESIDE_READING)
-        return max(self.threads - spare, 1)
+        return max(self.threads - bool(self.store.slots), 1)
 
     def _head(self, h: np.ndarray, logits: np.ndarray) -> None:
         x = np.zeros((len(h), round_up(self.hidden)), np.float32)
         norm = self.last_norm.table[0]
-        kernels.use_threads(self._running(len(h)))
+        kernels.use_threads(self.running)
         for t in range(len(h)):
             kernels.normalise(h[t], self.norm_slab, norm, self.eps, x[t, : self.hidden])
         column = 0

@@ -140,14 +140,15 @@ def main() -> None:
             cold, domain = Path(scratch) / "cold", Path(scratch) / "domain"
             others = asked[arguments.rows : 3 * arguments.rows]
             found = {"cold": figures(run(arguments, measured, cold, rivals))}
-            found["repeated"] = figures(run(arguments, measured, cold, "greedy"))
+            known = "greedy,transformers" if arguments.theirs else "greedy"
+            found["repeated"] = figures(run(arguments, measured, cold, known))
             if arguments.draft and arguments.theirs:
                 words = ("-s", "adaptive=false", "-s", "draft_length=4")
                 always = run(arguments, measured, Path(scratch) / "always", "greedy", *words)
                 found["always"] = figures(always)
             if others:
                 run(arguments, others, domain, "")
-                found["domain"] = figures(run(arguments, measured, domain, "greedy"))
+                found["domain"] = figures(run(arguments, measured, domain, known))
         result["categories"][name] = found
         load = os.getloadavg()[0]
         result["busy"] = result.get("busy", False) or load > THREADS + 0.5

@@ -34,7 +34,12 @@ class SpecDecodeRecipe(GenerateRecipe):
     topk: int = Field(
         default=3, ge=0, le=16, description="Phrases tried at a place, of each source."
     )
-    phrase_length: int = Field(default=8, ge=1, le=63, description="Tokens of a phrase.")
+    phrase_length: int = Field(
+        default=8,
+        ge=1,
+        le=63,
+        description="Tokens of a phrase; four times as many where the last twelve agree.",
+    )
     window: int = Field(
         default=0,
         ge=0,

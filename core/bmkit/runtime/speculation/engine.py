@@ -15,13 +15,15 @@ from bmkit.runtime.ahead import Ahead
 from bmkit.runtime.generate import Answer, Generation
 from bmkit.runtime.row import Row, likeliest, require_finite
 from bmkit.runtime.speculation.draft import Chooser, Draft, Drafted, agreement
-from bmkit.runtime.speculation.phrases import Phrases
+from bmkit.runtime.speculation.phrases import LONGEST, Phrases
 from bmkit.runtime.speculation.policy import Bet, Costs, Experience, Pace, choose
 from bmkit.runtime.speculation.targets import Target
 from bmkit.runtime.speculation.tree import Tree
 from bmkit.runtime.speculation.window import Window
 
 MOST_NODES = 64
+LONG = 4
+"""How many times as long a phrase is where as much of the context agrees as is looked at."""
 SOURCES = ("prompt", "answers", "history")
 """A prompt with its answer, what was said after wrong guesses, and earlier prompts and answers."""
 PROBE = 0.02
@@ -36,6 +38,7 @@ class Settings:
     topk: int = 3
     """Phrases that are looked up at a place, of each source."""
     phrase_length: int = 8
+    """Tokens of a phrase, if not all of the context that is looked at agrees."""
     adaptive: bool = True
     """Whether guesses that don't pay are left out."""
     window: int = 0
@@ -397,12 +400,12 @@ class Speculator:
         return tree
 
     def _look_up(self, active: _Active, tree: Tree, node: int, said: list[int], most: int) -> None:
-        length = min(self.settings.phrase_length, most)
-        if length < 1 or self.settings.topk < 1:
+        if most < 1 or self.settings.topk < 1:
             return
         for name, log in self._sources(active):
             for rank, (place, agree) in enumerate(log.find(said, self.settings.topk)):
-                tokens = log.phrase(place, length)
+                length = self.settings.phrase_length * (LONG if agree >= LONGEST else 1)
+                tokens = log.phrase(place, min(length, most))
                 first, then = self.experience.records(name, agree, rank)
                 chances = [first.chance, *[then.chance] * (len(tokens) - 1)]
                 if (tokens and self.target.trees) or not tree.children[node]:

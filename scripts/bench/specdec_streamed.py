@@ -127,7 +127,7 @@ def main() -> None:
             machine.save("specdec_streamed", result)
     measured = [f for f in result["categories"].values() if not isinstance(f, str)]
     ratios = [f["compare"]["greedy"]["ratio"] for f in measured]
-    result["mean_ratio"] = round(sum(ratios) / len(ratios), 3)
+    result["mean_ratio"] = round(sum(ratios) / len(ratios), 3) if ratios else None
     machine.save("specdec_streamed", result)
 
 

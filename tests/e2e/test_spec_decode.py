@@ -262,7 +262,9 @@ def test_a_static_cache_is_the_targets_and_the_drafts(bmkit: Run, tiny: Path, as
         done = bmkit(*words, "-s", f"cache={cache}", "--report", f"{cache}.json")
         assert any("draft" in row["origins"] for row in objects(done))
         report = json.loads((asked.parent / f"{cache}.json").read_text())
+        assert report["cache"] == report["draft_cache"] == cache
         assert report["exact"]["mismatches"] == 0
+    refused(bmkit(*words[:5], "-s", "cache=static"), 4, "leave it at auto")  # it is fused
 
 
 def test_odd_but_possible_words_work(bmkit: Run, tiny: Path) -> None:

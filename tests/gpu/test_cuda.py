@@ -141,14 +141,46 @@ def test_tuning_on_a_streamed_base_is_the_same_training(
     assert abs(found - free) < 1e-3 * free
 
 
-@pytest.mark.parametrize("draft", [(), ("-d", "self"), ("-d", "self", "-s", "window=4")])
+OWN = ("-d", "self", "-s", "draft_quant=null")
+
+
+@pytest.mark.parametrize(
+    "draft", [(), ("-d", "self"), OWN, (*OWN, "-s", "window=4"), ("-s", "cache=dynamic")]
+)
 def test_guessed_answers_on_the_gpu_are_the_targets_own(
-    bmkit: Run, wide: Path, draft: tuple[str, ...]
+    bmkit: Run, wide: Path, tmp_path: Path, draft: tuple[str, ...]
 ) -> None:
-    words = ("-m", wide, "-p", "Hi", "-p", "1 2 3 1 2 3 1 2", "--json", "--max-new-tokens", "40")
+    words = ("-m", wide, "-p", "Hi", "-p", "1 2 3 1 2 3 1 2", "--json", "--max-new-tokens", "400")
     words = (*words, "--device", "cuda", "-s", "dtype=float32")
     guessed = bmkit("spec-decode", *words, *draft, "-s", "adaptive=false", "--report", "r.json")
     assert tokens(guessed) == tokens(bmkit("infer", *words))
+    report = json.loads((tmp_path / "r.json").read_text())
+    dynamic = "cache=dynamic" in draft
+    assert report["cache"] == ("dynamic" if dynamic else "static")
+    if "draft_quant=null" in draft:
+        assert report["draft_cache"] == "static"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_graphs_on_the_second_gpu(bmkit: Run, wide: Path) -> None:
+    words = ("-m", wide, "-p", "1 2 3 1 2 3 1 2", "--json", "--max-new-tokens", "40")
+    words = (*words, "-s", "dtype=float32")
+    guessed = bmkit("spec-decode", *words, "--device", "cuda:1", "-s", "adaptive=false")
+    assert tokens(guessed) == tokens(bmkit("infer", *words, "--device", "cuda:0"))
+
+
+def test_what_waits_for_the_device_is_not_recorded() -> None:
+    from bmkit.runtime.speculation.static import Graphs
+
+    graphs = Graphs(torch.device("cuda"))
+    x = torch.zeros(4, device="cuda")
+    assert graphs(lambda: x.add_(1)) is not None and graphs.works
+    again = graphs(lambda: x.fill_(float(x.sum())))
+    assert not graphs.works
+    x.fill_(1)
+    again()
+    assert x.tolist() == [4.0] * 4
+    assert torch.cuda.current_stream() != graphs.stream
 
 
 def test_forwards_of_a_few_sizes_are_graphs(tiny_checkpoint: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -204,36 +205,125 @@ def test_room_of_a_fixed_size_gives_the_same_answers(name: str, tokenizer: Any) 
     assert found.stats.accepted["draft"] > 0
 
 
-def test_a_forward_is_recorded_once_a_size_and_anew_when_room_grows() -> None:
-    recorded: list[int] = []
+class Recording:
+    """Stands for a GPU's graphs: what is replayed works in memory where others left their logits,
+    and sees tensors at fixed addresses alone."""
 
-    def record(compute: Callable[[], None]) -> Callable[[], None]:
-        compute()  # as capturing does: it may run before, and what is sent later must count
-        recorded.append(1)
-        return compute
+    def __init__(self) -> None:
+        self.target: Any = None
+        self.count = self.renewed = 0
 
+    def renew(self) -> None:
+        self.renewed += 1
+
+    def __call__(self, compute: Callable[[], None]) -> Callable[[], None]:
+        compute()
+        self.count += 1
+
+        def again() -> None:
+            target = self.target
+            for run in target.passes.values():
+                if run.logits is not None:
+                    run.logits.fill_(torch.nan)
+            held, adapters, target.held, target.adapters = target.held, target.adapters, None, None
+            try:
+                compute()
+            finally:
+                target.held, target.adapters = held, adapters
+
+        return again
+
+
+@pytest.mark.parametrize("second", [None, "b"])  # rows of two adapters go in two forwards
+def test_a_forward_is_recorded_once_a_size_and_anew_when_room_grows(second: str | None) -> None:
     model = model_of(CONFIGS["llama"])
+    record = Recording()
     target, plain = StaticTarget(model, 2, record=record), ModelTarget(model)
+    record.target = target
+    renewed = record.renewed
     for one in (target, plain):
-        one.begin(1, [5, 6, 7], slots=20, adapter=None)
+        one.begin(1, [5, 6, 7], slots=20, adapter=second)
+    assert record.renewed == renewed + 1
     for count in (2, 5, 5, 2, 7, 6, 20):
         tree = Tree.of(9)
         tree.add(range(10, 9 + count - count // 3), "", [1.0] * (count - count // 3 - 1))
         tree.add(range(30, 30 + count // 3), "", [1.0] * (count // 3))
+        new = count in {2, 5, 7, 20} and record.count < 4
         read = [one.forward({1: tree})[1] for one in (target, plain)]
         assert read[0].shape == read[1].shape
         assert torch.allclose(*read, atol=1e-4)
+        assert not target.recorded or new
         nodes = [0, *tree.path(tree.leaves()[-1])]
         for one in (target, plain):
             one.keep(1, nodes)
             assert one.length(1) > 3
-    assert len(recorded) == 4  # of 2, 6, 8 and 24 tokens
+    assert record.count == 4  # of 2, 6, 8 and 24 tokens
     target.begin(0, [5] * 300, slots=2, adapter=None)
     plain.begin(0, [5] * 300, slots=2, adapter=None)
+    assert record.renewed == renewed + 2
     both = {0: Tree.of(7), 1: Tree.of(8)}
-    read = [torch.cat([*one.forward(both).values()]) for one in (target, plain)]
-    assert torch.allclose(*read, atol=1e-4)
-    assert len(recorded) == 5
+    for _ in range(2):
+        read = [torch.cat([*one.forward(both).values()]) for one in (target, plain)]
+        assert torch.allclose(*read, atol=1e-4)
+        plain.keep(0, [])
+        plain.keep(1, [])
+    assert record.count == 4 + (1 if second is None else 2)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        {"layer_types": ["full_attention", "chunked_attention", "full_attention"]},
+        {"attn_temperature_tuning": True},
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_what_depends_on_more_than_a_tokens_place_has_no_room_of_a_fixed_size(
+    more: dict[str, Any],
+) -> None:
+    class Model:
+        _is_stateful = False
+        config = LlamaConfig(**GROUPED)
+
+    assert suits(Model())
+    for key, value in more.items():
+        setattr(Model.config, key, value)
+    assert not suits(Model())
+
+
+def test_a_draft_that_was_left_alone_reads_on_as_it_reads_a_prompt(tokenizer: Any) -> None:
+    model = model_of(CONFIGS["llama"])
+    draft, other = Draft(ModelTarget(model)), Draft(ModelTarget(model))
+    ids = prompts_of(1)[0].ids
+    later = [*ids, *range(5, 105)]
+    begun: list[int] = []
+    begin = draft.model.begin
+
+    def counted(*args: Any, **more: Any) -> Tensor:
+        begun.append(more["known"])
+        return begin(*args, **more)
+
+    draft.model.begin = counted  # type: ignore[method-assign]
+    for one in (draft, other):
+        one.begin(0, ids, slots=200)
+    assert begun == []  # it waits until it is asked
+
+    def three(count: int, chance: float) -> bool:
+        return count < 3
+
+    for said in ([*ids, 4], later):
+        found = draft.guess({0: said}, {0: None}, three, {0: ()})
+    assert begun == [0, len(ids)]
+    wanted = other.guess({0: later}, {0: None}, three, {0: ()})
+    assert found[0].tokens == wanted[0].tokens
+    draft.begin(0, [*ids[:5], 7, 7], slots=50)  # another prompt, never asked about
+    draft.begin(0, [*ids, 9], slots=50)
+    again = draft.guess({0: [*ids, 9, 8]}, {0: None}, three, {0: ()})
+    plain = Draft(ModelTarget(model))
+    plain.begin(0, [*ids, 9], slots=50)
+    wanted = plain.guess({0: [*ids, 9, 8]}, {0: None}, three, {0: ()})
+    assert again[0].tokens == wanted[0].tokens
 
 
 @pytest.mark.parametrize("length", [1, 40, 63])

@@ -109,7 +109,7 @@ def unknown_shape(values: dict[str, Any], wanted: str) -> str:
         if key in values and not isinstance(values[key], str):
             return f"`{key}` is not text"
     known = [word.strip("` ") for word in wanted.replace(" or ", ",").replace("/", ",").split(",")]
-    for key in values:
+    for key in values.keys() - set(known):
         if close := did_you_mean(key, known):
             return f"it has no {wanted}; `{key}`: {close}"
     return f"it has no {wanted}"

@@ -84,12 +84,15 @@ def place(
     budget: int | None,
     quant: str | None = None,
     besides: int = 0,
+    row: int = 0,
+    token: int = 0,
     chunk: int = CHUNK,
 ) -> Placement:
     """Decide what is resident, in `budget` bytes if given, for `rows` sequences of `tokens`.
 
-    `besides` are bytes of adapters, always resident; `chunk` tokens of a prompt are read at once if
-    all is. Rows are answered one after the other before
+    `besides` are bytes of adapters, always resident; `row` more bytes come with each row, and
+    `token` with each token of it that there is more room for than planned. `chunk` tokens of a
+    prompt are read at once if all is resident. Rows are answered one after the other before
     anything is refused.
 
     Raises ResourceError, naming the smallest budget that works, if this one doesn't.
@@ -108,11 +111,11 @@ def place(
     head_parts = math.ceil(head / slot)
     units = (*blocks, *([math.ceil(head / head_parts)] * head_parts))
     while True:
-        fixed = _fixed(headers, rows, tokens, chunk) + besides
+        fixed = _fixed(headers, rows, tokens, chunk) + besides + rows * row
         everything = frozenset(range(layers + 1))
         whole = Placement(everything, (*blocks, head), 1, fixed, 0, tokens, chunk, rows)
         if budget is None or whole.peak_bytes <= budget:
-            return _roomy(whole, headers, budget)
+            return _roomy(whole, headers, budget, token)
         if quant is not None:  # rounding it anew for every token would take too long
             if rows > 1:
                 rows //= 2
@@ -123,7 +126,7 @@ def place(
                 hint=f"the smallest that works is --cpu-memory {least}MiB; to stream rounded "
                 f"weights, write them first: bmkit compress {quant} -m MODEL",
             )
-        fixed = _fixed(headers, rows, tokens, SMALL_CHUNK) + besides
+        fixed = _fixed(headers, rows, tokens, SMALL_CHUNK) + besides + rows * row
         # A block that two files share is read, others are mapped: there may be two of each.
         slots = 2 * slot + 2 * apart
         streamed = Placement(
@@ -139,15 +142,15 @@ def place(
             )
         rows //= 2
     chosen = spread(units, budget - streamed.peak_bytes)
-    return _roomy(replace(streamed, resident=frozenset(chosen)), headers, budget)
+    return _roomy(replace(streamed, resident=frozenset(chosen)), headers, budget, token)
 
 
-def _roomy(found: Placement, headers: Headers, budget: int | None) -> Placement:
+def _roomy(found: Placement, headers: Headers, budget: int | None, token: int) -> Placement:
     """Let prompts be longer than they are planned for, as far as a budget leaves room."""
     if budget is None:
         return found
     sizes = Sizes.of(headers.config)
-    each = 2 * 4 * sizes.layers * sizes.kv * _ceil(sizes.dim, 32) * found.rows
+    each = (2 * 4 * sizes.layers * sizes.kv * _ceil(sizes.dim, 32) + token) * found.rows
     more = max(budget - found.peak_bytes, 0) // each // 64 * 64
     context = int(headers.config.get("max_position_embeddings") or 2**20)
     tokens = max(min(found.tokens + more, context + FEW), found.tokens)

@@ -15,6 +15,8 @@ PROMPT_TOKENS = 512
 """Tokens of a prompt that are planned for where prompts aren't known before."""
 TEMPLATE_TOKENS = 128
 """What a chat template may add."""
+LOGITS = 512
+"""Rows of logits that recorded forwards of a draft on a GPU hold."""
 BYTES_A_TOKEN = 3
 """The fewest that are reckoned with where tokens are not counted."""
 
@@ -36,8 +38,10 @@ class Chosen:
     placement: Placement | None
 
 
-def choose(job: Job, headers: Headers) -> Chosen:
+def choose(job: Job, headers: Headers, *, tokens: int | None = None) -> Chosen:
     """Say how the model will run and where its weights will be.
+
+    Caches are planned for `tokens` a row, guesses included, if given.
 
     Raises ResourceError for a budget that can't work, RecipeError for `quant` where there is none.
     """
@@ -58,20 +62,18 @@ def choose(job: Job, headers: Headers) -> Chosen:
     prompt = PROMPT_TOKENS
     if job.longest is not None:
         text = f"{recipe.system or ''}{job.longest}"
-        if limit is None:
-            prompt = max(prompt, _tokens(job, text, exact=False) + TEMPLATE_TOKENS)
-        else:
-            prompt = _tokens(job, text, exact=True) + TEMPLATE_TOKENS
+        known = _tokens(job, text, exact=limit is not None) + TEMPLATE_TOKENS
+        prompt = known if limit is not None and job.rows == 1 else max(prompt, known)
     generates = task(headers.config) == "generate"
     answer = recipe.max_new_tokens if generates and not recipe.scores else 0
     guesses = recipe.guesses if answer else 0
-    tokens = min(answer + prompt, context) + guesses
+    tokens = tokens or min(answer + prompt, context) + guesses
     besides = budget.lora_bytes([read_headers(delta.path) for delta in job.deltas])
     if recipe.scores:
         besides += 4 * budget.SCORE_BYTES
     besides += 8 * guesses * int(headers.config.get("vocab_size") or 0)
-    if job.draft is not None:
-        besides += _draft_bytes(job, recipe, tokens)
+    beside = _Beside() if job.draft is None else _draft(job, recipe, tokens)
+    besides += beside.fixed
     rows = 1 if recipe.scores else min(recipe.batch_size, job.rows or recipe.batch_size)
     lora = all(family.plain_lora(delta.path) for delta in job.deltas)
     if recipe.device == "cpu" and exact and lora and generates and family.covers(headers.config):
@@ -82,6 +84,8 @@ def choose(job: Job, headers: Headers) -> Chosen:
             budget=limit,
             quant=quant,
             besides=besides,
+            row=beside.row,
+            token=beside.token,
             chunk=budget.SMALL_CHUNK if job.tight else budget.CHUNK,
         )
         return Chosen("packed", found)
@@ -103,7 +107,7 @@ def choose(job: Job, headers: Headers) -> Chosen:
             prompt=min(prompt, context),
             budget=limit,
             quant=quant,
-            besides=besides,
+            besides=besides + rows * beside.row,
             gpu=on_gpu,
             width=width,
         )
@@ -158,19 +162,31 @@ def draft_job(job: Job) -> Job:
     )
 
 
-def _draft_bytes(job: Job, recipe: GenerateRecipe, tokens: int) -> int:
-    """Return the memory that a draft model takes beside its target, its cache included.
+@dataclass(frozen=True)
+class _Beside:
+    """The memory that a draft model takes beside its target."""
 
-    What libraries take counts once, with the target.
-    """
+    fixed: int = 0
+    row: int = 0
+    """Of each row, its cache for the tokens that are planned for."""
+    token: int = 0
+    """Of each further token of a row."""
+
+
+def _draft(job: Job, recipe: GenerateRecipe, tokens: int) -> _Beside:
+    """Return what a draft takes for `tokens` a row; what libraries take counts with the target."""
     own = draft_job(job)
     headers = read_headers(own.model.path)
-    chosen = choose(own, headers)
-    on_gpu = recipe.device.startswith("cuda")
-    if chosen.placement is not None:
-        shared = budget.SLACK_BYTES + (budget.LOAD_BYTES if chosen.way == "packed" else 0)
-        return chosen.placement.peak_bytes - (budget.GPU_BYTES if on_gpu else shared)
-    width = 2 if on_gpu and recipe.dtype != "float32" else 4
     sizes = budget.Sizes.of(headers.config)
-    rows = recipe.batch_size if job.rows is None else min(recipe.batch_size, job.rows)
-    return width * headers.dense_numel + 8 * sizes.layers * sizes.kv * sizes.dim * rows * tokens
+    token = 8 * sizes.layers * sizes.kv * -(-sizes.dim // 32) * 32
+    on_gpu = recipe.device.startswith("cuda")
+    one, two = (choose(replace(own, rows=r), headers, tokens=tokens) for r in (1, 2))
+    if one.placement is not None and two.placement is not None:
+        shared = budget.SLACK_BYTES + (budget.LOAD_BYTES if one.way == "packed" else 0)
+        whole = one.placement.peak_bytes - (budget.GPU_BYTES if on_gpu else shared)
+        row = two.placement.peak_bytes - one.placement.peak_bytes
+        return _Beside(whole - row, row, token)
+    stored = -(-headers.bytes // max(headers.dense_numel, 1))
+    width = 4 if recipe.dtype == "float32" or not on_gpu else max(stored, 2)
+    logits = 4 * LOGITS * sizes.vocabulary if on_gpu else 0
+    return _Beside(width * headers.dense_numel + logits, token * tokens, token)

@@ -78,7 +78,8 @@ class GenerateRecipe(Recipe):
         default="auto",
         description="Keys and values in memory that grows, or of a fixed size, for which "
         "transformers compiles the decode step into a CUDA graph. auto: static on a GPU for files "
-        "of many prompts.",
+        "of many prompts. In spec-decode it is bmkit that records a graph for each size of a "
+        "forward, and auto is static on a GPU.",
     )
     logprobs: int | None = Field(
         default=None,

@@ -97,6 +97,11 @@ class Session:
         self.rss_before_bytes = self.engine.rss_before_bytes
         self.generation = models.load_generation_config(job.checkpoint)
         self.eos = eos_ids(self.generation, self.tokenizer)
+        if recipe.cache == "static" and not _may_be_static(self.engine):
+            raise ResourceError(
+                "cache: static can't be had with this model, its dtype or its weights' place",
+                hint="leave it at auto",
+            )
         name = f"{(job.base or job.model).digest} {recipe.dtype} {self.engine.device}"
         self.target = _target(self.engine, name, recipe.cache)
         if not (self.target.trees or config.is_encoder_decoder):
@@ -147,6 +152,7 @@ class Session:
         model = _target(opened, name, recipe.cache)
         if isinstance(model, DecoderTarget) and same:
             model.least = self.engine.most_tokens or 0  # a budget has no room for two caches
+            model.rows = self.engine.rows
         if not same:
             if not recipe.retokenise:
                 raise InputError(
@@ -322,6 +328,9 @@ class Session:
     def figures(self) -> dict[str, Any]:
         """Return what a report says besides time and memory."""
         found = figures(self.speculator)
+        found["cache"] = _cache(self.target)
+        if self.draft is not None:
+            found["draft_cache"] = _cache(self.draft.model)
         if self.comparison is not None:
             found["compare"] = self.comparison.values()
         if self.exactness is not None:
@@ -378,7 +387,7 @@ def _target(engine: Engine, name: str, cache: str) -> Target:
     if engine.decoder is not None:
         return DecoderTarget(engine.decoder, engine.rows, engine.most_tokens)
     fixed = cache == "static" or (cache == "auto" and engine.device.type == "cuda")
-    if fixed and engine.placed is None and suits(engine.model):
+    if fixed and _may_be_static(engine):
         static = StaticTarget(engine.model, engine.rows)
         if calibrate.reads_trees(static, f"{name} static"):
             return static
@@ -386,6 +395,17 @@ def _target(engine: Engine, name: str, cache: str) -> Target:
     if not found.encoder_decoder:
         calibrate.reads_trees(found, name)
     return found
+
+
+def _cache(target: Target) -> str:
+    """Say where keys and values are: in the fused decoder's arrays, or in a cache of which kind."""
+    if isinstance(target, DecoderTarget):
+        return "fused"
+    return "static" if isinstance(target, StaticTarget) else "dynamic"
+
+
+def _may_be_static(engine: Engine) -> bool:
+    return engine.decoder is None and engine.placed is None and suits(engine.model)
 
 
 def _size(engine: Engine) -> int:

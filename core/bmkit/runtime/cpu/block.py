@@ -443,6 +443,7 @@ def block(
     pairs: Any,
     low_rank: Any,
     threads: int,
+    running: int,
 ) -> None:
     """Run one decoder block on `h` [tokens, hidden], in place.
 
@@ -458,6 +459,8 @@ def block(
     SPAN], `branch` [threads, rows, tokens], `parts` [threads, kv heads, rows, width] and `peaks`
     [threads, 2, kv heads, rows]. `pairs` are the matrices A and B, in the slab `delta`, of a
     low-rank update of each projection (kind -1: none); `low_rank` is scratch [7, tokens, rank].
+    Slots are dealt out to `threads` parts, on whose number the last bits depend, matrices to
+    `running`, as many as there are threads.
     """
     tokens, hidden = h.shape
     dim, kv, count, rotary, window = n[N_DIM], n[N_KV], n[N_HEADS], n[N_ROTARY], n[N_WINDOW]
@@ -465,11 +468,11 @@ def block(
         normalise(h[t], small, norms[NORM_1], eps, x[t, :hidden])
     for which in range(3):
         _shrink(address, delta, pairs, which, x, low_rank)
-    for c in prange(threads):
+    for c in prange(running):
         at = 0
         for which in range(3):
             m = table[which]
-            low, high = c * m[M_ROWS] // threads, (c + 1) * m[M_ROWS] // threads
+            low, high = c * m[M_ROWS] // running, (c + 1) * m[M_ROWS] // running
             call_rows(address, slab, m, low, high, x, heads, at, 0)
             _grow(address, delta, pairs, which, low, high, low_rank, heads, at)
             at += m[M_ROWS]
@@ -544,8 +547,8 @@ def block(
                     dim,
                 )
     _shrink(address, delta, pairs, OUT, mixed, low_rank)
-    for c in prange(threads):
-        low, high = c * hidden // threads, (c + 1) * hidden // threads
+    for c in prange(running):
+        low, high = c * hidden // running, (c + 1) * hidden // running
         call_rows(address, slab, table[OUT], low, high, mixed, h, 0, 1)
         _grow(address, delta, pairs, OUT, low, high, low_rank, h, 0)
     for t in range(tokens):
@@ -553,8 +556,8 @@ def block(
     _shrink(address, delta, pairs, GATE, x, low_rank)
     _shrink(address, delta, pairs, UP, x, low_rank)
     width = table[UP, M_ROWS]
-    for c in prange(threads):
-        low, high = c * width // threads, (c + 1) * width // threads
+    for c in prange(running):
+        low, high = c * width // running, (c + 1) * width // running
         call_rows(address, slab, table[GATE], low, high, x, inner[0], 0, 0)
         call_rows(address, slab, table[UP], low, high, x, inner[1], 0, 0)
         _grow(address, delta, pairs, GATE, low, high, low_rank, inner[0], 0)
@@ -563,7 +566,7 @@ def block(
             for i in range(low, high):
                 inner[0, t, i] = activate(inner[0, t, i], n[N_ACTIVATION]) * inner[1, t, i]
     _shrink(address, delta, pairs, DOWN, inner[0], low_rank)
-    for c in prange(threads):
-        low, high = c * hidden // threads, (c + 1) * hidden // threads
+    for c in prange(running):
+        low, high = c * hidden // running, (c + 1) * hidden // running
         call_rows(address, slab, table[DOWN], low, high, inner[0], h, 0, 1)
         _grow(address, delta, pairs, DOWN, low, high, low_rank, h, 0)

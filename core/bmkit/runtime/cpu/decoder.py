@@ -414,6 +414,7 @@ class Decoder:
                     delta.table,
                     delta.scratch(self._scratch, len(h)),
                     self.threads,
+                    self.running,
                 )
         return h
 
@@ -435,7 +436,7 @@ class Decoder:
         for unit in range(self.blocks, len(self.layouts)):
             m = self.layouts[unit].table[0]
             with self.store.use(unit) as slab:
-                kernels.product(kernels.ADDRESS, slab, m, x, logits, column, self.threads)
+                kernels.product(kernels.ADDRESS, slab, m, x, logits, column, self.running)
             column += int(m[kernels.M_ROWS])
 
     def _space(self, tokens: int) -> list[np.ndarray]:

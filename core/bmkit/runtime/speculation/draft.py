@@ -17,6 +17,8 @@ from bmkit.runtime.speculation.targets import Target
 from bmkit.runtime.speculation.tree import Tree
 from bmkit.runtime.speculation.window import Window
 
+AT_ONCE = 64
+"""Tokens that are read with guesses; more, as a prompt is."""
 Chooser = Callable[[Tensor, Sequence[int]], int]
 STEPS = (0.3, 0.5, 0.7, 0.85, 0.95)
 """Bounds between the classes of a draft's own probability of its guess."""
@@ -72,7 +74,9 @@ class Draft:
         """What its windows have found."""
         self.known: dict[int, list[int]] = {}
         self.room: dict[int, int] = {}
-        """Of places whose prompt is to be read when the draft is asked: tokens that it may have."""
+        """Of each place, tokens that it may come to have."""
+        self.waiting: set[int] = set()
+        """Places whose prompt is to be read when the draft is asked."""
         self.costs = Costs()
         chances = [max(step - 0.15, 0.1) for step in (*STEPS, 1.0)]
         usual = 0.9 if alike else 0.5
@@ -88,17 +92,19 @@ class Draft:
     def begin(self, place: int, ids: Sequence[int], *, slots: int) -> None:
         """Take note of a prompt: it is read when the draft is first asked what follows."""
         self.room[place] = len(ids) + slots
+        self.waiting.add(place)
 
     def unread(self, place: int, said: Sequence[int]) -> int:
         """Return how many tokens would be read before the first guess at what follows `said`."""
         known = self.known.get(place, [])
-        if place in self.room:
+        if place in self.waiting:
             return len(said) - agreement(known, said)
         return max(len(said) - len(known), 1)
 
     def _read(self, place: int, ids: Sequence[int]) -> None:
         """Read a prompt, from where it differs from what the place has read."""
-        slots = max(self.room.pop(place) - len(ids), 0)
+        self.waiting.discard(place)
+        slots = max(self.room[place] - len(ids), 0)
         known = agreement(self.known.pop(place, []), ids)
         if not self._fits(len(ids)):
             return
@@ -123,8 +129,10 @@ class Draft:
         so far; None takes the likeliest.
         """
         found = {p: Drafted([], []) for p in places}
-        for place in [p for p in places if p in self.room]:
-            self._read(place, places[place][:-1] or places[place])
+        for place, said in places.items():
+            behind = place in self.known and Draft.unread(self, place, said) > AT_ONCE
+            if place in self.waiting or behind:
+                self._read(place, said[:-1] or said)
         going = {p: 1.0 for p, said in places.items() if p in self.known and self._fits(len(said))}
         bets: dict[int, list[Bet]] = {p: [] for p in places}
         while going:
@@ -132,17 +140,18 @@ class Draft:
             start = time.perf_counter()
             known = {p: self.known.pop(p) for p in trees}  # if stopped here, it knows nothing
             logits = self.model.forward(trees)
-            said = {p: _Said(own, whole=choosers[p] is not None) for p, own in logits.items()}
+            heard = {p: _Said(own, whole=choosers[p] is not None) for p, own in logits.items()}
             self.known |= known
             seconds = time.perf_counter() - start
             self.seconds += seconds
             self.forwards += 1
-            self.costs.learn(sum(map(len, trees.values())), seconds)
+            if not self.model.recorded:
+                self.costs.learn(sum(map(len, trees.values())), seconds)
             for place, tree in trees.items():
                 going[place] = self._walk(
                     place,
                     tree,
-                    said[place],
+                    heard[place],
                     found[place],
                     places[place],
                     choosers[place],

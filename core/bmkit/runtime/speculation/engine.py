@@ -258,6 +258,9 @@ class Speculator:
             each = MOST_NODES // len(full)
             trees = [tree.kept(tree.best_first()[: each - 1]) for tree in full]
         for tree, one in zip(trees, active.values(), strict=True):
+            ahead = len(one.said) + self.settings.window + self.settings.levels
+            if self.context is not None and ahead > self.context:
+                one.window = None  # it would read on behind what the model can read
             if one.window is not None:
                 one.window.add(tree, 0)
         given = dict(zip(active, trees, strict=True))
@@ -270,7 +273,8 @@ class Speculator:
             self.stats.drafted.update(
                 len(a.drafted.tokens) if a.drafted else 0 for a in active.values()
             )
-        self.costs.learn(count, seconds)
+        if not self.target.recorded:
+            self.costs.learn(count, seconds)
         self.stats.verify_seconds += seconds
         self.stats.target_forwards += 1
         self.stats.row_forwards += len(trees)
@@ -430,12 +434,12 @@ class Speculator:
             since = self.stats.seconds - self.asked_at
             if draft.costs.of(unread) > PROBE * since or not self._draft_pays(active, 1.0):
                 return
-        self.asked_at = self.stats.seconds
         rows = len(active)
         most = min(a.row.left - 1 for a in active.values())
         asked = {p: a for p, a in active.items() if a.row.left > 1}
         if most < 1 or not asked:
             return
+        self.asked_at = self.stats.seconds
         step = draft.costs.of(rows)
 
         def more(count: int, chance: float) -> bool:
@@ -474,7 +478,7 @@ class Speculator:
         if not draft.costs.seconds or not self.costs.seconds:
             return True
         step = draft.costs.of(rows)
-        new = sum(draft.unread(p, a.said) for p, a in active.items() if p in draft.room)
+        new = sum(draft.unread(p, a.said) for p, a in active.items() if p in draft.waiting)
         left = max(a.row.left for a in active.values())
         once = draft.costs.of(new) / max(left, 1) if new else 0.0
         expected, alone = 1.0, self.costs.of(rows)

@@ -24,6 +24,8 @@ class Retokenised(Draft):
         super().__init__(model, phrases=0, context=context)
         self.own, self.target = own, target
         self.right = Record(0.5)
+        self.seen: dict[int, int] = {}
+        """Of each place, how many of the target's tokens there were at the last guess."""
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.target.decode(list(ids), skip_special_tokens=False))
@@ -34,7 +36,12 @@ class Retokenised(Draft):
 
     def begin(self, place: int, ids: Sequence[int], *, slots: int) -> None:
         """Take note of a prompt."""
+        self.seen[place] = 0
         super().begin(place, ids, slots=2 * slots + len(ids))
+
+    def unread(self, place: int, said: Sequence[int]) -> int:
+        """Return how many of the target's tokens have come since the last guess."""
+        return max(len(said) - self.seen.get(place, 0), 1)
 
     def guess(
         self,
@@ -45,6 +52,7 @@ class Retokenised(Draft):
     ) -> dict[int, Drafted]:
         """Guess what follows; the likeliest of its own tokens, whatever the target will draw."""
         own = {p: self._own(said) for p, said in places.items()}
+        self.seen |= {p: len(said) for p, said in places.items()}
         found = super().guess(
             own,
             dict.fromkeys(own),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from bmkit.errors import ResourceError
 from bmkit.runtime.speculation.targets import ModelTarget
 from bmkit.runtime.speculation.tree import Tree
 
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
 """Tokens of a forward that is recorded; fewer are filled up to the next of them."""
 STEP = 256
 """Room grows by so many tokens a row."""
@@ -25,13 +25,35 @@ SPARE = 8
 CHUNK = 512
 """Tokens of a prompt that are read at once."""
 
-Recorder = Callable[[Callable[[], None]], Callable[[], None]]
-"""Takes what computes on tensors at fixed addresses; returns what does so again."""
+
+class Recorder(Protocol):
+    """Takes what computes on tensors at fixed addresses; returns what does so again."""
+
+    def __call__(self, compute: Callable[[], None]) -> Callable[[], None]:
+        """Record."""
+
+    def renew(self) -> None:
+        """Forget what was recorded: nobody will compute it again."""
 
 
 def suits(model: Any) -> bool:
-    """Tell whether a model may have room of a fixed size: a decoder whose tokens can be cut."""
-    return not (getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder)
+    """Tell whether all that a token's keys and values depend on is what it sees, and its place.
+
+    Then several rows, and parts of a prompt, may be read together in any order. It isn't so where
+    rotary frequencies follow the longest text that is read (dynamic and longrope scaling), where
+    attention goes by the cache's length, and where a state is kept.
+    """
+    config = model.config.get_text_config()
+    if getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder:
+        return False
+    if getattr(config, "attn_temperature_tuning", None):
+        return False
+    kinds = getattr(config, "layer_types", None) or []
+    if not set(kinds) <= {"full_attention", "sliding_attention"}:
+        return False
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    every = [rope, *(v for v in rope.values() if isinstance(v, dict))]
+    return not any(r.get("rope_type", r.get("type")) in {"dynamic", "longrope"} for r in every)
 
 
 class StaticTarget(ModelTarget):
@@ -46,7 +68,7 @@ class StaticTarget(ModelTarget):
     def __init__(self, model: Any, rows: int, *, record: Recorder | None = None) -> None:
         super().__init__(model)
         self.rows = rows
-        self.record = record or (_graphs(self.device) if self.device.type == "cuda" else _again)
+        self.record = record or (Graphs(self.device) if self.device.type == "cuda" else Again())
         self.held: dict[int, int] = {}
         self.slots = 0
         self.groups: dict[tuple[int, ...], Tensor] = {}
@@ -72,7 +94,7 @@ class StaticTarget(ModelTarget):
     ) -> Tensor:
         """Read a prompt; see `Target`."""
         self.adapters[place] = adapter
-        self._room(len(ids) + slots)
+        self._room(len(ids) + min(slots, STEP))  # it grows, as answers do
         self.held[place] = known
         logits = None
         for low in range(known, len(ids), CHUNK):
@@ -94,6 +116,7 @@ class StaticTarget(ModelTarget):
         """Read trees; see `Target`. Those of one adapter go together."""
         self._room(max(self.length(p) + len(tree) for p, tree in trees.items()))
         found: dict[int, Tensor] = {}
+        self.recorded = False
         for adapter in dict.fromkeys(self.adapters[p] for p in trees):
             places = [p for p in trees if self.adapters[p] == adapter]
             count = sum(len(trees[p]) for p in places)
@@ -108,14 +131,17 @@ class StaticTarget(ModelTarget):
             if new and size in SIZES:
                 run.again = self.record(partial(self._compute, run, adapter))
                 self.passes[size, adapter] = run
+                self.recorded = True
             if run.again is not None:
                 run.again()
             else:
                 self._compute(run, adapter)
             assert run.logits is not None  # it was computed
+            # What another adapter's forward works in may lie where these logits are.
+            logits = run.logits.clone() if len(places) < len(trees) else run.logits
             low = 0
             for place in places:
-                found[place] = run.logits[low : low + len(trees[place])]
+                found[place] = logits[low : low + len(trees[place])]
                 low += len(trees[place])
         return found
 
@@ -148,6 +174,7 @@ class StaticTarget(ModelTarget):
             return
         shapes = self.shapes or self._shapes()
         old, before = self.groups, self.slots
+        slots = max(slots, before * 3 // 2)
         self.shapes, self.slots = shapes, -(-slots // STEP) * STEP
         total = self.rows * self.slots + SPARE
         self.groups = {
@@ -170,6 +197,7 @@ class StaticTarget(ModelTarget):
             layers.append(_Layer(*views))
         self.cache = Cache(layers=layers)
         self.passes.clear()
+        self.record.renew()
         rows = torch.arange(self.rows, device=self.device).repeat_interleave(self.slots)
         places = torch.arange(self.slots, device=self.device).repeat(self.rows)
         fill = torch.zeros(SPARE, dtype=torch.int64, device=self.device)
@@ -291,6 +319,8 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write what is new, and return all."""
+        if self.dtype == torch.float16:  # an overflow in a wrong guess would be seen by all
+            key_states, value_states = key_states.nan_to_num(), value_states.nan_to_num()
         self.keys.index_copy_(2, self.slots, key_states.to(self.dtype))
         self.values.index_copy_(2, self.slots, value_states.to(self.dtype))
         return self.keys, self.values
@@ -308,31 +338,68 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         return int(self.keys.shape[2])
 
 
-def _again(compute: Callable[[], None]) -> Callable[[], None]:
-    """Record nothing: compute again, as on a CPU."""
-    return compute
+class Again:
+    """Records nothing: computes again, as on a CPU."""
+
+    def __call__(self, compute: Callable[[], None]) -> Callable[[], None]:
+        """Return what computes."""
+        return compute
+
+    def renew(self) -> None:
+        """Do nothing."""
 
 
-def _graphs(device: torch.device) -> Recorder:
-    """Return what captures CUDA graphs, which share their memory."""
-    pool = torch.cuda.graph_pool_handle()
+class Graphs:
+    """Captures CUDA graphs, which share their memory and are captured on one stream of their own.
 
-    def record(compute: Callable[[], None]) -> Callable[[], None]:
-        current = torch.cuda.current_stream(device)
-        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(2):  # libraries make their workspaces
-                compute()
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=pool):
-                compute()
-        except RuntimeError:  # it waits for the device somewhere, as experts' routers may
-            torch.cuda.synchronize(device)
+    What waits for the device can't be captured: from then on all is computed as it is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.works = True
+        self.renew()
+
+    def renew(self) -> None:
+        """Take other memory: that of graphs that are gone is given back with them."""
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, compute: Callable[[], None]) -> Callable[[], None]:
+        """Capture, if that can be done."""
+        with torch.cuda.device(self.device):
+            graph = self._capture(compute) if self.works else None
+        if graph is None:
+            self.works = False
             return compute
-        replay: Callable[[], None] = graph.replay
+
+        def replay() -> None:
+            with torch.cuda.device(self.device):
+                graph.replay()
+
         return replay
 
-    return record
+    def _capture(self, compute: Callable[[], None]) -> Any:
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        strict = torch.cuda.get_sync_debug_mode()
+        try:
+            with torch.cuda.stream(self.stream):
+                compute()  # libraries make their workspaces
+                torch.cuda.set_sync_debug_mode("error")
+                compute()  # raises if it waits for the device
+                torch.cuda.set_sync_debug_mode(strict)
+            current.wait_stream(self.stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
+                compute()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return None
+        finally:
+            torch.cuda.set_sync_debug_mode(strict)
+            torch.cuda.set_stream(current)
+        return graph

@@ -24,6 +24,8 @@ class Target(Protocol):
     """The tokens that logits are of, ascending; None: all of the vocabulary."""
     start: list[int] | None
     """What an answer begins with, where that is not the prompt: of an encoder-decoder."""
+    recorded: bool
+    """Whether the last forward was the first of its kind, which takes longer than others."""
 
     def begin(
         self, place: int, ids: Sequence[int], *, slots: int, adapter: str | None, known: int = 0
@@ -55,6 +57,7 @@ class DecoderTarget:
 
     trees = True
     start: list[int] | None = None
+    recorded = False
 
     def __init__(self, decoder: Decoder, rows: int, most: int | None = None) -> None:
         self.decoder, self.rows, self.most = decoder, rows, most
@@ -156,6 +159,8 @@ class ModelTarget:
     Raises ResourceError if the model's cache can't be cut back, as that of a state-space model.
     """
 
+    recorded = False
+
     def __init__(self, model: Any, *, chunk: int | None = None) -> None:
         self.model, self.chunk = model, chunk
         self.config = model.config.get_text_config()
@@ -217,7 +222,9 @@ class ModelTarget:
             self.begin(CHECKED, prefix[:-1], slots=16, adapter=None)
             tree = Tree.of(prefix[-1])
             nodes = [tree.add(branch, "", [1.0] * len(branch)) for branch in branches]
-            found = self.forward({CHECKED: tree})[CHECKED]
+            found = self.forward({CHECKED: tree})[CHECKED].cpu()
+        except torch.OutOfMemoryError:
+            raise  # it says nothing about the model
         except (ValueError, RuntimeError, IndexError, TypeError):
             return False  # the model's own code can't take such a mask
         finally:

@@ -44,7 +44,7 @@ STAGES = {
             "bmkit.compress.run:run",
             takes=("model",),
             gives="model",
-            version=3,
+            version=4,
         ),
         Stage(
             "tune",
@@ -84,6 +84,40 @@ METHODS = (
         "int8",
         "Round weights to 8 or 4 bits, a scale per output channel or per group of inputs.",
         "round to nearest, symmetric; compressed-tensors `pack-quantized` on disk",
+    ),
+    Method(
+        "compress",
+        "gptq",
+        "bmkit.nn.gptq:gptq",
+        "gptq",
+        "Round weights so that the layers' outputs change least, on calibration text.",
+        "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, arXiv "
+        "2210.17323",
+    ),
+    Method(
+        "compress",
+        "magnitude",
+        "bmkit.nn.sparsity:magnitude",
+        "magnitude",
+        "Set the smallest weights to zero: a share of them, or n of each m.",
+        "Learning both Weights and Connections for Efficient Neural Networks, arXiv 1506.02626; "
+        "2:4 as in BMCook",
+    ),
+    Method(
+        "compress",
+        "wanda",
+        "bmkit.nn.sparsity:wanda",
+        "wanda",
+        "Set to zero the weights that carry least, by their size times their input's.",
+        "A Simple and Effective Pruning Approach for Large Language Models, arXiv 2306.11695",
+    ),
+    Method(
+        "compress",
+        "sparsegpt",
+        "bmkit.nn.sparsity:sparsegpt",
+        "sparsegpt",
+        "Set weights to zero, and let those that are left make up for it.",
+        "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot, arXiv 2301.00774",
     ),
     Method(
         "compress",

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bmkit.compress.recipe import CompressRecipe, Distill, DropLayers, FrequentTokens, Quantize
+from bmkit.compress.recipe import (
+    CompressRecipe,
+    Distill,
+    DropLayers,
+    FrequentTokens,
+    Gptq,
+    Magnitude,
+    Quantize,
+    SparseGpt,
+    Wanda,
+)
 from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers
 from bmkit.runtime.budget import Sizes, block_of
 
@@ -58,6 +68,17 @@ def estimate(job: Job) -> Estimate:
         elif isinstance(step, FrequentTokens):
             text = f"find the {step.tokens} most frequent tokens"
             need = _speaking(headers, sizes, recipe)
+        elif isinstance(step, Gptq | Magnitude | Wanda | SparseGpt):
+            if isinstance(step, Gptq):
+                text, written = _quantize(headers, step, now, first=i == 0)
+                text = f"by GPTQ, {text}"
+            else:
+                what = step.pattern if ":" in step.pattern else f"{step.sparsity:.0%}"
+                text = f"set weights to zero by {step.method}, {what}"
+            through = _through(now, sizes, recipe, largest)
+            gpu = max(gpu, through if device else 0)
+            need = max(_speaking(headers, sizes, recipe), through, min(written, SHARD_BYTES))
+            work += now.width * now.inside + 64 * recipe.data.tokens
         else:
             text = f"learn from {recipe.data.tokens} tokens of the model"
             learning = _learning(step, now, sizes, recipe)
@@ -72,7 +93,9 @@ def estimate(job: Job) -> Estimate:
     return Estimate(steps, peak)
 
 
-def _quantize(headers: Headers, step: Quantize, now: _Model, *, first: bool) -> tuple[str, int]:
+def _quantize(
+    headers: Headers, step: Quantize | Gptq, now: _Model, *, first: bool
+) -> tuple[str, int]:
     group = "per output channel" if step.group_size == "channel" else f"per {step.group_size}"
     if not first:  # of another checkpoint than the one that is known
         text = f"quantize linear layers to {step.bits} bits, one scale {group}"
@@ -83,6 +106,16 @@ def _quantize(headers: Headers, step: Quantize, now: _Model, *, first: bool) -> 
     kept = headers.bytes - sum(t.bytes for t in linear)
     text = f"quantize {len(linear)} linear layers to {step.bits} bits, one scale {group}"
     return text, kept + packed + scales
+
+
+def _through(now: _Model, sizes: Sizes, recipe: CompressRecipe, largest: int) -> int:
+    """Return what going through the blocks takes: hidden states, a block, statistics of inputs."""
+    hidden = 2 * 4 * recipe.data.tokens * sizes.hidden
+    block = 4 * now.inside // max(now.layers, 1)
+    statistics = 5 * 4 * (3 * sizes.hidden**2 + sizes.inner**2)
+    activations = 4 * recipe.data.sequence_length * (16 * sizes.hidden + 4 * sizes.inner)
+    scores = 4 * 4 * sizes.heads * recipe.data.sequence_length**2
+    return 4 * now.outside + hidden + block + statistics + activations + scores + 8 * 4 * largest
 
 
 def _speaking(headers: Headers, sizes: Sizes, recipe: CompressRecipe) -> int:

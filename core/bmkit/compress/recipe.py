@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from bmkit.recipe import Model, Recipe, contradiction
 from bmkit.train.recipe import Train
@@ -52,6 +52,82 @@ class Quantize(Model):
     )
 
 
+class Gptq(Model):
+    """Round the weights of linear layers, each making up for the errors of those before it."""
+
+    method: Literal["gptq"]
+    bits: Literal[4, 8] = Field(default=4, description="Bits of a weight.")
+    group_size: Literal["channel", "auto", 32, 64, 128] = Field(
+        default="auto", description="How many inputs share a scale, as in `quantize`."
+    )
+    scale_search: int = Field(
+        default=20, ge=1, le=100, description="How many clipping points to try per scale."
+    )
+    act_order: bool = Field(
+        default=True, description="Whether inputs of the largest energy are rounded first."
+    )
+    damp: float = Field(
+        default=0.05, gt=0, le=1, description="Added to the curvature, of its diagonal's mean."
+    )
+    exclude_modules: list[str] = Field(
+        default=[], description="Modules to leave as they are, by the end of their name."
+    )
+
+
+class _Sparse(Model):
+    pattern: str = Field(
+        default="unstructured",
+        description="`n:m`, as 2:4: n of each m inputs stay; `unstructured`: the best stay.",
+    )
+    sparsity: float = Field(
+        default=0.5, gt=0, lt=1, description="The share of weights that go, if there is no n:m."
+    )
+    exclude_modules: list[str] = Field(
+        default=[], description="Modules to leave as they are, by the end of their name."
+    )
+
+    @field_validator("pattern")
+    @classmethod
+    def _is_a_pattern(cls, value: str) -> str:
+        kept, colon, of = value.partition(":")
+        right = colon and kept.isdigit() and of.isdigit() and 0 < int(kept) < int(of)
+        if value != "unstructured" and not right:
+            raise contradiction("pattern", "it takes `unstructured` or n:m, as 2:4")
+        return value
+
+
+class Magnitude(_Sparse):
+    """Set the smallest weights of linear layers to zero."""
+
+    method: Literal["magnitude"]
+    both_ways: bool = Field(
+        default=False,
+        description="With 2:4: two of four of each row and of each column, so that the transposed "
+        "matrix is 2:4 as well.",
+    )
+
+    @model_validator(mode="after")
+    def _both_ways_are_of_four(self) -> Magnitude:
+        if self.both_ways and self.pattern != "2:4":
+            raise contradiction("both_ways", "it needs `pattern: 2:4`")
+        return self
+
+
+class Wanda(_Sparse):
+    """Set the weights of linear layers to zero that carry least: |w| times its input's size."""
+
+    method: Literal["wanda"]
+
+
+class SparseGpt(_Sparse):
+    """Set weights of linear layers to zero, and let the others make up for it."""
+
+    method: Literal["sparsegpt"]
+    damp: float = Field(
+        default=0.01, gt=0, le=1, description="Added to the curvature, of its diagonal's mean."
+    )
+
+
 class DropLayers(Model):
     """Leave whole layers out."""
 
@@ -91,7 +167,12 @@ class FrequentTokens(Model):
     tokens: int = Field(default=8192, ge=1, description="How many tokens.")
 
 
-Step = Annotated[Quantize | DropLayers | Distill | FrequentTokens, Field(discriminator="method")]
+Step = Annotated[
+    Quantize | Gptq | Magnitude | Wanda | SparseGpt | DropLayers | Distill | FrequentTokens,
+    Field(discriminator="method"),
+]
+ROUNDING = ("quantize", "gptq")
+"""Methods whose result is packed."""
 
 
 class CompressRecipe(Recipe):
@@ -102,6 +183,11 @@ class CompressRecipe(Recipe):
         "bytes_after",
         "bytes_ratio",
         "weight_error",
+        "output_error",
+        "sparsity",
+        "perplexity",
+        "perplexity_before",
+        "perplexity_ratio",
         "layers",
         "parameters",
         "agreement",
@@ -118,8 +204,8 @@ class CompressRecipe(Recipe):
     @model_validator(mode="after")
     def _rounding_comes_last(self) -> CompressRecipe:
         kinds = [step.method for step in self.steps]
-        if "quantize" in kinds[:-1]:
+        if early := next((kind for kind in kinds[:-1] if kind in ROUNDING), None):
             raise contradiction(
-                "steps", "`quantize` comes last: what follows would work on rounded weights"
+                "steps", f"`{early}` comes last: what follows would work on rounded weights"
             )
         return self

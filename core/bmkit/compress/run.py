@@ -10,19 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bmkit import model, plan
-from bmkit.compress import corpus, distill, frequent, layers, pack
+from bmkit.compress import calibrate, corpus, distill, frequent, layers, layerwise, pack, perplexity
+from bmkit.compress.calibrate import pack_rows
 from bmkit.compress.corpus import Text
 from bmkit.compress.recipe import (
+    ROUNDING,
     CompressRecipe,
     Distill,
     DropLayers,
     FrequentTokens,
+    Gptq,
+    Magnitude,
     Quantize,
 )
-from bmkit.errors import InputError, RecipeError
+from bmkit.errors import InputError, RecipeError, did_you_mean
 from bmkit.nn import walk
 from bmkit.nn.rounding import dequantize, quantize
 from bmkit.plan import Headers, Job, Outcome
@@ -31,6 +35,8 @@ from bmkit.runtime.frequent import read as read_frequent
 from bmkit.runtime.frequent import write as write_frequent
 from bmkit.runtime.voice import Voice
 
+EVALUATED = 32
+"""Rows that perplexity is measured on, at most."""
 Metrics = Mapping[str, float | int | str]
 
 
@@ -42,6 +48,7 @@ class Shared:
     recipe: CompressRecipe
     device: torch.device
     _texts: list[Text] | None = None
+    _rows: Tensor | None = None
     _voice: Voice | None = None
 
     @property
@@ -72,6 +79,16 @@ class Shared:
                 reporter=self.job.reporter,
             )
         return self._texts
+
+    @property
+    def rows(self) -> Tensor:
+        """Return the texts one after the other, prompts too, as rows of token ids."""
+        if self._rows is None:
+            data = self.recipe.data
+            ids = [t.ids for t in self.texts]
+            self._rows = pack_rows(ids, data.sequence_length, 2 * data.tokens)
+            self.forget()
+        return self._rows
 
     def forget(self) -> None:
         """Give the memory back that the model takes."""
@@ -132,8 +149,36 @@ def run(job: Job) -> Outcome:
         metrics |= found
         source = out
     kinds = {step.method for step in recipe.steps}
-    loads = "transformers + compressed-tensors" if "quantize" in kinds else "transformers"
+    if kinds & CALIBRATED:
+        metrics |= _perplexities(shared, job.out)
+    loads = "transformers + compressed-tensors" if kinds & set(ROUNDING) else "transformers"
     return Outcome("model", metrics, (loads,))
+
+
+def _perplexities(shared: Shared, out: Path) -> Metrics:
+    """Measure perplexity on the rows that nothing was fitted to, of the model before and after."""
+    rows = shared.rows
+    held = sorted(calibrate.held_out(len(rows))) or [len(rows) - 1]
+    chosen = [rows[i].tolist() for i in held[:EVALUATED]]
+    before, after = (
+        perplexity.of(
+            Voice(
+                path,
+                device=shared.device,
+                dtype=shared.recipe.dtype,
+                rows=1,
+                reporter=shared.job.reporter,
+            ),
+            chosen,
+        )
+        for path in (shared.job.checkpoint, out)
+    )
+    shared.job.reporter.info(f"perplexity on rows held out: {before:.3f} before, {after:.3f} after")
+    return {
+        "perplexity_before": round(before, 4),
+        "perplexity": round(after, 4),
+        "perplexity_ratio": round(after / before, 4),
+    }
 
 
 def _quantize(work: Work, step: Quantize) -> Metrics:
@@ -141,10 +186,7 @@ def _quantize(work: Work, step: Quantize) -> Metrics:
     headers = plan.read_headers(source)
     skeleton = model.empty_model(source)
     linears = walk.linears(skeleton)
-    left = [n for n in linears if any(_ends(n, e) for e in step.exclude_modules)]
-    for pattern in step.exclude_modules:
-        if not any(_ends(n, pattern) for n in linears):
-            raise RecipeError(f"exclude_modules: no linear layer's name ends in `{pattern}`")
+    left = _excluded(linears, step.exclude_modules)
     chosen = _to_round(source, headers, skeleton, {n for n in linears if n not in left})
     group = _group_size(step, [m.in_features for n, m in linears.items() if n not in left])
     device = work.shared.device
@@ -188,6 +230,87 @@ def _quantize(work: Work, step: Quantize) -> Metrics:
     }
 
 
+def _layerwise(work: Work, step: layerwise.Layerwise) -> Metrics:
+    shared, source, reporter = work.shared, work.source, work.job.reporter
+    headers = plan.read_headers(source)
+    skeleton = model.empty_model(source)
+    linears = walk.linears(skeleton)
+    left = _excluded(linears, step.exclude_modules)
+    _to_round(source, headers, skeleton, {n for n in linears if n not in left})
+    widths = [m.in_features for n, m in linears.items() if n not in left]
+    group = _group_size(step, widths) if isinstance(step, Gptq) else None
+    fitted = shared.rows.numel() * (calibrate.HELD_OUT - 1) // calibrate.HELD_OUT
+    if not isinstance(step, Magnitude) and fitted < layerwise.TOKENS_AN_INPUT * max(widths):
+        reporter.warn(
+            f"{fitted} tokens to calibrate on are few: a layer has {max(widths)} inputs, and "
+            f"{layerwise.TOKENS_AN_INPUT} tokens for each are wanted; raise data.tokens"
+        )
+    where, found = layerwise.walk_blocks(
+        source,
+        step,
+        shared.rows,
+        left,
+        group,
+        work.folder,
+        device=shared.device,
+        reporter=reporter,
+    )
+    writer = model.ShardWriter(work.out)
+    before = after = 0
+    for name, tensor in model.tensors(headers):
+        if name not in where:
+            writer.add(name, tensor)
+            continue
+        parts = layerwise.read(where[name], name)
+        before += 4 * tensor.numel()
+        if isinstance(step, Gptq):
+            parts = pack.pack(parts["values"], parts["scale"], step.bits)
+        else:
+            parts = {"weight": parts["weight"]}
+        for suffix, part in parts.items():
+            after += part.numel() * part.element_size()
+            writer.add(f"{name.removesuffix('weight')}{suffix}", part)
+    writer.close()
+    model.copy_side_files(source, work.out)
+    metrics: dict[str, float | int | str] = {
+        "layers": found.layers,
+        "output_error": round(found.output_error, 6),
+    }
+    if not isinstance(step, Gptq):
+        return {**metrics, "sparsity": round(found.sparsity, 6)}
+    outside = [n for n in linears if f"{n}.weight" not in where and n not in left]
+    ignore = sorted({*walk.output_heads(skeleton), *left, *_unwritten(outside, where, skeleton)})
+    config = dict(headers.config)
+    config["quantization_config"] = pack.config(step.bits, group, ignore)
+    _write_config(work.out, config)
+    if found.fallbacks:
+        reporter.info(f"{found.fallbacks} of {found.layers} layers: plain rounding is better")
+    return {
+        **metrics,
+        "fallbacks": found.fallbacks,
+        "bytes_before": before,
+        "bytes_after": after,
+        "bytes_ratio": round(after / before, 6),
+    }
+
+
+def _unwritten(names: list[str], where: Mapping[str, Path], skeleton: nn.Module) -> list[str]:
+    """Return those of `names`, linear layers, that aren't in any block: they stay dense."""
+    prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
+    return [n for n in names if f"{n.removeprefix(prefix)}.weight" not in where]
+
+
+def _excluded(linears: Mapping[str, nn.Module], patterns: list[str]) -> list[str]:
+    """Return the linear layers that `patterns` name by their ends."""
+    for pattern in patterns:
+        if not any(_ends(n, pattern) for n in linears):
+            close = did_you_mean(pattern, {n.rpartition(".")[2] for n in linears})
+            raise RecipeError(
+                f"exclude_modules: no linear layer's name ends in `{pattern}`", hint=close or None
+            )
+    return [n for n in linears if any(_ends(n, e) for e in patterns)]
+
+
 def _to_round(source: Path, headers: Headers, skeleton: nn.Module, modules: set[str]) -> set[str]:
     """Return the stored names of the weights of `modules`."""
     chosen = {f"{n}.weight" for n in modules}
@@ -217,7 +340,7 @@ def _ends(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}")
 
 
-def _group_size(step: Quantize, widths: list[int]) -> int | None:
+def _group_size(step: Quantize | Gptq, widths: list[int]) -> int | None:
     if step.group_size == "channel":
         return None
     sizes = (128, 64, 32) if step.group_size == "auto" else (step.group_size,)
@@ -311,8 +434,14 @@ def _distill(work: Work, step: Distill) -> Metrics:
     return metrics
 
 
+CALIBRATED = {"gptq", "magnitude", "wanda", "sparsegpt"}
+"""Methods that go through the model on text; its perplexity is told before and after."""
 METHODS: dict[str, Callable[[Work, Any], Metrics]] = {
     "quantize": _quantize,
+    "gptq": _layerwise,
+    "magnitude": _layerwise,
+    "wanda": _layerwise,
+    "sparsegpt": _layerwise,
     "drop_layers": _drop_layers,
     "frequent_tokens": _frequent_tokens,
     "distill": _distill,

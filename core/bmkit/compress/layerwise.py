@@ -1,0 +1,209 @@
+"""Methods that compress matrix by matrix on calibration text, block by block through the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bmkit import model, plan
+from bmkit.compress.calibrate import Block, Blocks, Seen
+from bmkit.compress.recipe import Gptq, Magnitude, SparseGpt, Wanda
+from bmkit.errors import InputError
+from bmkit.nn import sparsity
+from bmkit.nn.gptq import gptq
+from bmkit.nn.hessian import output_error
+from bmkit.nn.rounding import dequantize, quantize
+from bmkit.report import Reporter, task
+
+TOKENS_AN_INPUT = 16
+"""Fewer calibration tokens for each input of the widest layer are told to be few."""
+
+Layerwise = Gptq | Magnitude | Wanda | SparseGpt
+Parts = Mapping[str, Tensor]
+"""A compressed matrix: `values` int8 [out, inputs] and `scale`, or a dense `weight`."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured of all matrices of a step."""
+
+    layers: int
+    output_error: float
+    """Root of the mean square of the layers' relative output errors, on rows held out."""
+    fallbacks: int
+    """Layers that plain rounding serves better."""
+    sparsity: float
+    """The share of weights that are zero."""
+
+
+def dense(parts: Parts) -> Tensor:
+    """Return the float32 matrix that `parts` stand for."""
+    if "weight" in parts:
+        return parts["weight"].float()
+    return dequantize(parts["values"], parts["scale"])
+
+
+def compress(
+    step: Layerwise, weight: Tensor, seen: Seen | None, group: int | None
+) -> tuple[dict[str, Tensor], bool]:
+    """Compress `weight` [out, inputs] by what went into it; tell whether plain rounding is better.
+
+    Raises ValueError for weights that aren't finite or sizes that don't fit.
+    """
+    if isinstance(step, Magnitude):
+        if not torch.isfinite(weight).all():
+            raise ValueError("it holds NaN or infinite weights")
+        if step.both_ways:
+            return {"weight": sparsity.magnitude_both_ways(weight)}, False
+        pattern = sparsity.parse_pattern(step.pattern)
+        return {"weight": sparsity.magnitude(weight, step.sparsity, pattern)}, False
+    assert seen is not None  # the other methods are given their inputs
+    if isinstance(step, Gptq):
+        zeros = float((weight == 0).float().mean())
+        values, scale = gptq(
+            weight,
+            seen.hessian,
+            step.bits,
+            group,
+            act_order=step.act_order,
+            damp=step.damp,
+            scale_search=step.scale_search,
+            keep_zeros=zeros > ZEROS,
+        )
+        plain = quantize(weight, step.bits, group, scale_search=step.scale_search)
+        found, simple = (
+            output_error(dequantize(*pair) - weight, weight, seen.held_out)
+            for pair in ((values, scale), plain)
+        )
+        if simple < found:
+            values, scale = plain
+        return {"values": values, "scale": scale}, simple < found
+    if not torch.isfinite(weight).all():
+        raise ValueError("it holds NaN or infinite weights")
+    pattern = sparsity.parse_pattern(step.pattern)
+    if isinstance(step, Wanda):
+        return {"weight": sparsity.wanda(weight, seen.hessian, step.sparsity, pattern)}, False
+    pruned = sparsity.sparsegpt(weight, seen.hessian, step.sparsity, pattern, damp=step.damp)
+    return {"weight": pruned}, False
+
+
+ZEROS = 0.1
+"""The share of zeros from which a matrix counts as pruned: they are kept then."""
+
+
+def walk_blocks(
+    source: Path,
+    step: Layerwise,
+    rows: Tensor,
+    left: Sequence[str],
+    group: int | None,
+    folder: Path,
+    *,
+    device: torch.device,
+    reporter: Reporter,
+) -> tuple[dict[str, Path], Figures]:
+    """Compress the linear layers of all blocks of the checkpoint at `source` but `left`.
+
+    Each block is compressed on what comes out of those before it as they are by then. Results lie
+    in `folder`, a file a block, from where a stopped run goes on. Returns the file in which the
+    result of each stored weight is, and what was measured. Peak memory: see `Blocks`, and a block
+    in float32 with the statistics of its layers.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    blocks = Blocks(source, rows, device=device)
+    dtype = model.stored_dtype(blocks.model.config)
+    where: dict[str, Path] = {}
+    notes: list[dict[str, float]] = []
+    with task(reporter, step.method, blocks.count, "blocks") as bar:
+        for block in blocks.visit():
+            chosen = {n: m for n, m in block.linears.items() if n not in left}
+            file = folder / f"block-{block.number:05}.safetensors"
+            if not file.is_file():
+                _write(file, *_block(blocks, step, block, chosen, group, dtype, source))
+            kept = load_file(file)
+            notes += plan.read_json(file.with_suffix(".json"))["layers"]
+            for name, module in chosen.items():
+                stored = blocks.stored(name)
+                assert stored is not None  # the file was written
+                parts = {k.rpartition(":")[2]: t for k, t in kept.items() if _of(k, stored)}
+                module.weight.data = dense(parts).to(module.weight.device)
+                where[stored] = file
+            bar.advance()
+    if not notes:
+        raise InputError(f"{source} has no linear layers in its blocks that can be compressed")
+    total = sum(n["weights"] for n in notes)
+    errors = [n["output_error"] ** 2 for n in notes]
+    return where, Figures(
+        len(notes),
+        (sum(errors) / len(errors)) ** 0.5,
+        sum(int(n["fallback"]) for n in notes),
+        sum(n["zeros"] for n in notes) / max(total, 1),
+    )
+
+
+def _block(
+    blocks: Blocks,
+    step: Layerwise,
+    block: Block,
+    chosen: Mapping[str, nn.Linear],
+    group: int | None,
+    dtype: torch.dtype,
+    source: Path,
+) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """Compress the layers of a block; return their parts by stored name, and what was measured."""
+    seen = blocks.observe(block, list(chosen)) if chosen else {}
+    found: dict[str, Tensor] = {}
+    notes = []
+    for name, module in chosen.items():
+        stored = blocks.stored(name)
+        if stored is None:
+            raise InputError(
+                f"{source} has no weight of its own for {name}",
+                hint="name it in exclude_modules, to leave it as it is",
+            )
+        try:
+            parts, fallback = compress(step, module.weight.data, seen.get(name), group)
+            if "weight" in parts:
+                parts["weight"] = parts["weight"].to(dtype)
+        except ValueError as exc:
+            raise InputError(f"{source}: layer {name}: {exc}") from None
+        whole = dense(parts).to(module.weight.device)
+        error = output_error(whole - module.weight, module.weight, seen[name].held_out)
+        notes.append(
+            {
+                "output_error": error,
+                "fallback": float(fallback),
+                "zeros": float((whole == 0).sum()),
+                "weights": float(whole.numel()),
+            }
+        )
+        found |= {f"{stored}:{suffix}": part.cpu().contiguous() for suffix, part in parts.items()}
+    return found, notes
+
+
+def _write(file: Path, parts: dict[str, Tensor], notes: list[dict[str, float]]) -> None:
+    file.with_suffix(".json").write_text(json.dumps({"layers": notes}), encoding="utf-8")
+    scratch = file.with_suffix(".partial")
+    save_file(parts, scratch)
+    scratch.replace(file)
+
+
+def read(file: Path, stored: str) -> dict[str, Tensor]:
+    """Return the parts of a stored weight out of its block's file."""
+    with safe_open(file, framework="pt") as stream:
+        return {
+            key.rpartition(":")[2]: stream.get_tensor(key)
+            for key in stream.keys()  # noqa: SIM118 - not a dict
+            if _of(key, stored)
+        }
+
+
+def _of(key: str, stored: str) -> bool:
+    return key.rpartition(":")[0] == stored

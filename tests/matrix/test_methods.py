@@ -47,7 +47,7 @@ SHORT = ("data.tokens=600", "data.max_new_tokens=24", "data.sequence_length=64")
 MATRIX = {
     ("compress", "quantize"): Line("model"),
     ("compress", "gptq"): Line("model", (*SHORT, "steps.0.bits=8")),
-    ("compress", "magnitude"): Line("model", SHORT, another=True),
+    ("compress", "magnitude"): Line("model", another=True),
     ("compress", "wanda"): Line("model", SHORT, another=True),
     ("compress", "sparsegpt"): Line("model", SHORT, another=True),
     ("compress", "drop_layers"): DRAFT,

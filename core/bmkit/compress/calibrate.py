@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from bmkit.errors import InputError, ResourceError
 from bmkit.nn import walk
+from bmkit.runtime.cpu.source import DTYPES
 from bmkit.runtime.placed.load import empty
 from bmkit.runtime.placed.origin import Origin
 
@@ -72,7 +74,13 @@ class Blocks:
         """Return the name that a linear layer's weight has in the files; None if it is made."""
         return self.origin.plain.get(f"{name}.weight")
 
+    def dtype(self, stored: str) -> torch.dtype:
+        """Return the dtype of a tensor in the files."""
+        return DTYPES[self.origin.files.tensors[stored].dtype]
+
     def _fill(self, name: str) -> None:
+        if name in self.origin.missing:  # as a pooler that was never trained
+            return
         owner, _, key = name.rpartition(".")
         tensor = self.origin.tensor(name)
         if tensor.is_floating_point():
@@ -95,6 +103,8 @@ class Blocks:
 
     def _record(self, *, as_tuple: bool) -> Tensor:
         found = []
+        takes = inspect.signature(self.model.forward).parameters
+        more = {"use_cache": False} if "use_cache" in takes else {}
         blocks = list(self.stack)
         recorders = [_Recorder(b, as_tuple, last=i == self.count - 1) for i, b in enumerate(blocks)]
         try:
@@ -104,7 +114,7 @@ class Blocks:
                 for recorder in recorders:
                     recorder.calls = []
                 with suppress(_Stop):
-                    self.model(input_ids=row[None].to(self.device), use_cache=False)
+                    self.model(input_ids=row[None].to(self.device), **more)
                 if any(len(r.calls) != 1 for r in recorders):
                     raise _Odd("not every block is called once")
                 first = recorders[0].calls[0][0]

@@ -159,6 +159,23 @@ def _given(voice: Voice, data: Data, calibration: Path) -> list[Text]:
     return [t for t in found if len(t.ids) > 1]
 
 
+def plain(tokenizer: Any, file: Path) -> list[list[int]]:
+    """Return the texts of a text file, or of rows of `text`, as token ids.
+
+    Raises InputError for other rows.
+    """
+    if file.suffix in {".txt", ".md"}:
+        texts = [file.read_text(encoding="utf-8", errors="replace")]
+    else:
+        texts = []
+        for row in rows.read_all(file):
+            if not isinstance(row.values.get("text"), str):
+                problem = rows.unknown_shape(row.values, "`text`")
+                raise InputError(f"{file}:{row.line}: {problem}")
+            texts.append(row.values["text"])
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
 def _answered(values: dict[str, Any]) -> bool:
     messages = values.get("messages")
     return isinstance(messages, list) and any(

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bmkit import model, plan
+from bmkit import plan
 from bmkit.compress.calibrate import Block, Blocks, Seen
 from bmkit.compress.recipe import Gptq, Magnitude, SparseGpt, Wanda
 from bmkit.errors import InputError
@@ -25,7 +25,7 @@ from bmkit.report import Reporter, task
 TOKENS_AN_INPUT = 16
 """Fewer calibration tokens for each input of the widest layer are told to be few."""
 
-Layerwise = Gptq | Magnitude | Wanda | SparseGpt
+Layerwise = Gptq | Wanda | SparseGpt
 Parts = Mapping[str, Tensor]
 """A compressed matrix: `values` int8 [out, inputs] and `scale`, or a dense `weight`."""
 
@@ -51,20 +51,12 @@ def dense(parts: Parts) -> Tensor:
 
 
 def compress(
-    step: Layerwise, weight: Tensor, seen: Seen | None, group: int | None
+    step: Layerwise, weight: Tensor, seen: Seen, group: int | None
 ) -> tuple[dict[str, Tensor], bool]:
     """Compress `weight` [out, inputs] by what went into it; tell whether plain rounding is better.
 
     Raises ValueError for weights that aren't finite or sizes that don't fit.
     """
-    if isinstance(step, Magnitude):
-        if not torch.isfinite(weight).all():
-            raise ValueError("it holds NaN or infinite weights")
-        if step.both_ways:
-            return {"weight": sparsity.magnitude_both_ways(weight)}, False
-        pattern = sparsity.parse_pattern(step.pattern)
-        return {"weight": sparsity.magnitude(weight, step.sparsity, pattern)}, False
-    assert seen is not None  # the other methods are given their inputs
     if isinstance(step, Gptq):
         zeros = float((weight == 0).float().mean())
         values, scale = gptq(
@@ -94,6 +86,15 @@ def compress(
     return {"weight": pruned}, False
 
 
+def smallest_gone(step: Magnitude, weight: Tensor) -> Tensor:
+    """Return `weight` [out, inputs] pruned by magnitude. Raises ValueError as `compress` does."""
+    if not torch.isfinite(weight).all():
+        raise ValueError("it holds NaN or infinite weights")
+    if step.both_ways:
+        return sparsity.magnitude_both_ways(weight)
+    return sparsity.magnitude(weight, step.sparsity, sparsity.parse_pattern(step.pattern))
+
+
 ZEROS = 0.1
 """The share of zeros from which a matrix counts as pruned: they are kept then."""
 
@@ -118,7 +119,6 @@ def walk_blocks(
     """
     folder.mkdir(parents=True, exist_ok=True)
     blocks = Blocks(source, rows, device=device)
-    dtype = model.stored_dtype(blocks.model.config)
     where: dict[str, Path] = {}
     notes: list[dict[str, float]] = []
     with task(reporter, step.method, blocks.count, "blocks") as bar:
@@ -126,7 +126,7 @@ def walk_blocks(
             chosen = {n: m for n, m in block.linears.items() if n not in left}
             file = folder / f"block-{block.number:05}.safetensors"
             if not file.is_file():
-                _write(file, *_block(blocks, step, block, chosen, group, dtype, source))
+                _write(file, *_block(blocks, step, block, chosen, group))
             kept = load_file(file)
             notes += plan.read_json(file.with_suffix(".json"))["layers"]
             for name, module in chosen.items():
@@ -154,8 +154,6 @@ def _block(
     block: Block,
     chosen: Mapping[str, nn.Linear],
     group: int | None,
-    dtype: torch.dtype,
-    source: Path,
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """Compress the layers of a block; return their parts by stored name, and what was measured."""
     seen = blocks.observe(block, list(chosen)) if chosen else {}
@@ -165,15 +163,15 @@ def _block(
         stored = blocks.stored(name)
         if stored is None:
             raise InputError(
-                f"{source} has no weight of its own for {name}",
+                f"{blocks.path} has no weight of its own for {name}",
                 hint="name it in exclude_modules, to leave it as it is",
             )
         try:
-            parts, fallback = compress(step, module.weight.data, seen.get(name), group)
+            parts, fallback = compress(step, module.weight.data, seen[name], group)
             if "weight" in parts:
-                parts["weight"] = parts["weight"].to(dtype)
+                parts["weight"] = parts["weight"].to(blocks.dtype(stored))
         except ValueError as exc:
-            raise InputError(f"{source}: layer {name}: {exc}") from None
+            raise InputError(f"{blocks.path}: layer {name}: {exc}") from None
         whole = dense(parts).to(module.weight.device)
         error = output_error(whole - module.weight, module.weight, seen[name].held_out)
         notes.append(

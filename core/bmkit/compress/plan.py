@@ -76,8 +76,11 @@ def estimate(job: Job) -> Estimate:
                 what = step.pattern if ":" in step.pattern else f"{step.sparsity:.0%}"
                 text = f"set weights to zero by {step.method}, {what}"
             through = _through(now, sizes, recipe, largest)
-            gpu = max(gpu, through if device else 0)
             need = max(_speaking(headers, sizes, recipe), through, min(written, SHARD_BYTES))
+            if isinstance(step, Magnitude):
+                through = 6 * 4 * largest
+                need = through + min(written, SHARD_BYTES)
+            gpu = max(gpu, through if device else 0)
             work += now.width * now.inside + 64 * recipe.data.tokens
         else:
             text = f"learn from {recipe.data.tokens} tokens of the model"

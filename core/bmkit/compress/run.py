@@ -81,11 +81,31 @@ class Shared:
         return self._texts
 
     @property
+    def generates(self) -> bool:
+        """Tell whether the model is one that says a next token."""
+        config = model.load_config(self.job.checkpoint)
+        return model.task(config) == "generate" and not config.is_encoder_decoder
+
+    @property
+    def has_rows(self) -> bool:
+        """Tell whether there are rows of text without letting the model speak for it."""
+        return self._rows is not None or "data.calibration" in self.job.files
+
+    @property
     def rows(self) -> Tensor:
         """Return the texts one after the other, prompts too, as rows of token ids."""
         if self._rows is None:
-            data = self.recipe.data
-            ids = [t.ids for t in self.texts]
+            data, file = self.recipe.data, self.job.files.get("data.calibration")
+            if self.generates:
+                ids = [t.ids for t in self.texts]
+            elif file is not None:
+                tokenizer = model.load_tokenizer(self.job.checkpoint)
+                ids = corpus.plain(tokenizer, file)
+            else:
+                raise InputError(
+                    f"{self.job.checkpoint} makes up no text to calibrate on",
+                    hint="name some: -s data.calibration=texts.txt",
+                )
             self._rows = pack_rows(ids, data.sequence_length, 2 * data.tokens)
             self.forget()
         return self._rows
@@ -149,7 +169,7 @@ def run(job: Job) -> Outcome:
         metrics |= found
         source = out
     kinds = {step.method for step in recipe.steps}
-    if kinds & CALIBRATED:
+    if shared.has_rows and shared.generates and "distill" not in kinds:
         metrics |= _perplexities(shared, job.out)
     loads = "transformers + compressed-tensors" if kinds & set(ROUNDING) else "transformers"
     return Outcome("model", metrics, (loads,))
@@ -230,6 +250,31 @@ def _quantize(work: Work, step: Quantize) -> Metrics:
     }
 
 
+def _magnitude(work: Work, step: Magnitude) -> Metrics:
+    job, source = work.job, work.source
+    headers = plan.read_headers(source)
+    skeleton = model.empty_model(source)
+    linears = walk.linears(skeleton)
+    left = _excluded(linears, step.exclude_modules)
+    chosen = _to_round(source, headers, skeleton, {n for n in linears if n not in left})
+    writer = model.ShardWriter(work.out)
+    zeros = total = 0
+    with task(job.reporter, step.method, len(headers.tensors), "tensors") as bar:
+        for name, tensor in model.tensors(headers):
+            if name in chosen:
+                try:
+                    tensor = layerwise.smallest_gone(step, tensor.to(work.shared.device)).cpu()
+                except ValueError as exc:
+                    raise InputError(f"{source}: layer {name}: {exc}") from None
+                zeros += int((tensor == 0).sum())
+                total += tensor.numel()
+            writer.add(name, tensor)
+            bar.advance()
+    writer.close()
+    model.copy_side_files(source, work.out)
+    return {"layers": len(chosen), "sparsity": round(zeros / total, 6)}
+
+
 def _layerwise(work: Work, step: layerwise.Layerwise) -> Metrics:
     shared, source, reporter = work.shared, work.source, work.job.reporter
     headers = plan.read_headers(source)
@@ -240,7 +285,7 @@ def _layerwise(work: Work, step: layerwise.Layerwise) -> Metrics:
     widths = [m.in_features for n, m in linears.items() if n not in left]
     group = _group_size(step, widths) if isinstance(step, Gptq) else None
     fitted = shared.rows.numel() * (calibrate.HELD_OUT - 1) // calibrate.HELD_OUT
-    if not isinstance(step, Magnitude) and fitted < layerwise.TOKENS_AN_INPUT * max(widths):
+    if fitted < layerwise.TOKENS_AN_INPUT * max(widths):
         reporter.warn(
             f"{fitted} tokens to calibrate on are few: a layer has {max(widths)} inputs, and "
             f"{layerwise.TOKENS_AN_INPUT} tokens for each are wanted; raise data.tokens"
@@ -434,12 +479,10 @@ def _distill(work: Work, step: Distill) -> Metrics:
     return metrics
 
 
-CALIBRATED = {"gptq", "magnitude", "wanda", "sparsegpt"}
-"""Methods that go through the model on text; its perplexity is told before and after."""
 METHODS: dict[str, Callable[[Work, Any], Metrics]] = {
     "quantize": _quantize,
     "gptq": _layerwise,
-    "magnitude": _layerwise,
+    "magnitude": _magnitude,
     "wanda": _layerwise,
     "sparsegpt": _layerwise,
     "drop_layers": _drop_layers,

@@ -1,0 +1,197 @@
+"""Going through a model block by block: what comes in and out is what the whole model has there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    FalconConfig,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    RobertaConfig,
+    T5Config,
+)
+
+from bmkit.compress import layerwise, perplexity
+from bmkit.compress.calibrate import Blocks, held_out, pack_rows
+from bmkit.compress.recipe import Gptq, SparseGpt
+from bmkit.errors import InputError
+from bmkit.report import Silent
+from bmkit.runtime.voice import Voice
+
+CPU = torch.device("cpu")
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "vocab_size": 300,
+    "num_attention_heads": 2,
+}
+PLAIN = {k: v for k, v in SMALL.items() if k != "intermediate_size"}
+GROUPED = {**SMALL, "num_key_value_heads": 1, "head_dim": 16}
+DECODERS: dict[str, Any] = {
+    "llama": LlamaConfig(**GROUPED),
+    "qwen2-windows": Qwen2Config(
+        **GROUPED, use_sliding_window=True, sliding_window=6, max_window_layers=1
+    ),
+    "gemma3": Gemma3TextConfig(**GROUPED, sliding_window=8),
+    "gpt-neox": GPTNeoXConfig(**SMALL),
+    "falcon": FalconConfig(**SMALL),
+    "opt": OPTConfig(**PLAIN, ffn_dim=48, word_embed_proj_dim=32),
+    "qwen2-moe": Qwen2MoeConfig(
+        **GROUPED,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+    ),
+}
+ENCODERS: dict[str, Any] = {
+    "bert": BertConfig(**SMALL),
+    "roberta": RobertaConfig(**SMALL, pad_token_id=1),
+}
+
+
+def saved(config: Any, path: Path) -> Any:
+    """Write a random model to `path`, and return it."""
+    torch.manual_seed(0)
+    kind: Any = AutoModelForMaskedLM if config.model_type in ENCODERS else AutoModelForCausalLM
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else kind
+    model = kind.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.25)
+    model.save_pretrained(path)
+    return model
+
+
+def rows_of(count: int = 9, length: int = 20) -> Tensor:
+    return torch.randint(3, 290, (count, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+@torch.no_grad()
+def test_blocks_give_what_the_model_gives_and_see_what_it_sees(name: str, tmp_path: Path) -> None:
+    model = saved((DECODERS | ENCODERS)[name], tmp_path)
+    rows = rows_of()
+    blocks = Blocks(tmp_path, rows, device=CPU)
+    inputs: dict[str, list[Tensor]] = {}
+    last: list[Tensor] = []
+
+    def note(name: str) -> Any:
+        return lambda _, args: inputs.setdefault(name, []).append(
+            args[0].reshape(-1, args[0].shape[-1])
+        )
+
+    def keep(_: nn.Module, __: Any, out: Any) -> None:
+        last.append(out[0] if isinstance(out, tuple) else out)
+
+    for whole, its in model.named_modules():
+        module = whole.removeprefix("" if name in DECODERS else f"{model.base_model_prefix}.")
+        if isinstance(its, nn.Linear):
+            its.register_forward_pre_hook(note(module))
+        elif module == f"{blocks.name}.{blocks.count - 1}":
+            its.register_forward_hook(keep)
+    for row in rows:
+        model(input_ids=row[None])
+    checked = 0
+    for block in blocks.visit():
+        for linear, seen in blocks.observe(block, list(block.linears)).items():
+            x = inputs[linear]
+            fitted = torch.cat([p for i, p in enumerate(x) if i not in held_out(9)])
+            apart = torch.cat([p for i, p in enumerate(x) if i in held_out(9)])
+            for found, wanted in ((seen.hessian, fitted), (seen.held_out, apart)):
+                gram = wanted.T @ wanted / len(wanted)
+                assert torch.allclose(found, gram, rtol=1e-3, atol=1e-4 * float(gram.abs().max()))
+            assert seen.tokens == len(fitted)
+            checked += 1
+    assert checked == sum(n.startswith(f"{blocks.name}.") for n in inputs)
+    assert torch.allclose(blocks.hidden, torch.cat(last), rtol=1e-3, atol=1e-3)
+
+
+def test_models_with_two_stacks_are_refused(tmp_path: Path) -> None:
+    config = T5Config(vocab_size=300, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2)
+    saved(config, tmp_path)
+    with pytest.raises(InputError, match="which layers"):
+        Blocks(tmp_path, rows_of(), device=CPU)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        Gptq(method="gptq", bits=4, group_size="channel"),
+        SparseGpt(method="sparsegpt", pattern="2:4"),
+    ],
+    ids=lambda s: str(s.method),
+)
+def test_a_stopped_run_goes_on_behind_its_last_block(step: Any, tmp_path: Path) -> None:
+    saved(DECODERS["llama"], tmp_path / "m")
+
+    def run(folder: str) -> Any:
+        return layerwise.walk_blocks(
+            *(tmp_path / "m", step, rows_of(), [], None, tmp_path / folder),
+            device=CPU,
+            reporter=Silent(),
+        )
+
+    where, figures = run("a")
+    assert figures.layers == len(where) == 21
+    before = {n: layerwise.read(f, n) for n, f in where.items()}
+    files = sorted((tmp_path / "a").glob("*.safetensors"))
+    kept = files[0].stat().st_mtime_ns
+    for file in files[1:]:
+        file.unlink()
+    again, same = run("a")
+    assert files[0].stat().st_mtime_ns == kept
+    assert same == figures
+    for name, parts in before.items():
+        found = layerwise.read(again[name], name)
+        assert parts.keys() == found.keys()
+        assert all(torch.equal(parts[k], found[k]) for k in parts)
+
+
+def test_later_blocks_are_fitted_to_what_earlier_ones_say_by_then(tmp_path: Path) -> None:
+    """Of the same matrix, another result comes out if what is before it was compressed."""
+    saved(DECODERS["llama"], tmp_path / "m")
+    step = SparseGpt(method="sparsegpt", pattern="2:4")
+    found = []
+    for left in ([], [f"model.layers.0.mlp.{n}_proj" for n in ("gate", "up", "down")]):
+        where, _ = layerwise.walk_blocks(
+            *(tmp_path / "m", step, rows_of(), left, None, tmp_path / f"w{len(left)}"),
+            device=CPU,
+            reporter=Silent(),
+        )
+        name = "model.layers.2.mlp.down_proj.weight"
+        found.append(layerwise.read(where[name], name)["weight"])
+    assert not torch.equal(*found)
+
+
+def test_perplexity_is_that_of_transformers_loss(tiny_checkpoint: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    rows = rows_of(3, 40) % 250
+    with torch.no_grad():
+        losses = [model(input_ids=row[None], labels=row[None]).loss for row in rows]
+    wanted = float(torch.stack(losses).mean().exp())
+    voice = Voice(tiny_checkpoint, device=CPU, dtype="auto", rows=1, reporter=Silent())
+    assert perplexity.of(voice, rows.tolist()) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_rows_are_texts_one_after_the_other() -> None:
+    assert pack_rows([[1, 2, 3], [4, 5], [6, 7, 8]], 3, 100).tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert pack_rows([[1, 2, 3], [4, 5], [6, 7, 8]], 2, 5).tolist() == [[1, 2], [3, 4]]
+    assert pack_rows([[1, 2, 3]], 8, 100).tolist() == [[1, 2, 3]]
+    with pytest.raises(InputError, match="no text"):
+        pack_rows([[1]], 8, 100)

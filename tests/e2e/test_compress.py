@@ -90,6 +90,26 @@ def test_zeros_stay_when_a_pruned_model_is_rounded(
             assert ((weight != 0).reshape(len(weight), -1, 4).sum(-1) <= 2).all(), name
 
 
+def test_distillation_keeps_the_zeros_and_mends_the_rest(
+    bmkit: Run, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "heal.yaml"
+    recipe.write_text(
+        "kind: compress\n"
+        "steps:\n  - method: magnitude\n    pattern: '2:4'\n"
+        "  - method: distill\n    train: {max_steps: 30, learning_rate: 0.003, weight_decay: 0.1}\n"
+    )
+    found = metrics(bmkit("compress", recipe, "-m", "tiny", "-o", "h", *SHORT))
+    assert found["agreement"] > found["agreement_before"]
+    before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("tiny", "h"))
+    changed = 0
+    for name, tensor in after.items():
+        if "_proj" in name:
+            assert ((tensor != 0).reshape(len(tensor), -1, 4).sum(-1) <= 2).all()
+            changed += int((tensor != before[name])[tensor != 0].sum())
+    assert changed > 1000
+
+
 def test_an_encoder_is_compressed_on_text_that_is_given(
     bmkit: Run, tiny: Path, text: Path, tmp_path: Path
 ) -> None:

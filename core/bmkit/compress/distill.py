@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from bmkit import model as models
 from bmkit.compress.corpus import Text
+from bmkit.compress.layerwise import ZEROS
 from bmkit.compress.recipe import Distill
 from bmkit.errors import InputError, RecipeError
 from bmkit.report import Reporter, task
@@ -154,6 +155,8 @@ def train_student(
             module.requires_grad_(False)
     if not any(p.requires_grad for p in student.parameters()):
         raise RecipeError("freeze: nothing is left to train")
+    if pruned := keep_zeros(student):
+        reporter.info(f"{pruned} matrices were pruned: their zeros stay")
     held = min(HELD_OUT, len(taught) // 8)
     dev, rest = list(taught[:held]), list(taught[held:])
     if not rest or not dev:
@@ -187,6 +190,26 @@ def train_student(
         "agreement_before": round(before, 6),
         "agreement": round(after, 6),
     }
+
+
+def keep_zeros(student: nn.Module) -> int:
+    """Let no weight that is zero in a pruned matrix learn; return how many matrices are pruned.
+
+    A matrix counts as pruned from a tenth of zeros on. What has no gradient stays zero under AdamW,
+    weight decay included.
+    """
+    count = 0
+    for parameter in student.parameters():
+        kept = parameter.detach() != 0
+        if parameter.ndim < 2 or not parameter.requires_grad or kept.float().mean() > 1 - ZEROS:
+            continue
+
+        def mask(grad: Tensor, kept: Tensor = kept) -> Tensor:
+            return grad * kept
+
+        parameter.register_hook(mask)  # type: ignore[no-untyped-call]
+        count += 1
+    return count
 
 
 @torch.no_grad()

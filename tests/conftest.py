@@ -18,7 +18,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command does
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the command does
 # Each test has a BMKIT_HOME of its own, and would compile the kernels again.
 KERNELS = Path(os.environ.get("BMKIT_TEST_HOME") or tempfile.gettempdir()) / "bmkit-test-kernels"
 os.environ["NUMBA_CACHE_DIR"] = str(KERNELS)

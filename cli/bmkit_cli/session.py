@@ -30,8 +30,8 @@ def start(how: Progress, *, quiet: bool, loud: bool) -> Reporter:
         warnings.simplefilter("ignore")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # torch and numba have threads of their own. Those that wait spin at first, on a core that the
-    # others need; so let them spin for some 0.1 ms only.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # others need; so let them spin shortly: longer gained nothing, and cost much beside other work.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     return progress.reporter(how, quiet=quiet)
 
 

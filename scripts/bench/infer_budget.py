@@ -138,7 +138,7 @@ class Watched:
 
     def __init__(self, name: str, path: Path, budget: int) -> None:
         command = [sys.executable, __file__, "--worker", name, str(path), str(budget)]
-        env = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "GOMP_SPINCOUNT": "10000"}
+        env = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "GOMP_SPINCOUNT": "3000"}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
         assert json.loads(self.process.stdout.readline()) == "before"  # type: ignore[union-attr]

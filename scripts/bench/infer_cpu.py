@@ -183,7 +183,7 @@ def main() -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**env, "GOMP_SPINCOUNT": "10000"} if words[0] == "bmkit" else env,  # as the CLI
+            env={**env, "GOMP_SPINCOUNT": "3000"} if words[0] == "bmkit" else env,  # as the CLI
         )
         assert process.stdin is not None
         assert process.stdout is not None

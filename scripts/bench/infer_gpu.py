@@ -192,7 +192,7 @@ class Engine:
         self.scratch = tempfile.TemporaryDirectory()
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         words = {**words, "device": device, "scratch": self.scratch.name}
-        threads = {"OMP_NUM_THREADS": str(CPU_THREADS), "GOMP_SPINCOUNT": "10000"}
+        threads = {"OMP_NUM_THREADS": str(CPU_THREADS), "GOMP_SPINCOUNT": "3000"}
         with self._watched():
             self.process = subprocess.Popen(
                 [sys.executable, __file__, "--worker", json.dumps(words)],

@@ -203,11 +203,7 @@ def _perplexities(shared: Shared, out: Path) -> Metrics:
 
 def _quantize(work: Work, step: Quantize) -> Metrics:
     job, source = work.job, work.source
-    headers = plan.read_headers(source)
-    skeleton = model.empty_model(source)
-    linears = walk.linears(skeleton)
-    left = _excluded(linears, step.exclude_modules)
-    chosen = _to_round(source, headers, skeleton, {n for n in linears if n not in left})
+    headers, skeleton, linears, left, chosen = _scope(source, step.exclude_modules)
     group = _group_size(step, [m.in_features for n, m in linears.items() if n not in left])
     device = work.shared.device
     writer = model.ShardWriter(work.out)
@@ -252,11 +248,7 @@ def _quantize(work: Work, step: Quantize) -> Metrics:
 
 def _magnitude(work: Work, step: Magnitude) -> Metrics:
     job, source = work.job, work.source
-    headers = plan.read_headers(source)
-    skeleton = model.empty_model(source)
-    linears = walk.linears(skeleton)
-    left = _excluded(linears, step.exclude_modules)
-    chosen = _to_round(source, headers, skeleton, {n for n in linears if n not in left})
+    headers, *_, chosen = _scope(source, step.exclude_modules)
     writer = model.ShardWriter(work.out)
     zeros = total = 0
     with task(job.reporter, step.method, len(headers.tensors), "tensors") as bar:
@@ -277,11 +269,7 @@ def _magnitude(work: Work, step: Magnitude) -> Metrics:
 
 def _layerwise(work: Work, step: layerwise.Layerwise) -> Metrics:
     shared, source, reporter = work.shared, work.source, work.job.reporter
-    headers = plan.read_headers(source)
-    skeleton = model.empty_model(source)
-    linears = walk.linears(skeleton)
-    left = _excluded(linears, step.exclude_modules)
-    _to_round(source, headers, skeleton, {n for n in linears if n not in left})
+    headers, skeleton, linears, left, _ = _scope(source, step.exclude_modules)
     widths = [m.in_features for n, m in linears.items() if n not in left]
     group = _group_size(step, widths) if isinstance(step, Gptq) else None
     fitted = shared.rows.numel() * (calibrate.HELD_OUT - 1) // calibrate.HELD_OUT
@@ -310,8 +298,6 @@ def _layerwise(work: Work, step: layerwise.Layerwise) -> Metrics:
         before += 4 * tensor.numel()
         if isinstance(step, Gptq):
             parts = pack.pack(parts["values"], parts["scale"], step.bits)
-        else:
-            parts = {"weight": parts["weight"]}
         for suffix, part in parts.items():
             after += part.numel() * part.element_size()
             writer.add(f"{name.removesuffix('weight')}{suffix}", part)
@@ -323,8 +309,10 @@ def _layerwise(work: Work, step: layerwise.Layerwise) -> Metrics:
     }
     if not isinstance(step, Gptq):
         return {**metrics, "sparsity": round(found.sparsity, 6)}
-    outside = [n for n in linears if f"{n}.weight" not in where and n not in left]
-    ignore = sorted({*walk.output_heads(skeleton), *left, *_unwritten(outside, where, skeleton)})
+    prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
+    written = {name.removeprefix(prefix) for name in where}
+    outside = [n for n in linears if f"{n.removeprefix(prefix)}.weight" not in written]
+    ignore = sorted({*walk.output_heads(skeleton), *left, *outside})
     config = dict(headers.config)
     config["quantization_config"] = pack.config(step.bits, group, ignore)
     _write_config(work.out, config)
@@ -339,10 +327,20 @@ def _layerwise(work: Work, step: layerwise.Layerwise) -> Metrics:
     }
 
 
-def _unwritten(names: list[str], where: Mapping[str, Path], skeleton: nn.Module) -> list[str]:
-    """Return those of `names`, linear layers, that aren't in any block: they stay dense."""
-    prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
-    return [n for n in names if f"{n.removeprefix(prefix)}.weight" not in where]
+def _scope(
+    source: Path, patterns: list[str]
+) -> tuple[Headers, nn.Module, dict[str, nn.Linear], list[str], set[str]]:
+    """Return what a step that compresses linear layers works on.
+
+    The checkpoint's headers, its model on the meta device, all linear layers by name, those that
+    `patterns` exclude, and the stored names of the others' weights.
+    """
+    headers = plan.read_headers(source)
+    skeleton = model.empty_model(source)
+    linears = walk.linears(skeleton)
+    left = _excluded(linears, patterns)
+    chosen = _to_round(source, headers, skeleton, {n for n in linears if n not in left})
+    return headers, skeleton, linears, left, chosen
 
 
 def _excluded(linears: Mapping[str, nn.Module], patterns: list[str]) -> list[str]:

@@ -26,7 +26,8 @@ from transformers import (
 
 from bmkit.compress import layerwise, perplexity
 from bmkit.compress.calibrate import Blocks, held_out, pack_rows
-from bmkit.compress.recipe import Gptq, SparseGpt
+from bmkit.compress.options.rounding import Gptq
+from bmkit.compress.options.sparse import SparseGpt
 from bmkit.errors import InputError
 from bmkit.report import Silent
 from bmkit.runtime.voice import Voice

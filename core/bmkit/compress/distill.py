@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bmkit import model as models
 from bmkit.compress.corpus import Text
 from bmkit.compress.layerwise import ZEROS
-from bmkit.compress.recipe import Distill
+from bmkit.compress.options.learning import Distill
 from bmkit.errors import InputError, RecipeError
 from bmkit.report import Reporter, task
 from bmkit.runtime.voice import Voice

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from bmkit import plan
 from bmkit.compress.calibrate import Block, Blocks, Seen
-from bmkit.compress.recipe import Gptq, Magnitude, SparseGpt, Wanda
+from bmkit.compress.options.rounding import Gptq
+from bmkit.compress.options.sparse import Magnitude, SparseGpt, Wanda
 from bmkit.errors import InputError
 from bmkit.nn import sparsity
 from bmkit.nn.gptq import gptq

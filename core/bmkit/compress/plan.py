@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from bmkit.compress.recipe import (
-    CompressRecipe,
-    Distill,
-    DropLayers,
-    FrequentTokens,
-    Gptq,
-    Magnitude,
-    Quantize,
-    SparseGpt,
-    Wanda,
-)
+from bmkit.compress.options.learning import Distill
+from bmkit.compress.options.rounding import Gptq, Quantize
+from bmkit.compress.options.sparse import Magnitude, SparseGpt, Wanda
+from bmkit.compress.options.structure import DropLayers, FrequentTokens
+from bmkit.compress.recipe import CompressRecipe
 from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers
 from bmkit.runtime.budget import Sizes, block_of
 
@@ -37,6 +33,32 @@ class _Model:
         return self.inside + self.outside
 
 
+@dataclass
+class State:
+    """What the steps so far have left."""
+
+    headers: Headers
+    sizes: Sizes
+    recipe: CompressRecipe
+    now: _Model
+    largest: int
+    """Weights of the largest tensor."""
+    written: int
+    """Bytes that the last step has written."""
+    first: bool = True
+    """Whether the headers are those of what the step works on."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a step does, and the bytes that it takes at its peak."""
+
+    text: str
+    ram: int
+    gpu: int = 0
+    work: int = 0
+
+
 def estimate(job: Job) -> Estimate:
     """Say what `compress` will do to the model, and the memory and disk it takes."""
     recipe = job.recipe
@@ -48,59 +70,90 @@ def estimate(job: Job) -> Estimate:
     width = max(headers.bytes // max(whole, 1), 1)
     now = _Model(inside, whole - inside, sizes.layers, width)
     largest = max((t.numel for t in headers.tensors), default=0)
-    device = recipe.device != "cpu"
+    state = State(headers, sizes, recipe, now, largest, headers.bytes)
     ram = gpu = work = 0
-    written = headers.bytes
     steps = []
     for i, step in enumerate(recipe.steps):
-        need = 0
-        if isinstance(step, Quantize):
-            text, written = _quantize(headers, step, now, first=i == 0)
-            need = min(written, SHARD_BYTES) + 4 * 4 * largest
-            gpu = max(gpu, 4 * 4 * largest if device else 0)
-        elif isinstance(step, DropLayers):
-            kept = len(step.keep) if isinstance(step.keep, list) else step.keep
-            text = f"keep {kept} of {now.layers} layers"
-            now.inside = now.inside * kept // max(now.layers, 1)
-            now.layers = kept
-            written = now.width * now.weights
-            need = min(written, SHARD_BYTES) + now.width * largest
-        elif isinstance(step, FrequentTokens):
-            text = f"find the {step.tokens} most frequent tokens"
-            need = _speaking(headers, sizes, recipe)
-        elif isinstance(step, Gptq | Magnitude | Wanda | SparseGpt):
-            if isinstance(step, Gptq):
-                text, written = _quantize(headers, step, now, first=i == 0)
-                text = f"by GPTQ, {text}"
-            else:
-                what = step.pattern if ":" in step.pattern else f"{step.sparsity:.0%}"
-                text = f"set weights to zero by {step.method}, {what}"
-            through = _through(now, sizes, recipe, largest)
-            need = max(_speaking(headers, sizes, recipe), through, min(written, SHARD_BYTES))
-            if isinstance(step, Magnitude):
-                through = 6 * 4 * largest
-                need = through + min(written, SHARD_BYTES)
-            gpu = max(gpu, through if device else 0)
-            work += now.width * now.inside + 64 * recipe.data.tokens
-        else:
-            text = f"learn from {recipe.data.tokens} tokens of the model"
-            learning = _learning(step, now, sizes, recipe)
-            need = max(_speaking(headers, sizes, recipe), learning)
-            gpu = max(gpu, need if device else 0)
-            work += 3 * 12 * now.weights + 8 * step.likeliest * recipe.data.tokens
-        ram = max(ram, need)
+        need = NEEDS[step.method](state, step)
+        ram, gpu = max(ram, need.ram), max(gpu, need.gpu)
+        work += need.work
         if i < len(recipe.steps) - 1:
-            work += written
-        steps.append(text)
-    peak = Peak(RUNTIME_BYTES + ram, gpu, written + 2**24, work)
+            work += state.written
+        steps.append(need.text)
+        state.first = False
+    gpu = gpu if recipe.device != "cpu" else 0
+    peak = Peak(RUNTIME_BYTES + ram, gpu, state.written + 2**24, work)
     return Estimate(steps, peak)
 
 
-def _quantize(
-    headers: Headers, step: Quantize | Gptq, now: _Model, *, first: bool
-) -> tuple[str, int]:
+def _rounded(state: State, step: Quantize) -> Need:
+    text, state.written = _quantize(state, step)
+    floats = 4 * 4 * state.largest
+    return Need(text, min(state.written, SHARD_BYTES) + floats, floats)
+
+
+def _fewer_layers(state: State, step: DropLayers) -> Need:
+    now = state.now
+    kept = len(step.keep) if isinstance(step.keep, list) else step.keep
+    text = f"keep {kept} of {now.layers} layers"
+    now.inside = now.inside * kept // max(now.layers, 1)
+    now.layers = kept
+    state.written = now.width * now.weights
+    return Need(text, min(state.written, SHARD_BYTES) + now.width * state.largest)
+
+
+def _fewer_tokens(state: State, step: FrequentTokens) -> Need:
+    text = f"find the {step.tokens} most frequent tokens"
+    return Need(text, _speaking(state.headers, state.sizes, state.recipe))
+
+
+def _magnitude(state: State, step: Magnitude) -> Need:
+    floats = 6 * 4 * state.largest
+    return Need(_zeros(step), floats + min(state.written, SHARD_BYTES), floats)
+
+
+def _zeros(step: Magnitude | Wanda | SparseGpt) -> str:
+    what = step.pattern if ":" in step.pattern else f"{step.sparsity:.0%}"
+    return f"set weights to zero by {step.method}, {what}"
+
+
+def _blockwise(state: State, step: Gptq | Wanda | SparseGpt) -> Need:
+    now, tokens = state.now, state.recipe.data.tokens
+    if isinstance(step, Gptq):
+        text, state.written = _quantize(state, step)
+        text = f"by GPTQ, {text}"
+    else:
+        text = _zeros(step)
+    through = _through(now, state.sizes, state.recipe, state.largest)
+    speaking = _speaking(state.headers, state.sizes, state.recipe)
+    ram = max(speaking, through, min(state.written, SHARD_BYTES))
+    return Need(text, ram, through, now.width * now.inside + 64 * tokens)
+
+
+def _distilled(state: State, step: Distill) -> Need:
+    tokens = state.recipe.data.tokens
+    learning = _learning(step, state.now, state.sizes, state.recipe)
+    need = max(_speaking(state.headers, state.sizes, state.recipe), learning)
+    work = 3 * 12 * state.now.weights + 8 * step.likeliest * tokens
+    return Need(f"learn from {tokens} tokens of the model", need, need, work)
+
+
+NEEDS: dict[str, Callable[[State, Any], Need]] = {
+    "quantize": _rounded,
+    "gptq": _blockwise,
+    "magnitude": _magnitude,
+    "wanda": _blockwise,
+    "sparsegpt": _blockwise,
+    "drop_layers": _fewer_layers,
+    "frequent_tokens": _fewer_tokens,
+    "distill": _distilled,
+}
+
+
+def _quantize(state: State, step: Quantize | Gptq) -> tuple[str, int]:
+    headers, now = state.headers, state.now
     group = "per output channel" if step.group_size == "channel" else f"per {step.group_size}"
-    if not first:  # of another checkpoint than the one that is known
+    if not state.first:  # of another checkpoint than the one that is known
         text = f"quantize linear layers to {step.bits} bits, one scale {group}"
         return text, now.inside * step.bits // 8 + now.inside // 8 + now.width * now.outside
     linear = quantizable(headers)

@@ -1,0 +1,55 @@
+"""Steps that round weights: what a recipe may say of them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from bmkit.recipe import Model
+
+
+class Quantize(Model):
+    """Round the weights of linear layers to a small grid."""
+
+    method: Literal["quantize"]
+    bits: Literal[4, 8] = Field(default=8, description="Bits of a weight.")
+    group_size: Literal["channel", "auto", 32, 64, 128] = Field(
+        default="channel",
+        description="How many inputs share a scale: `channel` is all of a row; "
+        "`auto` is the largest of 128, 64, 32 that divides every layer.",
+    )
+    scale_search: int = Field(
+        default=1,
+        ge=1,
+        le=100,
+        description="How many clipping points to try per scale, keeping the smallest squared error;"
+        " 1 keeps the largest weight exact.",
+    )
+    exclude_modules: list[str] = Field(
+        default=[],
+        description="Modules to leave as they are, by the end of their name. Embeddings and the "
+        "output head are left in any case.",
+    )
+
+
+class Gptq(Model):
+    """Round the weights of linear layers, each making up for the errors of those before it."""
+
+    method: Literal["gptq"]
+    bits: Literal[4, 8] = Field(default=4, description="Bits of a weight.")
+    group_size: Literal["channel", "auto", 32, 64, 128] = Field(
+        default="auto", description="How many inputs share a scale, as in `quantize`."
+    )
+    scale_search: int = Field(
+        default=20, ge=1, le=100, description="How many clipping points to try per scale."
+    )
+    act_order: bool = Field(
+        default=True, description="Whether inputs of the largest energy are rounded first."
+    )
+    damp: float = Field(
+        default=0.05, gt=0, le=1, description="Added to the curvature, of its diagonal's mean."
+    )
+    exclude_modules: list[str] = Field(
+        default=[], description="Modules to leave as they are, by the end of their name."
+    )

@@ -1,0 +1,1 @@
+"""The steps of a recipe, each from one checkpoint to the next."""

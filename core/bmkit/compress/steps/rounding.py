@@ -1,0 +1,77 @@
+"""Round to nearest."""
+
+from __future__ import annotations
+
+from bmkit import model
+from bmkit.compress import pack
+from bmkit.compress.options.rounding import Gptq, Quantize
+from bmkit.compress.work import Metrics, Work, scope, write_config
+from bmkit.errors import InputError, RecipeError
+from bmkit.nn import walk
+from bmkit.nn.rounding import dequantize, quantize
+from bmkit.report import task
+
+
+def run(work: Work, step: Quantize) -> Metrics:
+    """Round the weights of all linear layers, tensor by tensor."""
+    job, source = work.job, work.source
+    found = scope(source, step.exclude_modules)
+    headers = found.headers
+    group = group_size(step, found.widths)
+    device = work.shared.device
+    writer = model.ShardWriter(work.out)
+    count = before = after = 0
+    error = energy = 0.0
+    with task(
+        job.reporter, f"quantize to {step.bits} bits", len(headers.tensors), "tensors"
+    ) as bar:
+        for name, tensor in model.tensors(headers):
+            if name not in found.chosen:
+                writer.add(name, tensor)
+                bar.advance()
+                continue
+            weight = tensor.to(device)
+            try:
+                values, scale = quantize(weight, step.bits, group, scale_search=step.scale_search)
+            except ValueError as exc:
+                raise InputError(f"{source}: layer {name}: {exc}") from None
+            difference = dequantize(values, scale) - weight.float()
+            error += float(difference.square().sum())
+            energy += float(weight.float().square().sum())
+            count += 1
+            before += weight.numel() * 4
+            for suffix, part in pack.pack(values, scale, step.bits).items():
+                after += part.numel() * part.element_size()
+                writer.add(f"{name.removesuffix('weight')}{suffix}", part.cpu())
+            bar.advance()
+    writer.close()
+    model.copy_side_files(source, work.out)
+    ignore = sorted({*walk.output_heads(found.skeleton), *found.left})
+    config = dict(headers.config)
+    config["quantization_config"] = pack.config(step.bits, group, ignore)
+    write_config(work.out, config)
+    return {
+        "layers": count,
+        "bytes_before": before,
+        "bytes_after": after,
+        "bytes_ratio": round(after / before, 6),
+        "weight_error": round((error / max(energy, 1e-30)) ** 0.5, 6),
+    }
+
+
+def group_size(step: Quantize | Gptq, widths: list[int]) -> int | None:
+    """Return how many of a layer's inputs share a scale; None for all.
+
+    Raises RecipeError if that doesn't divide one of `widths`.
+    """
+    if step.group_size == "channel":
+        return None
+    sizes = (128, 64, 32) if step.group_size == "auto" else (step.group_size,)
+    fits = [size for size in sizes if not any(width % size for width in widths)]
+    if not fits:
+        odd = next(w for w in widths if w % min(sizes))
+        raise RecipeError(
+            f"group_size {step.group_size} does not divide a layer with {odd} inputs",
+            hint="write group_size: auto, or channel",
+        )
+    return fits[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -92,13 +93,33 @@ class Headers:
         """Return the number of weights of a module, packed or not."""
         if not module.name.endswith("_packed"):
             return module.numel
-        return module.numel * 32 // self.packed_bits
+        return module.numel * 32 // self.bits_of(module.name)
 
     @cached_property
-    def packed_bits(self) -> int:
-        """Return the bits of a packed weight, by the checkpoint's quantization config."""
+    def _schemes(self) -> list[tuple[list[str], int]]:
+        """Return what the quantization config says: module names or patterns, and their bits."""
         groups = (self.config.get("quantization_config") or {}).get("config_groups") or {}
-        return next((g["weights"]["num_bits"] for g in groups.values() if g.get("weights")), 8)
+        return [
+            (list(g.get("targets") or []), int(g["weights"]["num_bits"]))
+            for g in groups.values()
+            if g.get("weights")
+        ]
+
+    def bits_of(self, tensor: str) -> int:
+        """Return the bits of a packed weight, by the checkpoint's quantization config.
+
+        A group that names the module, or a pattern (`re:…`) that it matches, goes before groups
+        that name classes of layers.
+        """
+        module = tensor.rpartition(".")[0]
+        rest = 8
+        for targets, bits in reversed(self._schemes):
+            for target in targets:
+                pattern = target.removeprefix("re:")
+                if target == module or (pattern != target and re.match(pattern, module)):
+                    return bits
+            rest = bits
+        return rest
 
     @cached_property
     def dense_numel(self) -> int:

@@ -44,7 +44,7 @@ STAGES = {
             "bmkit.compress.run:run",
             takes=("model",),
             gives="model",
-            version=4,
+            version=5,
         ),
         Stage(
             "tune",
@@ -82,8 +82,8 @@ METHODS = (
         "quantize",
         "bmkit.nn.rounding:quantize",
         "int8",
-        "Round weights to 8 or 4 bits, a scale per output channel or per group of inputs.",
-        "round to nearest, symmetric; compressed-tensors `pack-quantized` on disk",
+        "Round weights to 8, 4, 3 or 2 bits, a scale per output channel or per group of inputs.",
+        "round to nearest, symmetric or not; compressed-tensors `pack-quantized` on disk",
     ),
     Method(
         "compress",

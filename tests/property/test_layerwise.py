@@ -14,7 +14,7 @@ from torch import Tensor
 from bmkit.nn import sparsity
 from bmkit.nn.gptq import gptq
 from bmkit.nn.hessian import inverse_factor, output_error
-from bmkit.nn.rounding import dequantize, quantize
+from bmkit.nn.rounding import Grid, round_matrix
 
 SEEDS = st.integers(0, 2**32 - 1)
 PATTERNS = st.sampled_from([None, (2, 4), (1, 4), (4, 8)])
@@ -48,17 +48,25 @@ def test_what_can_not_be_inverted_is_damped_until_it_can() -> None:
         inverse_factor(torch.full((4, 4), torch.nan), 0.01)
 
 
-@given(SEEDS, st.booleans(), st.sampled_from([None, 8, 16]), st.sampled_from([2, 3, 4, 8]))
+@given(
+    SEEDS,
+    st.booleans(),
+    st.sampled_from([None, 8, 16]),
+    st.sampled_from([2, 3, 4, 8]),
+    st.booleans(),
+)
 @settings(max_examples=60, deadline=None)
 def test_of_independent_inputs_gptq_is_plain_rounding(
-    seed: int, act_order: bool, group: int | None, bits: int
+    seed: int, act_order: bool, group: int | None, bits: int, symmetric: bool
 ) -> None:
     weight, _ = draw(seed)
     energy = torch.rand(32, generator=torch.Generator().manual_seed(seed)) + 0.1
-    found = gptq(weight, energy.diag(), bits, group, act_order=act_order, scale_search=5)
-    wanted = quantize(weight, bits, group, scale_search=5)
-    assert torch.equal(found[0], wanted[0])
-    assert torch.allclose(found[1], wanted[1])
+    grid = Grid(bits, group, symmetric, scale_search=5)
+    found = gptq(weight, energy.diag(), grid, act_order=act_order)
+    wanted = round_matrix(weight, grid, energy)
+    assert torch.equal(found.values, wanted.values)
+    assert torch.allclose(found.scale, wanted.scale)
+    assert symmetric or torch.equal(found.zero, wanted.zero)
 
 
 @given(SEEDS)
@@ -66,7 +74,8 @@ def test_of_independent_inputs_gptq_is_plain_rounding(
 def test_the_second_weight_makes_up_for_the_first(seed: int) -> None:
     """Of two weights, the second's best value is known once the first is rounded."""
     weight, hessian = draw(seed, rows=5, inputs=2, tokens=9)
-    values, scale = gptq(weight, hessian, 8, act_order=False, damp=1e-6)
+    found = gptq(weight, hessian, Grid(8), act_order=False, damp=1e-6)
+    values, scale = found.values, found.scale
     first = (weight[:, 0] / scale[:, 0]).round().clamp(-127, 127)
     assert torch.equal(values[:, 0].float(), first)
     rest = weight[:, 0] - first * scale[:, 0]
@@ -81,22 +90,25 @@ def test_gptq_is_much_better_than_rounding_where_inputs_depend_on_each_other(
     act_order: bool, group: int | None
 ) -> None:
     weight, hessian = draw(7, rows=64, inputs=256, tokens=4096)
-    found = gptq(weight, hessian, 3, group, act_order=act_order)
-    plain = quantize(weight, 3, group)
-    errors = [output_error(dequantize(*p) - weight, weight, hessian) for p in (found, plain)]
+    found = gptq(weight, hessian, Grid(3, group), act_order=act_order)
+    plain = round_matrix(weight, Grid(3, group))
+    errors = [output_error(p.dense() - weight, weight, hessian) for p in (found, plain)]
     assert errors[0] < 0.75 * errors[1]
 
 
-@given(SEEDS, st.booleans())
+@given(SEEDS, st.booleans(), st.booleans())
 @settings(max_examples=30, deadline=None)
-def test_zeros_stay_and_inputs_that_never_come_change_nothing(seed: int, act_order: bool) -> None:
+def test_zeros_stay_and_inputs_that_never_come_change_nothing(
+    seed: int, act_order: bool, symmetric: bool
+) -> None:
     weight, hessian = draw(seed)
     weight = sparsity.magnitude(weight, 0.5, None)
     weight[2] = 0
     hessian[5] = hessian[:, 5] = 0
-    values, _ = gptq(weight, hessian, 4, 16, act_order=act_order, keep_zeros=True)
-    assert not values[weight == 0].any()
-    assert not values[:, 5].any()
+    grid = Grid(4, 16, symmetric)
+    found = gptq(weight, hessian, grid, act_order=act_order, keep_zeros=True).dense()
+    assert not found[weight == 0].any()
+    assert not found[:, 5].any()
 
 
 def test_output_error_is_that_of_outputs() -> None:
@@ -208,7 +220,7 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
         lambda: sparsity.wanda(weight, hessian, 0.5, (2, 4)),
         lambda: sparsity.sparsegpt(weight, hessian, 0.5, (2, 4)),
         lambda: sparsity.magnitude_both_ways(weight),
-        lambda: gptq(weight, hessian, 4, 16),
+        lambda: gptq(weight, hessian, Grid(4, 16)),
     ):
         with pytest.raises(ValueError, match="divide"):
             call()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bmkit.compress import pack
-from bmkit.nn.rounding import dequantize, quantize
+from bmkit.nn.rounding import Grid, dequantize, grouped, quantize, round_matrix
 
 BITS = st.sampled_from([2, 3, 4, 8])
 
@@ -167,7 +167,7 @@ def by_compressed_tensors(packed: dict[str, Tensor], config: dict[str, Any]) -> 
 
 @given(
     seed=st.integers(0, 2**32 - 1),
-    bits=st.sampled_from([4, 8]),
+    bits=st.sampled_from([2, 3, 4, 8]),
     layout=st.sampled_from(
         [(None, w) for w in (1, 3, 7, 8, 9, 12, 31, 33, 64)]
         + [(size, size * n) for size in (4, 12, 32) for n in (1, 3)]
@@ -175,8 +175,9 @@ def by_compressed_tensors(packed: dict[str, Tensor], config: dict[str, Any]) -> 
     rows=st.integers(1, 5),
     search=st.sampled_from([1, 6]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    symmetric=st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_compressed_tensors_unpacks_exactly_what_dequantize_gives(
     seed: int,
     bits: int,
@@ -184,15 +185,74 @@ def test_compressed_tensors_unpacks_exactly_what_dequantize_gives(
     rows: int,
     search: int,
     dtype: torch.dtype,
+    symmetric: bool,
 ) -> None:
     group_size, width = layout
+    rows += 0 if symmetric else 8  # its unpacking of zero-points fails where they fill one word
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, width, generator=generator).to(dtype)
-    values, scale = quantize(weight, bits, group_size, scale_search=search)
-    packed = pack.pack(values, scale, bits)
-    theirs = by_compressed_tensors(packed, pack.config(bits, group_size, []))
-    assert torch.equal(theirs, dequantize(values, scale))
+    grid = Grid(bits, group_size, symmetric, search, dtype)
+    found = round_matrix(weight, grid)
+    packed = pack.pack(found, grid)
+    theirs = by_compressed_tensors(packed, pack.config(grid, []))
+    assert torch.equal(theirs, found.dense().to(dtype))
+    assert packed["weight_scale"].dtype == dtype
     assert packed["weight_shape"].tolist() == [rows, width]
     words = -(-width * bits // 32)
     assert packed["weight_packed"].shape == (rows, words)
     assert packed["weight_packed"].dtype == torch.int32
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    bits=st.sampled_from([2, 3, 4, 8]),
+    group=st.sampled_from([None, 8]),
+    search=st.sampled_from([1, 8]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+@settings(max_examples=200, deadline=None)
+def test_an_asymmetric_grid_is_no_worse_and_holds_zero(
+    seed: int, bits: int, group: int | None, search: int, dtype: torch.dtype
+) -> None:
+    """It spans the range of a group; a symmetric one spans twice the largest weight."""
+    generator = torch.Generator().manual_seed(seed)
+    shift = torch.randn(6, 1, generator=generator)
+    weight = torch.randn(6, 32, generator=generator) + shift
+    weight[:, 3] = 0
+    weight[2] = 0
+    found = round_matrix(weight, Grid(bits, group, False, search, dtype))
+    dense = found.dense()
+    assert (dense[weight == 0] == 0).all()
+    assert torch.equal(found.scale, found.scale.to(dtype).float())
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    for numbers in (found.values, found.zero):
+        assert numbers is not None
+        assert low <= int(numbers.min()) <= int(numbers.max()) <= high
+    if search == 1:
+        parts = grouped(weight, group)
+        span = parts.amax(-1).clamp_min(0) - parts.amin(-1).clamp_max(0)
+        step = span / (2**bits - 1) * (1.01 if dtype != torch.float32 else 1.0) + 1e-6
+        over = span * (0.01 if dtype != torch.float32 else 0.0)  # a scale rounded down clips
+        error = (grouped(dense, group) - parts).abs().amax(-1)
+        assert (error <= step + over).all()
+
+
+def test_an_asymmetric_grid_is_better_where_weights_lean_to_one_side() -> None:
+    weight = torch.rand(16, 64, generator=torch.Generator().manual_seed(3)) + 0.2
+    errors = [
+        float((round_matrix(weight, Grid(4, 32, symmetric)).dense() - weight).norm())
+        for symmetric in (True, False)
+    ]
+    assert errors[1] < 0.6 * errors[0]
+
+
+def test_importance_chooses_the_clipping_that_matters() -> None:
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(3))
+    importance = torch.ones(64)
+    importance[:8] = 1000
+    grid = Grid(3, 32, True, 20)
+    errors = []
+    for given_ in (None, importance):
+        difference = round_matrix(weight, grid, given_).dense() - weight
+        errors.append(float((difference.square() * importance).sum()))
+    assert errors[1] < errors[0]

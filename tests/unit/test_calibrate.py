@@ -29,6 +29,7 @@ from bmkit.compress.calibrate import Blocks, held_out, pack_rows
 from bmkit.compress.options.rounding import Gptq
 from bmkit.compress.options.sparse import SparseGpt
 from bmkit.errors import InputError
+from bmkit.nn.rounding import Grid
 from bmkit.report import Silent
 from bmkit.runtime.voice import Voice
 
@@ -143,7 +144,7 @@ def test_a_stopped_run_goes_on_behind_its_last_block(step: Any, tmp_path: Path) 
 
     def run(folder: str) -> Any:
         return layerwise.walk_blocks(
-            *(tmp_path / "m", step, rows_of(), [], None, tmp_path / folder),
+            *(tmp_path / "m", step, rows_of(), [], Grid(4, None, False), tmp_path / folder),
             device=CPU,
             reporter=Silent(),
         )

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from bmkit.errors import InputError
-from bmkit.nn.rounding import dequantize, quantize
+from bmkit.nn.rounding import Grid, dequantize, quantize, round_matrix
 from bmkit.runtime import family
 from bmkit.runtime.cpu import load, pack
 from bmkit.runtime.cpu.decoder import Decoder
@@ -160,11 +160,11 @@ def test_other_families_are_not_covered() -> None:
     assert not family.covers(LlamaConfig(**SIZES, rope_parameters=dynamic).to_dict())
 
 
-@pytest.mark.parametrize("store", ["bfloat16", "float16", "int8", "int4-32"])
+@pytest.mark.parametrize("store", ["bfloat16", "float16", "int8", "int4-32", "zero4-32", "zero8"])
 @pytest.mark.parametrize("name", ["llama", "llama, biases, untied", "qwen3"])
 def test_stored_small_equals_the_widened_weights(name: str, store: str) -> None:
     config = CONFIGS[name]
-    if store.startswith("int4"):  # groups must divide every width
+    if "4" in store:  # groups must divide every width
         sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
         config = type(config)(**{**config.to_dict(), **sizes})
     model = model_of(config)
@@ -179,6 +179,11 @@ def test_stored_small_equals_the_widened_weights(name: str, store: str) -> None:
             values, scale = quantize(weight, bits, group)
             weight.copy_(dequantize(values, scale))
             return pack.pack_integers(values, scale, bits, bias)
+        if store.startswith("zero"):
+            bits, group = (8, None) if store == "zero8" else (4, 32)
+            found = round_matrix(weight, Grid(bits, group, False, scale_dtype=torch.bfloat16))
+            weight.copy_(found.dense())
+            return pack.pack_integers(found.values, found.scale, bits, bias, zero=found.zero)
         stored = weight.to(getattr(torch, store))
         weight.copy_(stored.float())
         return pack.pack_floats(stored, bias)

@@ -10,11 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bmkit.nn.rounding import dequantize, quantize
+from bmkit.nn.rounding import Grid, dequantize, quantize, round_matrix
 from bmkit.runtime.cpu import block, pack
 from bmkit.runtime.cpu.pack import Packed
 
 STORES = ["float32", "bfloat16", "float16", "int8", "int8-32", "int4", "int4-32", "int4-64"]
+STORES += ["zero8", "zero8-32", "zero4", "zero4-32", "zero3-64", "zero2-32", "int2-32", "int3-64"]
 
 
 def packed(
@@ -27,6 +28,13 @@ def packed(
         found = pack.pack_integers(values, scale, int(kind[3:]), bias)
         assert found is not None
         return found, dequantize(values, scale).numpy()
+    if kind.startswith("zero"):
+        bits = int(kind[4:])
+        grid = Grid(bits, int(group) if group else None, False, scale_dtype=torch.bfloat16)
+        rounded = round_matrix(weight, grid)
+        found = pack.pack_integers(rounded.values, rounded.scale, bits, bias, zero=rounded.zero)
+        assert found is not None
+        return found, rounded.dense().numpy()
     stored = weight.to(getattr(torch, kind))
     return pack.pack_floats(stored, bias), stored.float().numpy()
 

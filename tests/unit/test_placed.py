@@ -43,9 +43,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from bmkit.errors import InputError, ResourceError
-from bmkit.nn.rounding import dequantize, quantize
+from bmkit.nn.rounding import Grid, dequantize, quantize, round_matrix
 from bmkit.runtime.cpu import pack
-from bmkit.runtime.cpu.dots import INT4, INT8
+from bmkit.runtime.cpu.pack import kind_of
 from bmkit.runtime.placed import load
 from bmkit.runtime.placed.link import ThreadLink
 from bmkit.runtime.placed.matrix import Matrix
@@ -296,23 +296,26 @@ def test_weights_that_are_no_numbers_are_refused(make: Make) -> None:
     placed.close()
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_packed_integers_of_a_checkpoint_stay_packed(make: Make, bits: int) -> None:
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_packed_integers_of_a_checkpoint_stay_packed(
+    make: Make, bits: int, symmetric: bool
+) -> None:
     from safetensors.torch import load_file, save_file
 
     from bmkit.compress import pack as stored
 
     path, plain = make("gemma2")
     tensors = load_file(path / "model.safetensors")
-    group = None if bits == 8 else 32
+    grid = Grid(bits, None if bits == 8 else 32, symmetric, scale_dtype=torch.bfloat16)
     for name in [n for n in tensors if n.endswith("_proj.weight")]:
-        values, scale = quantize(tensors.pop(name), bits, group)
-        packed = stored.pack(values, scale, bits)
+        found = round_matrix(tensors.pop(name), grid)
+        packed = stored.pack(found, grid)
         tensors |= {name.removesuffix("weight") + k: v for k, v in packed.items()}
-        plain.get_parameter(name).data = dequantize(values, scale)
+        plain.get_parameter(name).data = found.dense()
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] = stored.config(bits, group, ["lm_head"])
+    config["quantization_config"] = stored.config(grid, ["lm_head"])
     (path / "config.json").write_text(json.dumps(config))
     wanted, logits = answers(plain)
     for room in (Room(), Room(least(path))):
@@ -322,7 +325,7 @@ def test_packed_integers_of_a_checkpoint_stay_packed(make: Make, bits: int) -> N
         assert torch.equal(found, wanted)
         assert far(scores, logits) < 1e-5
     block = next(u for u in placed.units if u.name == "model.layers.1")
-    assert {p.matrix.shape.kind for p in block.packed} == {{8: INT8, 4: INT4}[bits]}
+    assert {p.matrix.shape.kind for p in block.packed} == {kind_of(bits, zero=not symmetric)}
 
 
 def test_closing_ends_the_threads(make: Make) -> None:

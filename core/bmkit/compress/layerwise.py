@@ -20,7 +20,7 @@ from bmkit.errors import InputError
 from bmkit.nn import sparsity
 from bmkit.nn.gptq import gptq
 from bmkit.nn.hessian import output_error
-from bmkit.nn.rounding import dequantize, quantize
+from bmkit.nn.rounding import Grid, Rounded, round_matrix
 from bmkit.report import Reporter, task
 
 TOKENS_AN_INPUT = 16
@@ -28,7 +28,7 @@ TOKENS_AN_INPUT = 16
 
 Layerwise = Gptq | Wanda | SparseGpt
 Parts = Mapping[str, Tensor]
-"""A compressed matrix: `values` int8 [out, inputs] and `scale`, or a dense `weight`."""
+"""A compressed matrix: the fields of a `Rounded`, or a dense `weight`."""
 
 
 @dataclass(frozen=True)
@@ -48,36 +48,34 @@ def dense(parts: Parts) -> Tensor:
     """Return the float32 matrix that `parts` stand for."""
     if "weight" in parts:
         return parts["weight"].float()
-    return dequantize(parts["values"], parts["scale"])
+    return Rounded(**parts).dense()
 
 
 def compress(
-    step: Layerwise, weight: Tensor, seen: Seen, group: int | None
+    step: Layerwise, weight: Tensor, seen: Seen, grid: Grid | None
 ) -> tuple[dict[str, Tensor], bool]:
     """Compress `weight` [out, inputs] by what went into it; tell whether plain rounding is better.
 
     Raises ValueError for weights that aren't finite or sizes that don't fit.
     """
     if isinstance(step, Gptq):
+        assert grid is not None  # what it rounds to
         zeros = float((weight == 0).float().mean())
-        values, scale = gptq(
+        found = gptq(
             weight,
             seen.hessian,
-            step.bits,
-            group,
+            grid,
             act_order=step.act_order,
             damp=step.damp,
-            scale_search=step.scale_search,
             keep_zeros=zeros > ZEROS,
         )
-        plain = quantize(weight, step.bits, group, scale_search=step.scale_search)
-        found, simple = (
-            output_error(dequantize(*pair) - weight, weight, seen.held_out)
-            for pair in ((values, scale), plain)
+        plain = round_matrix(weight, grid)
+        error, simple = (
+            output_error(one.dense() - weight, weight, seen.held_out) for one in (found, plain)
         )
-        if simple < found:
-            values, scale = plain
-        return {"values": values, "scale": scale}, simple < found
+        best = plain if simple < error else found
+        parts = {"values": best.values, "scale": best.scale, "zero": best.zero}
+        return {k: part for k, part in parts.items() if part is not None}, simple < error
     if not torch.isfinite(weight).all():
         raise ValueError("it holds NaN or infinite weights")
     pattern = sparsity.parse_pattern(step.pattern)
@@ -105,7 +103,7 @@ def walk_blocks(
     step: Layerwise,
     rows: Tensor,
     left: Sequence[str],
-    group: int | None,
+    grid: Grid | None,
     folder: Path,
     *,
     device: torch.device,
@@ -127,7 +125,7 @@ def walk_blocks(
             chosen = {n: m for n, m in block.linears.items() if n not in left}
             file = folder / f"block-{block.number:05}.safetensors"
             if not file.is_file():
-                _write(file, *_block(blocks, step, block, chosen, group))
+                _write(file, *_block(blocks, step, block, chosen, grid))
             kept = load_file(file)
             notes += plan.read_json(file.with_suffix(".json"))["layers"]
             for name, module in chosen.items():
@@ -154,7 +152,7 @@ def _block(
     step: Layerwise,
     block: Block,
     chosen: Mapping[str, nn.Linear],
-    group: int | None,
+    grid: Grid | None,
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """Compress the layers of a block; return their parts by stored name, and what was measured."""
     seen = blocks.observe(block, list(chosen)) if chosen else {}
@@ -168,7 +166,7 @@ def _block(
                 hint="name it in exclude_modules, to leave it as it is",
             )
         try:
-            parts, fallback = compress(step, module.weight.data, seen[name], group)
+            parts, fallback = compress(step, module.weight.data, seen[name], grid)
             if "weight" in parts:
                 parts["weight"] = parts["weight"].to(blocks.dtype(stored))
         except ValueError as exc:

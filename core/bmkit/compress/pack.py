@@ -7,34 +7,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bmkit.nn.rounding import Grid, Rounded
 
-def pack(values: Tensor, scale: Tensor, bits: int) -> dict[str, Tensor]:
-    """Return the tensors of one layer by their suffix, from int8 `values` [out, in] and `scale`.
 
-    `weight_packed` holds 32 / bits values in each int32, `weight_shape` the shape before packing.
-    The format is that of compressed-tensors, which packs here too.
+def pack(found: Rounded, grid: Grid) -> dict[str, Tensor]:
+    """Return the tensors of one layer [out, in] by their suffix.
+
+    `weight_packed` holds the values of a row one after the other in int32, with 2^(bits-1) added;
+    `weight_scale` [out, groups]; `weight_shape` is the shape before packing; `weight_zero_point`
+    holds those of asymmetric grids, packed along the rows. The format is that of
+    compressed-tensors, which packs here too.
     """
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    return {
-        "weight_packed": pack_to_int32(values, bits),
-        "weight_scale": scale,
-        "weight_shape": torch.tensor(values.shape),
+    parts = {
+        "weight_packed": pack_to_int32(found.values, grid.bits),
+        "weight_scale": found.scale.to(grid.scale_dtype),
+        "weight_shape": torch.tensor(found.values.shape),
     }
+    if found.zero is not None:
+        parts["weight_zero_point"] = pack_to_int32(found.zero, grid.bits, packed_dim=0)
+    return parts
 
 
-def config(bits: int, group_size: int | None, ignore: list[str]) -> dict[str, Any]:
+def config(grid: Grid, ignore: list[str]) -> dict[str, Any]:
     """Return the `quantization_config` for `config.json`; `ignore` are the linears left dense.
 
     `dequantize` makes plain transformers unpack while loading, not at the first forward: it is
     quicker, and `peft` finds the dense weights that it needs.
     """
     weights = {
-        "num_bits": bits,
+        "num_bits": grid.bits,
         "type": "int",
-        "symmetric": True,
-        "strategy": "channel" if group_size is None else "group",
-        "group_size": group_size,
+        "symmetric": grid.symmetric,
+        "strategy": "channel" if grid.group_size is None else "group",
+        "group_size": grid.group_size,
         "dynamic": False,
         "observer": "minmax",
     }

@@ -1,9 +1,43 @@
-"""Round to nearest: symmetric integers with one scale per output channel or per group of inputs."""
+"""Round to nearest: small integers with one scale, and maybe a zero-point, per group of inputs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What weights are rounded to."""
+
+    bits: int
+    group_size: int | None = None
+    """Inputs that share a scale; None: all of a row."""
+    symmetric: bool = True
+    """Whether zero is the middle; else each group has a zero-point."""
+    scale_search: int = 1
+    """How many clipping points are tried per group; 1 keeps the largest weight."""
+    scale_dtype: torch.dtype = torch.float32
+    """What scales are stored in: they are exact in it."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A matrix on a grid: (values - zero) * scale."""
+
+    values: Tensor
+    """int8 [out, inputs] in [-2^(bits-1), 2^(bits-1)-1]; symmetric ones leave the least out."""
+    scale: Tensor
+    """float32 [out, groups]."""
+    zero: Tensor | None = None
+    """int8 [out, groups], the value that stands for zero; None: 0."""
+
+    def dense(self) -> Tensor:
+        """Return the float32 matrix [out, inputs]."""
+        return dequantize(self.values, self.scale, self.zero)
 
 
 def quantize(
@@ -18,36 +52,99 @@ def quantize(
     copies of `weight`. Raises ValueError if `group_size` doesn't divide the inputs, or if a weight
     is not finite.
     """
+    found = round_matrix(weight, Grid(bits, group_size, scale_search=scale_search))
+    return found.values, found.scale
+
+
+def round_matrix(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Rounded:
+    """Round `weight` [out, in] to `grid`, as `quantize` does for symmetric ones.
+
+    A group of an asymmetric grid spans its least and its largest weight, and zero, which it holds
+    exactly. Clipping points are judged by squared errors, times `importance` [in] if that is
+    given: the energy of the inputs. Peak memory: four float32 copies of `weight`. Raises ValueError
+    as `quantize` does.
+    """
+    out, inputs = weight.shape
+    groups = grouped(weight, grid.group_size)
+    if not torch.isfinite(groups).all():
+        raise ValueError("it holds NaN or infinite weights")
+    weights = None if importance is None else grouped(importance[None], grid.group_size)
+    best: tuple[Tensor, Tensor] | None = None
+    least = torch.empty(0)
+    for scale, zero in _candidates(groups, grid):
+        if grid.scale_search == 1:
+            best = scale, zero
+            break
+        error = (snapped(groups, scale, zero, grid) - zero).mul_(scale).sub_(groups).square_()
+        if weights is not None:
+            error *= weights
+        error = error.sum(-1, keepdim=True)
+        if best is None:
+            best, least = (scale, zero), error
+        else:
+            better = error < least
+            best = scale.where(better, best[0]), zero.where(better, best[1])
+            least = torch.minimum(error, least)
+    assert best is not None  # at least one is tried
+    scale, zero = best
+    values = snapped(groups, scale, zero, grid).to(torch.int8).reshape(out, inputs)
+    zeros = None if grid.symmetric else zero.squeeze(-1).to(torch.int8)
+    return Rounded(values, scale.squeeze(-1), zeros)
+
+
+def _candidates(groups: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield scales and zero-points [out, groups, 1], with ever narrower ranges of `groups`."""
+    low, high = limits(grid)
+    least_scale = torch.finfo(torch.float32).tiny / 0.8  # clipping takes it down to 80 %
+    if grid.symmetric:
+        full = groups.abs().amax(-1, keepdim=True) / high
+    else:
+        bottom = groups.amin(-1, keepdim=True).clamp_max(0)
+        full = (groups.amax(-1, keepdim=True).clamp_min(0) - bottom) / (high - low)
+    some = full > 0
+    full = full.clamp_min(least_scale).where(some, torch.ones_like(full))
+    tries = grid.scale_search
+    for step in range(tries):
+        share = 1 - 0.2 * step / (tries - 1) if tries > 1 else 1.0
+        scale = stored(full * share, grid.scale_dtype)
+        if grid.symmetric:
+            yield scale, torch.zeros_like(scale)
+            continue
+        zero = (low - bottom * share / scale).round_().clamp_(low, high)
+        yield scale, zero.where(some, torch.zeros_like(zero))
+
+
+def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return positive float32 scales as `dtype` holds them, at least its smallest normal number."""
+    if dtype == torch.float32:
+        return scale
+    return scale.clamp_min(torch.finfo(dtype).tiny).to(dtype).float()
+
+
+def limits(grid: Grid) -> tuple[int, int]:
+    """Return the least and the largest value of a grid."""
+    top = int(2 ** (grid.bits - 1)) - 1
+    return (-top if grid.symmetric else -top - 1), top
+
+
+def snapped(groups: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    """Round `groups` / `scale` + `zero` to whole numbers of the grid, as float32."""
+    return (groups / scale).round_().add_(zero).clamp_(*limits(grid))
+
+
+def grouped(weight: Tensor, group_size: int | None) -> Tensor:
+    """Return `weight` [out, in] as float32 [out, groups, size]; ValueError if it doesn't divide."""
     out, inputs = weight.shape
     size = group_size or inputs
     if inputs % size:
         raise ValueError(f"group size {size} does not divide {inputs} inputs")
-    groups = weight.float().reshape(out, inputs // size, size)  # [out, groups, size]
-    if not torch.isfinite(groups).all():
-        raise ValueError("it holds NaN or infinite weights")
-    top = 2 ** (bits - 1) - 1
-    largest = groups.abs().amax(-1, keepdim=True)  # [out, groups, 1]
-    least_scale = torch.finfo(torch.float32).tiny / 0.8  # clipping takes it down to 80 %
-    full = (largest / top).clamp_min(least_scale).where(largest > 0, torch.ones_like(largest))
-    scale = full
-    if scale_search > 1:
-        least = torch.full_like(full, torch.inf)
-        for step in range(scale_search):
-            tried = full * (1 - 0.2 * step / (scale_search - 1))
-            error = (round_to(groups, tried, top) * tried - groups).square().sum(-1, keepdim=True)
-            scale = torch.where(error < least, tried, scale)
-            least = torch.minimum(error, least)
-    values = round_to(groups, scale, top).to(torch.int8)
-    return values.reshape(out, inputs), scale.squeeze(-1)
+    return weight.float().reshape(out, inputs // size, size)
 
 
-def round_to(groups: Tensor, scale: Tensor, top: int) -> Tensor:
-    """Round `groups` / `scale` to whole numbers in [-top, top]."""
-    return (groups / scale).round_().clamp_(-top, top)
-
-
-def dequantize(values: Tensor, scale: Tensor) -> Tensor:
-    """Return the float32 weight [out, in] that `values` and `scale` [out, groups] stand for."""
+def dequantize(values: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    """Return the float32 weight [out, in] that `values`, `scale` and `zero` [out, groups] mean."""
     out, inputs = values.shape
     groups = values.float().reshape(out, scale.shape[1], inputs // scale.shape[1])
+    if zero is not None:
+        groups = groups - zero.float().unsqueeze(-1)
     return (groups * scale.float().unsqueeze(-1)).reshape(out, inputs)

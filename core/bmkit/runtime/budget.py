@@ -401,8 +401,11 @@ def _bytes(tensor: TensorHeader, headers: Headers, quant: str | None) -> int:
     """Return what a tensor takes in a slab."""
     shape = tensor.shape
     if tensor.name.endswith("_packed"):
-        inputs = _round_up(shape[1] * 32 // headers.packed_bits)
-        return shape[0] * inputs * headers.packed_bits // 8 + 64
+        bits = headers.bits_of(tensor.name)
+        inputs = _round_up(shape[1] * 32 // bits)
+        return shape[0] * inputs * max(bits, 4) // 8 + 64  # 2 and 3 bits are kept as 4
+    if tensor.name.endswith("_zero_point"):
+        return 0  # it lies in the scales
     if tensor.name.endswith("_scale") or len(shape) < 2:
         return 4 * tensor.numel + 64
     rows, inputs = shape[0], _round_up(shape[1])

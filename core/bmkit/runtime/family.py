@@ -31,20 +31,25 @@ def covers(config: Mapping[str, Any]) -> bool:
 
 
 def readable(quantization: Any) -> bool:
-    """Tell whether weights stored like this can stay packed: symmetric integers of one width."""
+    """Tell whether weights stored like this can stay packed: integers of 2, 3, 4 or 8 bits."""
     if not quantization:
         return True
     if not isinstance(quantization, Mapping):
         quantization = quantization.to_dict()
     groups = list((quantization.get("config_groups") or {}).values())
-    one = len({str((g.get("weights") or {}).get("num_bits")) for g in groups}) == 1
     return (
-        one
+        bool(groups)
         and quantization.get("format") == "pack-quantized"
-        and all(
-            (g.get("weights") or {}).get("symmetric") and not g.get("input_activations")
-            for g in groups
-        )
+        and all(_stays(g.get("weights") or {}) and not g.get("input_activations") for g in groups)
+    )
+
+
+def _stays(weights: Mapping[str, Any]) -> bool:
+    return (
+        weights.get("type") == "int"
+        and weights.get("num_bits") in (2, 3, 4, 8)
+        and weights.get("strategy") in ("channel", "group")
+        and weights.get("actorder") not in ("group", True)  # that stores an order of inputs
     )
 
 

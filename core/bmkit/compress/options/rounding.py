@@ -9,15 +9,16 @@ from pydantic import Field
 from bmkit.recipe import Model
 
 
-class Quantize(Model):
-    """Round the weights of linear layers to a small grid."""
-
-    method: Literal["quantize"]
-    bits: Literal[4, 8] = Field(default=8, description="Bits of a weight.")
+class _Rounding(Model):
+    bits: Literal[2, 3, 4, 8] = Field(default=8, description="Bits of a weight.")
     group_size: Literal["channel", "auto", 32, 64, 128] = Field(
         default="channel",
         description="How many inputs share a scale: `channel` is all of a row; "
         "`auto` is the largest of 128, 64, 32 that divides every layer.",
+    )
+    symmetric: bool = Field(
+        default=True,
+        description="Whether zero is the middle of the grid; else each group has a zero-point.",
     )
     scale_search: int = Field(
         default=1,
@@ -26,6 +27,10 @@ class Quantize(Model):
         description="How many clipping points to try per scale, keeping the smallest squared error;"
         " 1 keeps the largest weight exact.",
     )
+    scale_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="What scales are stored in. `auto`: bfloat16 for groups, else float32.",
+    )
     exclude_modules: list[str] = Field(
         default=[],
         description="Modules to leave as they are, by the end of their name. Embeddings and the "
@@ -33,11 +38,17 @@ class Quantize(Model):
     )
 
 
-class Gptq(Model):
+class Quantize(_Rounding):
+    """Round the weights of linear layers to a small grid."""
+
+    method: Literal["quantize"]
+
+
+class Gptq(_Rounding):
     """Round the weights of linear layers, each making up for the errors of those before it."""
 
     method: Literal["gptq"]
-    bits: Literal[4, 8] = Field(default=4, description="Bits of a weight.")
+    bits: Literal[2, 3, 4, 8] = Field(default=4, description="Bits of a weight.")
     group_size: Literal["channel", "auto", 32, 64, 128] = Field(
         default="auto", description="How many inputs share a scale, as in `quantize`."
     )
@@ -49,7 +60,4 @@ class Gptq(Model):
     )
     damp: float = Field(
         default=0.05, gt=0, le=1, description="Added to the curvature, of its diagonal's mean."
-    )
-    exclude_modules: list[str] = Field(
-        default=[], description="Modules to leave as they are, by the end of their name."
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from bmkit import model
 from bmkit.compress import calibrate, layerwise, pack
 from bmkit.compress.options.rounding import Gptq
-from bmkit.compress.steps.rounding import group_size
+from bmkit.compress.steps.rounding import grid_of
 from bmkit.compress.work import Metrics, Work, scope, write_config
 from bmkit.nn import walk
+from bmkit.nn.rounding import Rounded
 
 
 def run(work: Work, step: layerwise.Layerwise) -> Metrics:
@@ -21,7 +22,7 @@ def run(work: Work, step: layerwise.Layerwise) -> Metrics:
         scoped.left,
     )
     widths = scoped.widths
-    group = group_size(step, widths) if isinstance(step, Gptq) else None
+    grid = grid_of(step, widths) if isinstance(step, Gptq) else None
     fitted = shared.rows.numel() * (calibrate.HELD_OUT - 1) // calibrate.HELD_OUT
     if fitted < layerwise.TOKENS_AN_INPUT * max(widths):
         reporter.warn(
@@ -33,7 +34,7 @@ def run(work: Work, step: layerwise.Layerwise) -> Metrics:
         step,
         shared.rows,
         left,
-        group,
+        grid,
         work.folder,
         device=shared.device,
         reporter=reporter,
@@ -46,8 +47,8 @@ def run(work: Work, step: layerwise.Layerwise) -> Metrics:
             continue
         parts = layerwise.read(where[name], name)
         before += 4 * tensor.numel()
-        if isinstance(step, Gptq):
-            parts = pack.pack(parts["values"], parts["scale"], step.bits)
+        if grid is not None:
+            parts = pack.pack(Rounded(**parts), grid)
         for suffix, part in parts.items():
             after += part.numel() * part.element_size()
             writer.add(f"{name.removesuffix('weight')}{suffix}", part)
@@ -57,14 +58,14 @@ def run(work: Work, step: layerwise.Layerwise) -> Metrics:
         "layers": found.layers,
         "output_error": round(found.output_error, 6),
     }
-    if not isinstance(step, Gptq):
+    if grid is None:
         return {**metrics, "sparsity": round(found.sparsity, 6)}
     prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
     written = {name.removeprefix(prefix) for name in where}
     outside = [n for n in linears if f"{n.removeprefix(prefix)}.weight" not in written]
     ignore = sorted({*walk.output_heads(skeleton), *left, *outside})
     config = dict(headers.config)
-    config["quantization_config"] = pack.config(step.bits, group, ignore)
+    config["quantization_config"] = pack.config(grid, ignore)
     write_config(work.out, config)
     if found.fallbacks:
         reporter.info(f"{found.fallbacks} of {found.layers} layers: plain rounding is better")

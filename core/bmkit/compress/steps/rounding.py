@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from bmkit import model
 from bmkit.compress import pack
 from bmkit.compress.options.rounding import Gptq, Quantize
 from bmkit.compress.work import Metrics, Work, scope, write_config
 from bmkit.errors import InputError, RecipeError
 from bmkit.nn import walk
-from bmkit.nn.rounding import dequantize, quantize
+from bmkit.nn.rounding import Grid, round_matrix
 from bmkit.report import task
 
 
@@ -17,7 +19,7 @@ def run(work: Work, step: Quantize) -> Metrics:
     job, source = work.job, work.source
     found = scope(source, step.exclude_modules)
     headers = found.headers
-    group = group_size(step, found.widths)
+    grid = grid_of(step, found.widths)
     device = work.shared.device
     writer = model.ShardWriter(work.out)
     count = before = after = 0
@@ -32,15 +34,15 @@ def run(work: Work, step: Quantize) -> Metrics:
                 continue
             weight = tensor.to(device)
             try:
-                values, scale = quantize(weight, step.bits, group, scale_search=step.scale_search)
+                rounded = round_matrix(weight, grid)
             except ValueError as exc:
                 raise InputError(f"{source}: layer {name}: {exc}") from None
-            difference = dequantize(values, scale) - weight.float()
+            difference = rounded.dense() - weight.float()
             error += float(difference.square().sum())
             energy += float(weight.float().square().sum())
             count += 1
             before += weight.numel() * 4
-            for suffix, part in pack.pack(values, scale, step.bits).items():
+            for suffix, part in pack.pack(rounded, grid).items():
                 after += part.numel() * part.element_size()
                 writer.add(f"{name.removesuffix('weight')}{suffix}", part.cpu())
             bar.advance()
@@ -48,7 +50,7 @@ def run(work: Work, step: Quantize) -> Metrics:
     model.copy_side_files(source, work.out)
     ignore = sorted({*walk.output_heads(found.skeleton), *found.left})
     config = dict(headers.config)
-    config["quantization_config"] = pack.config(step.bits, group, ignore)
+    config["quantization_config"] = pack.config(grid, ignore)
     write_config(work.out, config)
     return {
         "layers": count,
@@ -59,11 +61,25 @@ def run(work: Work, step: Quantize) -> Metrics:
     }
 
 
-def group_size(step: Quantize | Gptq, widths: list[int]) -> int | None:
-    """Return how many of a layer's inputs share a scale; None for all.
+def grid_of(step: Quantize | Gptq, widths: list[int]) -> Grid:
+    """Return what the weights of layers with `widths` inputs are rounded to.
 
-    Raises RecipeError if that doesn't divide one of `widths`.
+    Raises RecipeError if the group size doesn't divide one of them.
     """
+    group = _group_size(step, widths)
+    dtype = step.scale_dtype
+    if dtype == "auto":
+        dtype = "float32" if group is None else "bfloat16"
+    return Grid(
+        step.bits,
+        group,
+        symmetric=step.symmetric,
+        scale_search=step.scale_search,
+        scale_dtype=getattr(torch, dtype),
+    )
+
+
+def _group_size(step: Quantize | Gptq, widths: list[int]) -> int | None:
     if step.group_size == "channel":
         return None
     sizes = (128, 64, 32) if step.group_size == "auto" else (step.group_size,)

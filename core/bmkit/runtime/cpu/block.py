@@ -18,7 +18,9 @@ from bmkit.runtime.cpu import KEPT
 from bmkit.runtime.cpu.dots import (
     BFLOAT16,
     FLOAT32,
+    INT4_ZERO,
     INT8,
+    INT8_ZERO,
     ROWS,
     call_rows,
     dot_1x1,
@@ -141,6 +143,7 @@ def unpack(slab: Any, m: Any, row: int, out: Any) -> None:
     raw = slab[start : start + m[M_ROW_BYTES]]
     first = m[M_SCALES] + row * m[M_SCALE_BYTES]
     scales = slab[first : first + m[M_SCALE_BYTES]].view(np.float32)
+    words = slab[first : first + m[M_SCALE_BYTES]].view(np.uint32)
     width = len(out)
     if kind == FLOAT32:
         out[:] = raw.view(np.float32)[:width]
@@ -156,13 +159,25 @@ def unpack(slab: Any, m: Any, row: int, out: Any) -> None:
             scale = scales[g]
             for i in range(g * group, min((g + 1) * group, width)):
                 out[i] = float32(signed[i]) * scale
+    elif kind == INT8_ZERO:
+        group = m[M_GROUP]
+        signed = raw.view(np.int8)
+        for g in range(len(words)):
+            scale = float_of_bits(words[g] & np.uint32(0xFFFFFF00))
+            zero = np.int32(np.int8(words[g] & np.uint32(255)))
+            for i in range(g * group, min((g + 1) * group, width)):
+                out[i] = float32(np.int32(signed[i]) - zero) * scale
     else:
         for b in range((width + 31) // 32):
-            scale = scales[32 * b // m[M_GROUP]]
+            scale, zero = scales[32 * b // m[M_GROUP]], np.int32(8)
+            if kind == INT4_ZERO:
+                word = words[32 * b // m[M_GROUP]]
+                scale = float_of_bits(word & np.uint32(0xFFFFFF00))
+                zero = np.int32(word & np.uint32(255))
             for i in range(min(16, width - 32 * b)):
-                out[32 * b + i] = float32(np.int32(raw[16 * b + i] & 15) - np.int32(8)) * scale
+                out[32 * b + i] = float32(np.int32(raw[16 * b + i] & 15) - zero) * scale
             for i in range(min(16, width - 32 * b - 16)):
-                high = np.int32(raw[16 * b + i] >> 4) - np.int32(8)
+                high = np.int32(raw[16 * b + i] >> 4) - zero
                 out[32 * b + 16 + i] = float32(high) * scale
 
 

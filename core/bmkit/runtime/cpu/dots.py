@@ -21,10 +21,17 @@ from numba.extending import intrinsic
 
 types: Any = numba_types
 LANES = 8
-FLOAT32, BFLOAT16, INT8, INT4 = KINDS = range(4)
-"""How a matrix is stored. INT8 and INT4 are symmetric, with a float32 scale per group of inputs."""
+FLOAT32, BFLOAT16, INT8, INT4, FLOAT16, INT8_ZERO, INT4_ZERO = range(7)
+"""How a matrix is stored.
 
-BITS = {FLOAT32: 32, BFLOAT16: 16, INT8: 8, INT4: 4}
+INT8 and INT4 are symmetric, with a float32 scale per group of inputs. The others have a zero-point
+too: the lowest byte of the scale's 32 bits (so scales keep 15 bits behind the point), signed for 8
+bits, from 0 to 15 for 4. FLOAT16 is for GPUs: no kernel here reads it.
+"""
+KINDS = (FLOAT32, BFLOAT16, INT8, INT4, INT8_ZERO, INT4_ZERO)
+BITS = {FLOAT32: 32, BFLOAT16: 16, FLOAT16: 16, INT8: 8, INT4: 4, INT8_ZERO: 8, INT4_ZERO: 4}
+EIGHTS, FOURS = (INT8, INT8_ZERO), (INT4, INT4_ZERO)
+WITH_ZERO = (INT8_ZERO, INT4_ZERO)
 
 AHEAD = 8
 """Weight rows that are asked for before they are needed: into the second cache, since the first is
@@ -54,14 +61,20 @@ def _prefetch(b: Any, base: Any, byte: Any) -> None:
     b.call(call, [place, *(ir.Constant(_I32, value) for value in (0, 2, 1))])
 
 
-def _floats(b: Any, base: Any, at: Any, width: int) -> Any:
-    """Return the LANES weights at element `at`, of 4-, 2- or 1-byte values, as float32."""
+def _floats(b: Any, base: Any, at: Any, width: int, zero: Any = None) -> Any:
+    """Return the LANES weights at element `at`, of 4- or 1-byte values, as float32.
+
+    `zero`, an int8, is taken off.
+    """
     byte = b.mul(at, ir.Constant(_I64, width))
     if width == 4:
         return _load(b, base, byte, _V)
     if width == 1:
         raw = _load(b, base, byte, ir.VectorType(_I8, LANES))
-        return b.sitofp(b.sext(raw, ir.VectorType(_I32, LANES)), _V)
+        wide = b.sext(raw, ir.VectorType(_I32, LANES))
+        if zero is not None:
+            wide = b.sub(wide, _everywhere(b, b.sext(zero, _I32)))
+        return b.sitofp(wide, _V)
     raise AssertionError
 
 
@@ -72,16 +85,20 @@ def _halves(b: Any, base: Any, at: Any) -> Any:
     return b.bitcast(b.shl(b.zext(raw, wide), ir.Constant(wide, [16] * LANES)), _V)
 
 
-def _nibbles(b: Any, base: Any, at: Any) -> list[Any]:
-    """Return the INT4_BLOCK weights from element `at` as four vectors, in order."""
+def _nibbles(b: Any, base: Any, at: Any, zero: Any) -> list[Any]:
+    """Return the INT4_BLOCK weights from element `at` as four vectors, in order.
+
+    `zero`, an int8, is taken off.
+    """
     half = INT4_BLOCK // 2
     raw_type, wide = ir.VectorType(_I8, half), ir.VectorType(_I32, LANES)
     raw = _load(b, base, b.lshr(at, ir.Constant(_I64, 1)), raw_type)
     low = b.and_(raw, ir.Constant(raw_type, [15] * half))
     high = b.lshr(raw, ir.Constant(raw_type, [4] * half))
     found = []
+    middle = _everywhere(b, zero, half)
     for part in (low, high):
-        signed = b.sub(part, ir.Constant(raw_type, [8] * half))
+        signed = b.sub(part, middle)
         for first in (0, LANES):
             lanes = ir.Constant(ir.VectorType(_I32, LANES), list(range(first, first + LANES)))
             eight = b.shuffle_vector(signed, ir.Constant(raw_type, ir.Undefined), lanes)
@@ -116,8 +133,8 @@ def _product(
     """
     rows, tokens = len(weights), len(inputs)
     pairs = [(r, t) for r in range(rows) for t in range(tokens)]
-    scaled = kind in {INT8, INT4}
-    chunks = 4 if kind == INT4 or len(pairs) <= 2 else 2 if len(pairs) <= 4 else 1
+    scaled = kind in EIGHTS + FOURS
+    chunks = 4 if kind in FOURS or len(pairs) <= 2 else 2 if len(pairs) <= 4 else 1
     step = chunks * LANES
     bases = [b.gep(data, [row]) for row in weights]
     total = [cgutils.alloca_once_value(b, _ZERO) for _ in pairs]
@@ -129,6 +146,11 @@ def _product(
         begin = b.mul(outer.index, span)
         for place in sums:
             b.store(_ZERO, place)
+        words, zeros = [], [ir.Constant(_I8, 8) if kind in FOURS else None] * rows
+        if kind in WITH_ZERO:
+            after = b.mul(outer.index, ir.Constant(_I64, 4))
+            words = [_word(b, data, b.add(row, after)) for row in scales]
+            zeros = [b.trunc(word, _I8) for word in words]
         with cgutils.for_range(b, b.udiv(span, ir.Constant(_I64, step))) as inner:
             at = b.add(begin, b.mul(inner.index, ir.Constant(_I64, step)))
             if rows > 1:
@@ -136,16 +158,19 @@ def _product(
                 ahead = b.add(byte, b.mul(row_bytes, ir.Constant(_I64, AHEAD)))
                 for base in bases:
                     _prefetch(b, base, ahead)
-            if kind == INT4:
-                four = [_nibbles(b, base, at) for base in bases]
+            if kind in FOURS:
+                pairs_of = zip(bases, zeros, strict=True)
+                four = [_nibbles(b, base, at, zero) for base, zero in pairs_of]
             for c in range(chunks):
                 here = b.add(at, ir.Constant(_I64, c * LANES))
-                if kind == INT4:
+                if kind in FOURS:
                     w = [each[c] for each in four]
                 elif kind == BFLOAT16:
                     w = [_halves(b, base, here) for base in bases]
                 else:
-                    w = [_floats(b, base, here, 1 if kind == INT8 else 4) for base in bases]
+                    size = 1 if kind in EIGHTS else 4
+                    pairs_of = zip(bases, zeros, strict=True)
+                    w = [_floats(b, base, here, size, zero) for base, zero in pairs_of]
                 for t in range(tokens):
                     place = b.bitcast(b.gep(inputs[t], [here]), _V.as_pointer())
                     x = b.load(place, align=4)
@@ -153,8 +178,8 @@ def _product(
                         sum_ = sums[r * tokens + t]
                         product = b.fmul(w[r], x, flags=_FUSED)
                         b.store(b.fadd(product, b.load(sum_), flags=_FUSED), sum_)
-        scale = []
-        if scaled:
+        scale = [_everywhere(b, _cut(b, word)) for word in words]
+        if scaled and not words:
             after = b.mul(outer.index, ir.Constant(_I64, 4))
             scale = [_scale(b, data, b.add(row, after)) for row in scales]
         for i, (r, _) in enumerate(pairs):
@@ -171,12 +196,22 @@ def _scale(b: Any, data: Any, byte: Any) -> Any:
     return _everywhere(b, b.load(place, align=1))
 
 
-def _everywhere(b: Any, value: Any) -> Any:
-    """Put a float32 into every lane."""
-    nothing = ir.Constant(_V, ir.Undefined)
+def _word(b: Any, data: Any, byte: Any) -> Any:
+    """Load the 32 bits of a scale and its zero-point."""
+    return b.load(b.bitcast(b.gep(data, [byte]), _I32.as_pointer()), align=1)
+
+
+def _cut(b: Any, word: Any) -> Any:
+    """Return the scale that is left of a word without its zero-point."""
+    return b.bitcast(b.and_(word, ir.Constant(_I32, -256)), _F32)
+
+
+def _everywhere(b: Any, value: Any, lanes: int = LANES) -> Any:
+    """Put a number into every lane."""
+    nothing = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
     lane = b.insert_element(nothing, value, ir.Constant(_I32, 0))
-    lanes = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
-    return b.shuffle_vector(lane, nothing, lanes)
+    first = ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes)
+    return b.shuffle_vector(lane, nothing, first)
 
 
 def _make(rows: int, tokens: int) -> Callable[..., Any]:

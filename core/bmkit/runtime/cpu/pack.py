@@ -9,19 +9,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bmkit.runtime.cpu.dots import BFLOAT16, FLOAT32, INT4, INT8
+from bmkit.runtime.cpu.dots import (
+    BFLOAT16,
+    BITS,
+    EIGHTS,
+    FLOAT32,
+    FOURS,
+    INT4,
+    INT4_ZERO,
+    INT8,
+    INT8_ZERO,
+    WITH_ZERO,
+)
 
 ALIGN = 64
 PAD = 32
-FLOAT16 = 4
-"""A kind that the CPU's kernels don't know; GPUs compute in it."""
 KINDS = {
     torch.float64: FLOAT32,
     torch.float32: FLOAT32,
     torch.bfloat16: BFLOAT16,
     torch.float16: FLOAT32,
 }
-BITS = {FLOAT32: 32, BFLOAT16: 16, FLOAT16: 16, INT8: 8, INT4: 4}
+
+
+def kind_of(bits: int, *, zero: bool = False) -> int:
+    """Return how integers of `bits` bits are kept: those of 2 and 3 bits as nibbles."""
+    if bits == 8:
+        return INT8_ZERO if zero else INT8
+    return INT4_ZERO if zero else INT4
 
 
 def round_up(count: int, step: int = PAD) -> int:
@@ -53,7 +68,7 @@ class Shape:
     @property
     def groups(self) -> int:
         """Return the scales of a row, 0 for floats."""
-        if self.kind not in {INT8, INT4}:
+        if self.kind not in EIGHTS + FOURS:
             return 0
         return 1 if self.group is None else self.inputs // self.group
 
@@ -96,27 +111,62 @@ def pack_floats(weight: Tensor, bias: Tensor | None = None) -> Packed:
 
 
 def pack_integers(
-    values: Tensor, scale: Tensor, bits: int, bias: Tensor | None = None
+    values: Tensor,
+    scale: Tensor,
+    bits: int,
+    bias: Tensor | None = None,
+    *,
+    zero: Tensor | None = None,
 ) -> Packed | None:
-    """Pack symmetric integers `values` [out, in] (int8) with `scale` [out, groups].
+    """Pack integers `values` [out, in] (int8) with `scale` and `zero` (int8) [out, groups].
 
     Returns None where the groups are no multiples of 32 inputs: nothing here reads those.
     """
     out, inputs = values.shape
     groups = scale.shape[1]
     group = inputs // groups if groups > 1 else None
-    shape = Shape(INT8 if bits == 8 else INT4, out, inputs, group, bias is not None)
-    if not shape.readable or bits not in (4, 8):
+    shape = Shape(kind_of(bits, zero=zero is not None), out, inputs, group, bias is not None)
+    if not shape.readable or bits not in (2, 3, 4, 8):
         return None
+    return Packed(shape, bytes_of(values, bits), scale_words(scale, zero, bits), floats(bias))
+
+
+def bytes_of(values: Tensor, bits: int) -> np.ndarray:
+    """Return rows of integers (int8 [out, in]) as a slab holds them: uint8 [out, row bytes]."""
+    out, inputs = values.shape
     padded = values
     if inputs % PAD:
         padded = torch.zeros(out, round_up(inputs), dtype=torch.int8)
         padded[:, :inputs] = values
-    if bits == 4:
+    if bits != 8:
         halves = (padded + 8).view(torch.uint8).reshape(out, -1, 2, PAD // 2)
         padded = (halves[:, :, 0] | (halves[:, :, 1] << 4)).reshape(out, -1)
-    data = padded.contiguous().view(torch.uint8).numpy()
-    return Packed(shape, data, scale.float().contiguous().numpy(), floats(bias))
+    found: np.ndarray = padded.contiguous().view(torch.uint8).numpy()
+    return found
+
+
+def scale_words(scale: Tensor, zero: Tensor | None, bits: int) -> np.ndarray:
+    """Return what a slab holds of `scale` and `zero` [out, groups]: float32.
+
+    A zero-point takes the lowest byte of its scale, whose last 8 bits are rounded off.
+    """
+    words: np.ndarray = scale.float().contiguous().numpy()
+    if zero is None:
+        return words
+    bits_of = (words.view(np.uint32).astype(np.uint64) + 128) & 0xFFFFFF00
+    middle = zero.to(torch.int32) + (0 if bits == 8 else 8)
+    whole = bits_of.astype(np.uint32) | (middle.numpy().astype(np.uint32) & 255)
+    found: np.ndarray = whole.view(np.float32)
+    return found
+
+
+def scales_and_zeros(words: np.ndarray, kind: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the scales of a slab's words, and the zero-points (int8) if its kind has them."""
+    if kind not in WITH_ZERO:
+        return words, None
+    raw = np.ascontiguousarray(words).view(np.uint32)
+    zeros = (raw & 255).astype(np.uint8).view(np.int8)
+    return (raw & 0xFFFFFF00).view(np.float32), zeros - np.int8(8 if kind == INT4_ZERO else 0)
 
 
 def floats(bias: Tensor | None) -> np.ndarray | None:
@@ -127,7 +177,7 @@ def floats(bias: Tensor | None) -> np.ndarray | None:
 def integers(matrix: Packed) -> np.ndarray:
     """Return the values int8 [rows, inputs] of a matrix of integers."""
     shape = matrix.shape
-    if shape.kind == INT8:
+    if shape.kind in EIGHTS:
         return matrix.data.view(np.int8)[:, : shape.inputs]
     halves = matrix.data.reshape(shape.rows, -1, 1, PAD // 2)
     both = np.concatenate((halves & 15, halves >> 4), 2).reshape(shape.rows, -1)

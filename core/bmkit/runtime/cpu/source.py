@@ -16,7 +16,7 @@ from bmkit.errors import InputError
 from bmkit.nn.rounding import quantize
 from bmkit.plan import Headers, TensorHeader, read_headers
 from bmkit.runtime.cpu import pack
-from bmkit.runtime.cpu.dots import BFLOAT16, FLOAT32, INT8
+from bmkit.runtime.cpu.dots import BFLOAT16, EIGHTS, FLOAT32
 from bmkit.runtime.cpu.pack import Layout, Packed, Shape
 from bmkit.runtime.cpu.window import MappedFile, Window
 
@@ -192,7 +192,7 @@ class Files(Source):
         if self.quant is None:
             return Shape(pack.KINDS[DTYPES[weight.dtype]], rows, inputs, bias=bias)
         bits, group = self._grid(name, inputs)
-        return Shape(INT8 if bits == 8 else INT8 + 1, rows, inputs, group, bias)
+        return Shape(pack.kind_of(bits), rows, inputs, group, bias)
 
     def _grid(self, name: str, inputs: int) -> tuple[int, int | None]:
         bits, group = QUANT[self.quant or "int8"]
@@ -209,16 +209,25 @@ class Files(Source):
             raise InputError(f"{self.path}: {name} lacks its scale or shape")
         rows, inputs = (int(n) for n in size)
         groups = scale.shape[1] if len(scale.shape) > 1 else 1
-        kind = INT8 if self.headers.packed_bits == 8 else INT8 + 1
+        bits = self._bits(packed, inputs)
+        zero = f"{name}.weight_zero_point" in self.tensors
         group = inputs // groups if groups > 1 else None
-        shape = Shape(kind, rows, inputs, group, bias)
-        if not shape.readable or self.headers.packed_bits not in (4, 8):
+        shape = Shape(pack.kind_of(bits, zero=zero), rows, inputs, group, bias)
+        if not shape.readable or bits not in (2, 3, 4, 8):
             raise InputError(
-                f"{self.path}: {name} has {groups} groups of {inputs} inputs in "
-                f"{self.headers.packed_bits} bits",
-                hint="8 or 4 bits are read, in groups of 32, 64, 128 or whole rows",
+                f"{self.path}: {name} has {groups} groups of {inputs} inputs in {bits} bits",
+                hint="8, 4, 3 or 2 bits are read, in groups of 32, 64, 128 or whole rows",
             )
         return shape
+
+    def _bits(self, packed: TensorHeader, inputs: int) -> int:
+        """Return the bits of a packed value: what the config says, where that is possible."""
+        words = packed.shape[1]
+        found = [b for b in range(1, 9) if -(-inputs * b // 32) == words]
+        said = self.headers.bits_of(packed.name)
+        if not found:
+            raise InputError(f"{self.path}: {packed.name} is not as wide as its layer")
+        return said if said in found else found[-1]
 
     def read_again(self, header: TensorHeader, low: int = 0, count: int | None = None) -> Tensor:
         """Read `count` rows from `low` on, into memory that this thread's next call uses again."""
@@ -307,18 +316,16 @@ class Files(Source):
 
         shape = self.shape(name)
         assert shape is not None  # the caller has it
-        scales = torch.from_numpy(self.scales(name))
-        bits = self.headers.packed_bits
+        words = self.scales(name)
+        bits = self._bits(self.tensors[f"{name}.weight_packed"], shape.inputs)
         data = np.empty((shape.rows, shape.row_bytes), np.uint8)
         step = max(1, PART // max(shape.inputs, 1))
         for low in range(0, shape.rows, step):
             part = packed[low : low + step]
             size = torch.Size([len(part), shape.inputs])
             values = unpack_from_int32(part, bits, size).to(torch.int8)
-            found = pack.pack_integers(values, scales[low : low + step], bits)
-            assert found is not None  # `shape` has refused what can't be packed
-            data[low : low + step] = found.data
-        return Packed(shape, data, scales.numpy(), pack.floats(bias))
+            data[low : low + step] = pack.bytes_of(values, bits)
+        return Packed(shape, data, words, pack.floats(bias))
 
     def integers_into(self, name: str, shape: Shape, place: np.ndarray) -> bool:
         """Read packed integers to their place in a slab, if they are stored row by row unpadded.
@@ -328,7 +335,7 @@ class Files(Source):
         header = self.tensors.get(f"{name}.weight_packed")
         if header is None or shape.width != shape.inputs or header.bytes != len(place):
             return False
-        if shape.kind == INT8:
+        if shape.kind in EIGHTS:
             self.pread(header, place)
             np.bitwise_xor(place, 128, out=place)
             return True
@@ -339,12 +346,26 @@ class Files(Source):
         return True
 
     def scales(self, name: str) -> np.ndarray:
-        """Return the scales of packed integers: float32 [rows, groups]."""
+        """Return the scales of packed integers as a slab holds them: float32 [rows, groups]."""
         scale = self.read(self.tensors[f"{name}.weight_scale"])
         assert scale is not None  # it is in the headers
         self.require_finite(f"{name}.weight_scale", scale)
-        found: np.ndarray = scale.reshape(len(scale), -1).float().contiguous().numpy()
-        return found
+        scale = scale.reshape(len(scale), -1)
+        zero = self.read(self.tensors.get(f"{name}.weight_zero_point"))
+        if zero is not None:
+            from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+            packed = self.tensors[f"{name}.weight_packed"]
+            shape = self.shape(name)
+            assert shape is not None  # the caller has it
+            bits = self._bits(packed, shape.inputs)
+            words = -(-shape.rows * bits // 32)
+            if zero.dtype != torch.int32 or zero.shape != (words, scale.shape[1]):
+                raise InputError(f"{self.path}: {name} has zero-points of another shape")
+            flat = zero.T.reshape(-1).view(scale.shape[1], words)  # strides that it can view
+            zero = unpack_from_int32(flat, bits, torch.Size([scale.shape[1], shape.rows]))
+            return pack.scale_words(scale, zero.T, bits)
+        return pack.scale_words(scale, None, 8)
 
     def require_finite(self, name: str, values: Tensor, low: int = 0) -> None:
         """Look at the values of `name` from row `low` on, the first time.

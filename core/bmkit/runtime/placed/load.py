@@ -17,7 +17,7 @@ from bmkit.nn.rounding import quantize
 from bmkit.plan import TensorHeader
 from bmkit.runtime.budget import block_of
 from bmkit.runtime.cpu import pack
-from bmkit.runtime.cpu.dots import BFLOAT16, FLOAT32, INT4, INT8
+from bmkit.runtime.cpu.dots import BFLOAT16, FLOAT16, FLOAT32, INT4, INT8
 from bmkit.runtime.cpu.pack import Layout, Shape
 from bmkit.runtime.placed.matrix import (
     FLOATS,
@@ -253,7 +253,7 @@ class Builder:
         weight = module._parameters["weight"]
         assert weight is not None  # an embedding has one
         shape = self.shape(weight, None if self.bits is None else 8)
-        if shape is None or shape.kind == INT4:
+        if shape is None or shape.kind not in (BFLOAT16, FLOAT16, FLOAT32, INT8):
             return
         if id(weight) not in self.matrices:
             nowhere = np.empty(0, np.int64)

@@ -12,8 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bmkit.runtime.cpu import block as kernels
-from bmkit.runtime.cpu.dots import BFLOAT16, FLOAT32, INT8
-from bmkit.runtime.cpu.pack import FLOAT16, Shape
+from bmkit.runtime.cpu.dots import (
+    BFLOAT16,
+    EIGHTS,
+    FLOAT16,
+    FLOAT32,
+    INT4_ZERO,
+    INT8,
+    WITH_ZERO,
+)
+from bmkit.runtime.cpu.pack import Shape
 
 FEW = 32
 """Up to so many tokens a CPU multiplies with packed rows; more are worth unpacking them for."""
@@ -64,14 +72,19 @@ class Matrix:
             return raw.view(FLOATS[shape.kind])[:, : shape.inputs].to(self.dtype)
         groups = shape.groups
         part = self._part(1, 4 * count * groups, 4 * low * groups)
-        scales = part.view(torch.float32).view(count, groups, 1).to(self.dtype)
-        if shape.kind == INT8:
+        words = part.view(torch.int32).view(count, groups, 1)
+        if shape.kind in EIGHTS:
             values = raw.view(torch.int8)[:, : shape.inputs]
         else:
             halves = raw.view(count, -1, 1, 16)
             both = torch.cat((halves & 15, halves >> 4), 2).view(count, -1)
-            values = both[:, : shape.inputs].view(torch.int8) - 8
-        found = values.to(self.dtype).view(count, groups, -1).mul_(scales)
+            values = both[:, : shape.inputs].view(torch.int8)
+            values = values if shape.kind == INT4_ZERO else values - 8
+        found = values.to(self.dtype).view(count, groups, -1)
+        if shape.kind in WITH_ZERO:
+            found -= ((words << 24) >> 24).to(self.dtype)  # the lowest byte, signed
+            words = words & -256
+        found *= words.view(torch.float32).to(self.dtype)
         return found.view(count, shape.inputs)
 
     def bias(self) -> Tensor | None:

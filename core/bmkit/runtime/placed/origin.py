@@ -160,7 +160,9 @@ class Origin:
             integers = self.integers(name)
             values = torch.from_numpy(pack.integers(integers))
             assert integers.scales is not None  # integers have them
-            found = dequantize(values, torch.from_numpy(integers.scales))
+            scale, zero = pack.scales_and_zeros(integers.scales, integers.shape.kind)
+            middle = None if zero is None else torch.from_numpy(zero)
+            found = dequantize(values, torch.from_numpy(scale), middle)
         if found.is_floating_point():
             self.files.require_finite(name, found)
         return found

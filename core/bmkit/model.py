@@ -23,7 +23,7 @@ from bmkit.errors import (
     first_line,
     machine_refusal,
 )
-from bmkit.plan import Headers, Task, read_json
+from bmkit.plan import Headers, Task, read_headers, read_json
 from bmkit.plan import task as task_of
 
 SMALLER = "close other programs, or take a smaller model"
@@ -177,17 +177,19 @@ def load_model(path: Path, *, device: torch.device, dtype: str = "auto") -> Any:
     config = load_config(path)
     kind = auto_class(config)
     chosen = compute_dtype(dtype, stored_dtype(config), device)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+    where: Path | None = path
     if quantization := getattr(config, "quantization_config", None):
-        options = _dense(quantization, path)
+        options |= _dense(quantization, path)
+        if several_grids(quantization):  # transformers unpacks all of them by the first
+            where, options = None, {"state_dict": unpacked(path)}
+            del config.quantization_config
     try:
         model, info = kind.from_pretrained(
-            path,
+            where,
             config=config,
             dtype=chosen,
             device_map={"": device} if device.type != "cpu" else None,
-            local_files_only=True,
-            use_safetensors=True,
             output_loading_info=True,
             **options,
         )
@@ -284,6 +286,43 @@ def _dense(quantization: Any, path: Path) -> dict[str, Any]:
     if values.get("dequantize"):
         return {}
     return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+
+
+def several_grids(quantization: Any) -> bool:
+    """Tell whether a config of compressed-tensors has several groups of packed integers."""
+    values = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
+    groups = list((values.get("config_groups") or {}).values())
+    return len(groups) > 1 and all((g.get("weights") or {}).get("type") == "int" for g in groups)
+
+
+def unpacked(path: Path) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors, packed ones dense, each by its own grid.
+
+    Raises InputError for a module that lacks a part.
+    """
+    from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    headers = read_headers(path)
+    found = dict(tensors(headers))
+    for name in [n.removesuffix("_packed") for n in found if n.endswith(".weight_packed")]:
+        parts = {}
+        for suffix in ("packed", "scale", "shape", "zero_point"):
+            if (part := found.pop(f"{name}_{suffix}", None)) is not None:
+                parts[f"weight_{suffix}"] = part
+        try:
+            shape, groups = parts["weight_shape"].tolist(), parts["weight_scale"].shape[-1]
+            grid = QuantizationArgs(
+                num_bits=headers.bits_of(name),
+                symmetric="weight_zero_point" not in parts,
+                strategy="channel" if groups == 1 else "group",
+                group_size=None if groups == 1 else shape[1] // groups,
+            )
+            scheme = QuantizationScheme(targets=["Linear"], weights=grid)
+            found[name] = PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
+        except (KeyError, ValueError, RuntimeError, IndexError) as exc:
+            raise InputError(f"{path}: {name} can't be unpacked: {first_line(exc)}") from None
+    return found
 
 
 def empty_model(path: Path) -> nn.Module:

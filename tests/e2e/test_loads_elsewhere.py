@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 IDS = torch.tensor([[5, 9, 40, 77, 120, 3, 200]])
@@ -71,8 +72,6 @@ def test_int8_logits_are_those_of_rounded_weights(bmkit: Run, tiny: Path, tmp_pa
 
 @pytest.mark.model
 def test_int8_of_a_real_model_is_really_small(bmkit: Run, smollm2: Path, tmp_path: Path) -> None:
-    from safetensors import safe_open
-
     done = bmkit("compress", "int8", "-m", "smollm2-135m", "-o", "a", "--json")
     assert done.returncode == 0, done.stderr
     stored = dense = 0
@@ -305,3 +304,79 @@ def test_int8_covers_other_architectures_or_says_that_it_can_not(
 
     assert total("a") == pytest.approx(total("m"), rel=0.02)
     assert total("a") != total("m")
+
+
+@pytest.mark.parametrize("scales", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, "false"), (3, "false"), (2, "true")])
+def test_small_grids_load_in_plain_transformers(
+    bmkit: Run, tiny: Path, tmp_path: Path, bits: int, symmetric: str, scales: str
+) -> None:
+    done = bmkit(
+        *("compress", "int4", "-m", "tiny", "-o", "a", "-s", f"steps.0.bits={bits}"),
+        *("-s", f"steps.0.symmetric={symmetric}", "-s", f"steps.0.scale_dtype={scales}"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(by_bmkit(tmp_path / "a"), logits(tmp_path / "a"))
+    if scales == "bfloat16":  # transformers multiplies in it, infer in float32
+        return
+    says_what_transformers_says(bmkit, tmp_path / "a")
+
+
+@pytest.mark.parametrize("untied", [False, True])
+@pytest.mark.parametrize("recipe", ["int8", "int4"])
+def test_rounded_embeddings_are_read_or_refused(
+    bmkit: Run, tiny: Path, tmp_path: Path, recipe: str, untied: bool
+) -> None:
+    source = with_own_head(tiny, tmp_path / "untied") if untied else tiny
+    done = bmkit("compress", recipe, "-m", str(source), "-o", "a", "-s", "steps.0.embeddings=8")
+    assert done.returncode == 0, done.stderr
+    with safe_open(tmp_path / "a" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert "model.embed_tokens.weight_packed" in names
+    assert not [n for n in names if n.endswith(("embed_tokens.weight", "lm_head.weight"))]
+    assert ("lm_head.weight_packed" in names) == untied
+    manifest = json.loads((tmp_path / "a" / "bmkit.json").read_text())
+    ours = by_bmkit(tmp_path / "a")
+    if recipe == "int8":  # the grid of all other layers
+        assert manifest["loads_in"] == ["transformers + compressed-tensors"]
+        assert torch.equal(ours, logits(tmp_path / "a"))
+        says_what_transformers_says(bmkit, tmp_path / "a")
+    else:
+        assert manifest["loads_in"] == ["bmkit"]
+        with pytest.raises(subprocess.CalledProcessError):
+            logits(tmp_path / "a")
+    plain = bmkit("compress", recipe, "-m", str(source), "-o", "b")
+    assert plain.returncode == 0, plain.stderr
+    other = by_bmkit(tmp_path / "b")
+    assert 0 < (ours - other).abs().max() < 0.05 * other.abs().max()
+    ids = []
+    for more in ([], ["--cpu-memory", "600MiB"]):
+        asked = bmkit("infer", "-m", "a", "-p", "word " * 9, "--raw", "--json", *more)
+        assert asked.returncode == 0, asked.stderr
+        ids.append(json.loads(asked.stdout)["token_ids"])
+    assert ids[0] == ids[1]
+
+
+def says_what_transformers_says(bmkit: Run, path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    asked = bmkit("infer", "-m", str(path), "-p", "a word", "--raw", "--json")
+    assert asked.returncode == 0, asked.stderr
+    said = json.loads(asked.stdout)["token_ids"]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(path)("a word", return_tensors="pt")["input_ids"]
+    found = model.generate(ids, max_new_tokens=len(said), do_sample=False)
+    assert said == found[0, ids.shape[1] :].tolist()
+
+
+def with_own_head(source: Path, target: Path) -> Path:
+    """Make a copy whose head is not tied to its embedding."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model.config.tie_word_embeddings = False
+    torch.manual_seed(1)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.5)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    return target

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bmkit.nn.rounding import Grid, Rounded
+
+TABLE = Grid(8, scale_dtype=torch.float32)
+"""What embeddings are rounded to."""
+LAYOUT = "bmkit-rows"
+"""A format of a group that other loaders refuse: they know one grid for all layers."""
 
 
 def pack(found: Rounded, grid: Grid) -> dict[str, Tensor]:
@@ -30,12 +37,29 @@ def pack(found: Rounded, grid: Grid) -> dict[str, Tensor]:
     return parts
 
 
-def config(grid: Grid, ignore: list[str]) -> dict[str, Any]:
+def config(grid: Grid, ignore: list[str], tables: Collection[str] = ()) -> dict[str, Any]:
     """Return the `quantization_config` for `config.json`; `ignore` are the linears left dense.
+
+    `tables` are modules in `TABLE`: embeddings, and a head. If the other layers have another grid,
+    transformers, which knows one for all, must refuse this and does.
 
     `dequantize` makes plain transformers unpack while loading, not at the first forward: it is
     quicker, and `peft` finds the dense weights that it needs.
     """
+    groups = {"group_0": _group(grid, ["Linear"])}
+    if tables and replace(grid, scale_search=1) != TABLE:
+        groups["group_1"] = {**_group(TABLE, sorted(tables)), "format": LAYOUT}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ignore,
+        "dequantize": True,
+    }
+
+
+def _group(grid: Grid, targets: list[str]) -> dict[str, Any]:
     weights = {
         "num_bits": grid.bits,
         "type": "int",
@@ -45,13 +69,4 @@ def config(grid: Grid, ignore: list[str]) -> dict[str, Any]:
         "dynamic": False,
         "observer": "minmax",
     }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
-        },
-        "ignore": ignore,
-        "dequantize": True,
-    }
+    return {"targets": targets, "weights": weights, "format": "pack-quantized"}

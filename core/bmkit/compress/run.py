@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from bmkit import model, plan
-from bmkit.compress import calibrate, perplexity
-from bmkit.compress.recipe import ROUNDING, CompressRecipe
+from bmkit.compress import calibrate, pack, perplexity
+from bmkit.compress.recipe import CompressRecipe
 from bmkit.compress.steps import blockwise, learning, rounding, sparse, structure
 from bmkit.compress.work import Metrics, Shared, Work
 from bmkit.errors import InputError
@@ -63,8 +63,16 @@ def run(job: Job) -> Outcome:
     kinds = {step.method for step in recipe.steps}
     if shared.has_rows and shared.generates and "distill" not in kinds:
         metrics |= _perplexities(shared, job.out)
-    loads = "transformers + compressed-tensors" if kinds & set(ROUNDING) else "transformers"
-    return Outcome("model", metrics, (loads,))
+    return Outcome("model", metrics, _loads_in(job.out))
+
+
+def _loads_in(out: Path) -> tuple[str, ...]:
+    """Say what else than bmkit loads a checkpoint."""
+    config = plan.read_json(out / "config.json").get("quantization_config")
+    if not config:
+        return ("transformers",)
+    formats = {group["format"] for group in config["config_groups"].values()}
+    return ("bmkit",) if pack.LAYOUT in formats else ("transformers + compressed-tensors",)
 
 
 def _perplexities(shared: Shared, out: Path) -> Metrics:

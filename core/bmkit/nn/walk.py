@@ -31,6 +31,19 @@ def stack(model: nn.Module) -> tuple[str, int]:
     return next(iter(found.items()))
 
 
+def tables(model: nn.Module) -> list[str]:
+    """Return the names of the embedding of the vocabulary, and of a head with its own weight."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    tied = head is not None and bool(getattr(model.config, "tie_word_embeddings", False))
+    wanted = [embedding, None if tied else head]
+    return [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Embedding | nn.Linear) and any(m is one for one in wanted)
+    ]
+
+
 def output_heads(model: nn.Module) -> list[str]:
     """Return the names of the linear layers that make the logits."""
     head = getattr(model, "get_output_embeddings", lambda: None)()

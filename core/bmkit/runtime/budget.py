@@ -418,8 +418,9 @@ def _bytes(tensor: TensorHeader, headers: Headers, quant: str | None) -> int:
 def _head_bytes(headers: Headers, quant: str | None) -> int:
     tied = bool(headers.config.get("tie_word_embeddings", False))
     name = "model.embed_tokens.weight" if tied else "lm_head.weight"
-    found = next((t for t in headers.tensors if t.name == name), None)
-    return _bytes(found, headers, "int8" if quant else None) if found else 0
+    names = {name, f"{name}_packed", f"{name}_scale"}
+    found = [t for t in headers.tensors if t.name in names]
+    return sum(_bytes(t, headers, "int8" if quant else None) for t in found)
 
 
 def _fixed(headers: Headers, rows: int, tokens: int, chunk: int) -> int:

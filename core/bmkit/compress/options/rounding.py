@@ -31,10 +31,14 @@ class _Rounding(Model):
         default="auto",
         description="What scales are stored in. `auto`: bfloat16 for groups, else float32.",
     )
+    embeddings: Literal[8] | None = Field(
+        default=None,
+        description="Bits of embeddings, a scale a row, and of an output head that isn't tied to "
+        "them; none leaves them as they are. Beside layers of other bits, bmkit alone reads it.",
+    )
     exclude_modules: list[str] = Field(
         default=[],
-        description="Modules to leave as they are, by the end of their name. Embeddings and the "
-        "output head are left in any case.",
+        description="Linear layers to leave as they are, by the end of their name.",
     )
 
 

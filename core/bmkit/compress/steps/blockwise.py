@@ -5,10 +5,10 @@ from __future__ import annotations
 from bmkit import model
 from bmkit.compress import calibrate, layerwise, pack
 from bmkit.compress.options.rounding import Gptq
-from bmkit.compress.steps.rounding import grid_of
+from bmkit.compress.steps.rounding import grid_of, tables
 from bmkit.compress.work import Metrics, Work, scope, write_config
 from bmkit.nn import walk
-from bmkit.nn.rounding import Rounded
+from bmkit.nn.rounding import Rounded, round_matrix
 
 
 def run(work: Work, step: layerwise.Layerwise) -> Metrics:
@@ -40,15 +40,19 @@ def run(work: Work, step: layerwise.Layerwise) -> Metrics:
         reporter=reporter,
     )
     writer = model.ShardWriter(work.out)
+    extra = tables(scoped) if isinstance(step, Gptq) and step.embeddings else {}
     before = after = 0
     for name, tensor in model.tensors(headers):
-        if name not in where:
+        if name not in where and name not in extra:
             writer.add(name, tensor)
             continue
-        parts = layerwise.read(where[name], name)
         before += 4 * tensor.numel()
-        if grid is not None:
-            parts = pack.pack(Rounded(**parts), grid)
+        if name in extra:
+            parts = pack.pack(round_matrix(tensor, pack.TABLE), pack.TABLE)
+        else:
+            parts = layerwise.read(where[name], name)
+            if grid is not None:
+                parts = pack.pack(Rounded(**parts), grid)
         for suffix, part in parts.items():
             after += part.numel() * part.element_size()
             writer.add(f"{name.removesuffix('weight')}{suffix}", part)
@@ -63,9 +67,9 @@ def run(work: Work, step: layerwise.Layerwise) -> Metrics:
     prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
     written = {name.removeprefix(prefix) for name in where}
     outside = [n for n in linears if f"{n.removeprefix(prefix)}.weight" not in written]
-    ignore = sorted({*walk.output_heads(skeleton), *left, *outside})
+    ignore = sorted({*walk.output_heads(skeleton), *left, *outside} - set(extra.values()))
     config = dict(headers.config)
-    config["quantization_config"] = pack.config(grid, ignore)
+    config["quantization_config"] = pack.config(grid, ignore, extra.values())
     write_config(work.out, config)
     if found.fallbacks:
         reporter.info(f"{found.fallbacks} of {found.layers} layers: plain rounding is better")

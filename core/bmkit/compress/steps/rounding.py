@@ -7,7 +7,7 @@ import torch
 from bmkit import model
 from bmkit.compress import pack
 from bmkit.compress.options.rounding import Gptq, Quantize
-from bmkit.compress.work import Metrics, Work, scope, write_config
+from bmkit.compress.work import Metrics, Scope, Work, scope, write_config
 from bmkit.errors import InputError, RecipeError
 from bmkit.nn import walk
 from bmkit.nn.rounding import Grid, round_matrix
@@ -20,6 +20,7 @@ def run(work: Work, step: Quantize) -> Metrics:
     found = scope(source, step.exclude_modules)
     headers = found.headers
     grid = grid_of(step, found.widths)
+    extra = tables(found) if step.embeddings else {}
     device = work.shared.device
     writer = model.ShardWriter(work.out)
     count = before = after = 0
@@ -28,13 +29,14 @@ def run(work: Work, step: Quantize) -> Metrics:
         job.reporter, f"quantize to {step.bits} bits", len(headers.tensors), "tensors"
     ) as bar:
         for name, tensor in model.tensors(headers):
-            if name not in found.chosen:
+            if name not in found.chosen and name not in extra:
                 writer.add(name, tensor)
                 bar.advance()
                 continue
             weight = tensor.to(device)
+            own = pack.TABLE if name in extra else grid
             try:
-                rounded = round_matrix(weight, grid)
+                rounded = round_matrix(weight, own)
             except ValueError as exc:
                 raise InputError(f"{source}: layer {name}: {exc}") from None
             difference = rounded.dense() - weight.float()
@@ -42,15 +44,15 @@ def run(work: Work, step: Quantize) -> Metrics:
             energy += float(weight.float().square().sum())
             count += 1
             before += weight.numel() * 4
-            for suffix, part in pack.pack(rounded, grid).items():
+            for suffix, part in pack.pack(rounded, own).items():
                 after += part.numel() * part.element_size()
                 writer.add(f"{name.removesuffix('weight')}{suffix}", part.cpu())
             bar.advance()
     writer.close()
     model.copy_side_files(source, work.out)
-    ignore = sorted({*walk.output_heads(found.skeleton), *found.left})
+    ignore = sorted({*walk.output_heads(found.skeleton), *found.left} - set(extra.values()))
     config = dict(headers.config)
-    config["quantization_config"] = pack.config(grid, ignore)
+    config["quantization_config"] = pack.config(grid, ignore, extra.values())
     write_config(work.out, config)
     return {
         "layers": count,
@@ -59,6 +61,25 @@ def run(work: Work, step: Quantize) -> Metrics:
         "bytes_ratio": round(after / before, 6),
         "weight_error": round((error / max(energy, 1e-30)) ** 0.5, 6),
     }
+
+
+def tables(found: Scope) -> dict[str, str]:
+    """Return the modules that have a row for every token, by the stored names of their weights.
+
+    Raises InputError for a model without them.
+    """
+    names = walk.tables(found.skeleton)
+    stored = {t.name for t in found.headers.tensors}
+    prefix = f"{getattr(found.skeleton, 'base_model_prefix', '')}."
+    rows = {}
+    for name in names:
+        for key in (f"{name}.weight", f"{name.removeprefix(prefix)}.weight"):
+            if key in stored:
+                rows[key] = name
+                break
+    if not rows:
+        raise InputError(f"{found.headers.path} has no embeddings that can be rounded")
+    return rows
 
 
 def grid_of(step: Quantize | Gptq, widths: list[int]) -> Grid:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bmkit.errors import InputError
-from bmkit.nn.rounding import quantize
+from bmkit.nn.rounding import dequantize, quantize
 from bmkit.plan import Headers, TensorHeader, read_headers
 from bmkit.runtime.cpu import pack
 from bmkit.runtime.cpu.dots import BFLOAT16, EIGHTS, FLOAT32
@@ -238,7 +238,8 @@ class Files(Source):
             self.local.scratch = np.empty(rows * size, np.uint8)
         raw = self.local.scratch[: rows * size]
         self.pread(header, raw, low * size)
-        found = torch.from_numpy(raw).view(DTYPES[header.dtype])
+        dtype = torch.int32 if header.dtype == "I32" else DTYPES[header.dtype]
+        found = torch.from_numpy(raw).view(dtype)
         return found.reshape(rows, *header.shape[1:]) if header.shape else found.reshape(())
 
     def pread(self, header: TensorHeader, out: np.ndarray, first: int = 0) -> None:
@@ -265,7 +266,7 @@ class Files(Source):
     def packed(self, name: str) -> Packed:
         """Return a matrix that `shape` knows. Raises InputError if a weight is not finite."""
         bias = self.read(self.tensors.get(f"{name}.bias"))
-        packed = self.read(self.tensors.get(f"{name}.weight_packed"))
+        packed = self.tensors.get(f"{name}.weight_packed")
         if packed is not None:
             return self._unpacked(name, packed, bias)
         header = self.tensors[f"{name}.weight"]
@@ -311,19 +312,15 @@ class Files(Source):
             if scales is not None:
                 scales[at:end] = packed.scales
 
-    def _unpacked(self, name: str, packed: Tensor, bias: Tensor | None) -> Packed:
-        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
+    def _unpacked(self, name: str, packed: TensorHeader, bias: Tensor | None) -> Packed:
         shape = self.shape(name)
         assert shape is not None  # the caller has it
         words = self.scales(name)
-        bits = self._bits(self.tensors[f"{name}.weight_packed"], shape.inputs)
+        bits = self._bits(packed, shape.inputs)
         data = np.empty((shape.rows, shape.row_bytes), np.uint8)
         step = max(1, PART // max(shape.inputs, 1))
         for low in range(0, shape.rows, step):
-            part = packed[low : low + step]
-            size = torch.Size([len(part), shape.inputs])
-            values = unpack_from_int32(part, bits, size).to(torch.int8)
+            values = self._values(packed, shape.inputs, low, min(step, shape.rows - low))
             data[low : low + step] = pack.bytes_of(values, bits)
         return Packed(shape, data, words, pack.floats(bias))
 
@@ -481,6 +478,14 @@ class Files(Source):
     def write_rows(self, name: str, low: int, layout: Layout, slab: np.ndarray) -> None:
         """Put some rows of `name` into `slab`, reading only those."""
         shape, weight = layout.shapes[0], self.tensors.get(f"{name}.weight")
+        packed = self.tensors.get(f"{name}.weight_packed")
+        if shape is not None and packed is not None:
+            values = self._values(packed, shape.inputs, low, shape.rows)
+            bits = self._bits(packed, shape.inputs)
+            words = self.scales(name)[low : low + shape.rows]
+            layout.write(slab, 0, Packed(shape, pack.bytes_of(values, bits), words))
+            self._write_bias(name, shape, layout, 0, slab, low)
+            return
         if shape is None or weight is None or weight.dtype not in DTYPES:
             super().write_rows(name, low, layout, slab)
             return
@@ -518,11 +523,35 @@ class Files(Source):
                 raise InputError(f"{self.path}: {name} holds NaN or infinite weights")
         return part
 
+    def _values(self, packed: TensorHeader, inputs: int, low: int, count: int) -> Tensor:
+        """Return `count` rows of packed integers from `low` on: int8 [count, inputs]."""
+        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+        raw = self.read_again(packed, low, count)
+        found: Tensor = unpack_from_int32(
+            raw, self._bits(packed, inputs), torch.Size([count, inputs])
+        )
+        return found.to(torch.int8)
+
+    def _packed_rows(self, name: str, ids: Sequence[int]) -> np.ndarray:
+        """Return rows of an embedding that is stored as packed integers."""
+        packed = self.tensors[f"{name}.weight_packed"]
+        shape = self.shape(name)
+        assert shape is not None  # it is packed
+        if f"{name}.weight_zero_point" in self.tensors:
+            return super().rows(name, ids)
+        scale = self.tensors[f"{name}.weight_scale"]
+        found = np.empty((len(ids), shape.inputs), np.float32)
+        for row, token in zip(found, ids, strict=True):
+            values = self._values(packed, shape.inputs, token, 1)
+            row[:] = dequantize(values, self.read_again(scale, token, 1).reshape(1, -1))[0]
+        return found
+
     def rows(self, name: str, ids: Sequence[int]) -> np.ndarray:
         """Return rows of an embedding, reading only those: float32 [ids, inputs]."""
         weight = self.tensors.get(f"{name}.weight")
         if weight is None:
-            return super().rows(name, ids)
+            return self._packed_rows(name, ids)
         parts = torch.cat([self.some(name, weight, token, 1) for token in ids]).float()
         if self.quant is not None:
             values, scale = quantize(parts, 8, None)

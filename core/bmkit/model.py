@@ -184,6 +184,7 @@ def load_model(path: Path, *, device: torch.device, dtype: str = "auto") -> Any:
         if several_grids(quantization):  # transformers unpacks all of them by the first
             where, options = None, {"state_dict": unpacked(path)}
             del config.quantization_config
+            kind = kind._model_mapping[type(config)]  # an auto class wants a path
     try:
         model, info = kind.from_pretrained(
             where,

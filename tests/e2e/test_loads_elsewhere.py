@@ -380,3 +380,41 @@ def with_own_head(source: Path, target: Path) -> Path:
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source).save_pretrained(target)
     return target
+
+
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+def test_w8a8_rounds_inputs_as_transformers_does(
+    bmkit: Run, tiny: Path, tmp_path: Path, activations: str
+) -> None:
+    (tmp_path / "text.txt").write_text("some words to look at, and others. " * 60)
+    done = bmkit(
+        *("compress", "w8a8", "-m", "tiny", "-o", "a", "-s", f"steps.0.activations={activations}"),
+        *("-s", "data.calibration=text.txt", "-s", "data.sequence_length=64"),
+    )
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "a" / "bmkit.json").read_text())["metrics"]
+    assert 0.9 < metrics["perplexity_ratio"] < 1.2
+    with safe_open(tmp_path / "a" / "model.safetensors", "pt") as file:
+        kinds = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    assert kinds["model.layers.0.mlp.up_proj.weight"] == torch.int8
+    assert ("model.layers.0.mlp.up_proj.input_scale" in kinds) == (activations == "static")
+    theirs = logits(tmp_path / "a")
+    ours = placed_logits(tmp_path / "a")
+    unrounded = by_bmkit(tmp_path / "a")  # dense: weights alone are rounded
+    apart = (unrounded - theirs).abs().mean()
+    if activations == "static":
+        assert (ours - theirs).abs().mean() < 0.1 * apart
+    else:  # it divides by 127.5, others by 127: as far from the unrounded ones, elsewhere
+        assert 0.7 < (ours - unrounded).abs().mean() / apart < 1.4
+    says = bmkit("infer", "-m", "a", "-p", "a word", "--raw", "--json", "--max-new-tokens", 4)
+    assert says.returncode == 0, says.stderr
+
+
+def placed_logits(path: Path) -> torch.Tensor:
+    """Return the logits of packed weights with inputs rounded as the checkpoint says."""
+    from bmkit.report import Silent
+    from bmkit.runtime.voice import Voice
+
+    cpu = torch.device("cpu")
+    voice = Voice(path, device=cpu, dtype="float32", rows=1, reporter=Silent())
+    return torch.cat(list(voice.logits(IDS[0].tolist(), 0)))[None]

@@ -158,6 +158,26 @@ class Blocks:
         return hidden[0]
 
     @torch.no_grad()
+    def largest(self, block: Block, names: Collection[str]) -> dict[str, float]:
+        """Run the rows through a block; return the largest input of its linear layers `names`."""
+        found = dict.fromkeys(names, 0.0)
+
+        def hook(name: str) -> Any:
+            def take(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                found[name] = max(found[name], float(args[0].abs().max()))
+
+            return take
+
+        hooks = [block.linears[n].register_forward_pre_hook(hook(n)) for n in names]
+        try:
+            for row in range(len(self.hidden)):
+                self._run(block.number, row)
+        finally:
+            for handle in hooks:
+                handle.remove()
+        return found
+
+    @torch.no_grad()
     def observe(self, block: Block, names: Collection[str]) -> dict[str, Seen]:
         """Run the rows through a block; return what went into its linear layers `names`.
 

@@ -37,6 +37,32 @@ def pack(found: Rounded, grid: Grid) -> dict[str, Tensor]:
     return parts
 
 
+def integers(found: Rounded, input_scale: float | None = None) -> dict[str, Tensor]:
+    """Return the tensors of one layer in the format `int-quantized`, by their suffix.
+
+    `weight` int8 [out, in], `weight_scale` [out, 1], `input_scale` [1] where it is given.
+    """
+    parts = {"weight": found.values, "weight_scale": found.scale}
+    if input_scale is not None:
+        parts["input_scale"] = torch.tensor([input_scale])
+    return parts
+
+
+def config_of_integers(ignore: list[str], *, dynamic: bool) -> dict[str, Any]:
+    """Return the `quantization_config` of layers whose inputs are rounded to 8 bits too."""
+    group = _group(Grid(8), ["Linear"])
+    inputs = {**group["weights"], "strategy": "token" if dynamic else "tensor", "dynamic": dynamic}
+    inputs["observer"] = None if dynamic else "minmax"
+    group |= {"input_activations": inputs, "format": "int-quantized"}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ignore,
+    }
+
+
 def config(grid: Grid, ignore: list[str], tables: Collection[str] = ()) -> dict[str, Any]:
     """Return the `quantization_config` for `config.json`; `ignore` are the linears left dense.
 

@@ -27,6 +27,7 @@ def covers(config: Mapping[str, Any]) -> bool:
         and config.get("hidden_act") in ACTIVATIONS
         and kind in ROTATIONS
         and readable(config.get("quantization_config"))
+        and not rounds_inputs(config.get("quantization_config"))
     )
 
 
@@ -37,18 +38,46 @@ def readable(quantization: Any) -> bool:
     if not isinstance(quantization, Mapping):
         quantization = quantization.to_dict()
     groups = list((quantization.get("config_groups") or {}).values())
+    kind = quantization.get("format")
     return (
         bool(groups)
-        and quantization.get("format") == "pack-quantized"
-        and all(_stays(g.get("weights") or {}) and not g.get("input_activations") for g in groups)
+        and kind in ("pack-quantized", "int-quantized")
+        and all(
+            _stays(g.get("weights") or {}, plain=kind == "int-quantized")
+            and _known(g.get("input_activations"))
+            and not g.get("output_activations")
+            for g in groups
+        )
     )
 
 
-def _stays(weights: Mapping[str, Any]) -> bool:
+def rounds_inputs(quantization: Any) -> bool:
+    """Tell whether a checkpoint wants what goes into its layers rounded as well."""
+    if not quantization:
+        return False
+    values = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
+    groups = (values.get("config_groups") or {}).values()
+    return any(g.get("input_activations") for g in groups)
+
+
+def _known(inputs: Mapping[str, Any] | None) -> bool:
+    if not inputs:
+        return True
+    how = ("token", True) if inputs.get("dynamic") else ("tensor", False)
+    return (inputs.get("type"), inputs.get("num_bits"), inputs.get("symmetric")) == (
+        "int",
+        8,
+        True,
+    ) and (inputs.get("strategy"), bool(inputs.get("dynamic"))) == how
+
+
+def _stays(weights: Mapping[str, Any], *, plain: bool) -> bool:
+    if plain and (weights.get("num_bits"), weights.get("symmetric")) != (8, True):
+        return False
     return (
         weights.get("type") == "int"
         and weights.get("num_bits") in (2, 3, 4, 8)
-        and weights.get("strategy") in ("channel", "group")
+        and weights.get("strategy") in ("channel", "group", "tensor")
         and weights.get("actorder") not in ("group", True)  # that stores an order of inputs
     )
 

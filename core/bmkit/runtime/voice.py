@@ -41,7 +41,10 @@ class Voice:
             if load.largest_difference(decoder) <= load.TOLERANCE:
                 self.decoder = decoder
         if self.decoder is None:
-            self.model = models.load_model(path, device=device, dtype=dtype)
+            if family.rounds_inputs(config.get("quantization_config")):
+                self.model = _placed(path, device, dtype)
+            else:
+                self.model = models.load_model(path, device=device, dtype=dtype)
             plain_defaults(self.model)
 
     def answer(self, prompts: Iterable[Any], how: Generation) -> Iterator[tuple[Any, Answer]]:
@@ -70,3 +73,14 @@ class Voice:
             return
         whole = torch.tensor([ids], device=self.model.device)
         yield self.model(input_ids=whole, use_cache=False).logits[0, first:]
+
+
+def _placed(path: Path, device: torch.device, dtype: str) -> Any:
+    """Load a model whose layers round their inputs, which transformers leaves out."""
+    from bmkit.runtime.placed import load
+    from bmkit.runtime.placed.model import place_model
+
+    model = load.empty(path)
+    compute = models.compute_dtype(dtype, models.stored_dtype(model.config), device)
+    place_model(path, model, device=device, dtype=compute)
+    return model

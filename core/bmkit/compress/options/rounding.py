@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from bmkit.recipe import Model
+from bmkit.recipe import Model, contradiction
 
 
 class _Rounding(Model):
@@ -46,6 +46,22 @@ class Quantize(_Rounding):
     """Round the weights of linear layers to a small grid."""
 
     method: Literal["quantize"]
+    activations: Literal["dynamic", "static"] | None = Field(
+        default=None,
+        description="Whether what goes into the layers is rounded to 8 bits as well: each token by "
+        "its own scale, or all by one that is found on text. For `bits: 8`.",
+    )
+
+    @model_validator(mode="after")
+    def _activations_go_with_rows_of_eight(self) -> Quantize:
+        plain = self.bits == 8 and self.group_size == "channel" and self.symmetric
+        if self.activations and not plain:
+            raise contradiction(
+                "activations", "it needs `bits: 8`, `group_size: channel` and a symmetric grid"
+            )
+        if self.activations and self.embeddings:
+            raise contradiction("embeddings", "it does not go with `activations`")
+        return self
 
 
 class Gptq(_Rounding):

@@ -6,6 +6,7 @@ import torch
 
 from bmkit import model
 from bmkit.compress import pack
+from bmkit.compress.calibrate import Blocks
 from bmkit.compress.options.rounding import Gptq, Quantize
 from bmkit.compress.work import Metrics, Scope, Work, scope, write_config
 from bmkit.errors import InputError, RecipeError
@@ -21,6 +22,7 @@ def run(work: Work, step: Quantize) -> Metrics:
     headers = found.headers
     grid = grid_of(step, found.widths)
     extra = tables(found) if step.embeddings else {}
+    inputs = _input_scales(work, found) if step.activations == "static" else {}
     device = work.shared.device
     writer = model.ShardWriter(work.out)
     count = before = after = 0
@@ -44,7 +46,10 @@ def run(work: Work, step: Quantize) -> Metrics:
             energy += float(weight.float().square().sum())
             count += 1
             before += weight.numel() * 4
-            for suffix, part in pack.pack(rounded, own).items():
+            parts = pack.pack(rounded, own)
+            if step.activations:
+                parts = pack.integers(rounded, inputs.get(name))
+            for suffix, part in parts.items():
                 after += part.numel() * part.element_size()
                 writer.add(f"{name.removesuffix('weight')}{suffix}", part.cpu())
             bar.advance()
@@ -53,6 +58,9 @@ def run(work: Work, step: Quantize) -> Metrics:
     ignore = sorted({*walk.output_heads(found.skeleton), *found.left} - set(extra.values()))
     config = dict(headers.config)
     config["quantization_config"] = pack.config(grid, ignore, extra.values())
+    if step.activations:
+        dynamic = step.activations == "dynamic"
+        config["quantization_config"] = pack.config_of_integers(ignore, dynamic=dynamic)
     write_config(work.out, config)
     return {
         "layers": count,
@@ -61,6 +69,29 @@ def run(work: Work, step: Quantize) -> Metrics:
         "bytes_ratio": round(after / before, 6),
         "weight_error": round((error / max(energy, 1e-30)) ** 0.5, 6),
     }
+
+
+def _input_scales(work: Work, found: Scope) -> dict[str, float]:
+    """Return what rounds the inputs of each layer, by the stored name of its weight.
+
+    Raises InputError for layers outside of the blocks, which no text is seen to go through.
+    """
+    scales: dict[str, float] = {}
+    blocks = Blocks(work.source, work.shared.rows, device=work.shared.device)
+    with task(work.job.reporter, "look at what goes into layers", blocks.count, "blocks") as bar:
+        for block in blocks.visit():
+            names = [n for n in block.linears if n not in found.left]
+            for name, largest in blocks.largest(block, names).items():
+                stored = blocks.stored(name)
+                if stored is not None:
+                    scales[stored] = max(largest, 1e-12) / 127
+            bar.advance()
+    if absent := sorted(found.chosen - set(scales)):
+        raise InputError(
+            f"{work.source}: {absent[0]} is outside of the blocks, its inputs are not seen",
+            hint="name it in exclude_modules, or use activations: dynamic",
+        )
+    return scales
 
 
 def tables(found: Scope) -> dict[str, str]:

@@ -16,7 +16,7 @@ from bmkit.errors import InputError
 from bmkit.nn.rounding import dequantize, quantize
 from bmkit.plan import Headers, TensorHeader, read_headers
 from bmkit.runtime.cpu import pack
-from bmkit.runtime.cpu.dots import BFLOAT16, EIGHTS, FLOAT32
+from bmkit.runtime.cpu.dots import BFLOAT16, EIGHTS, FLOAT32, INT8
 from bmkit.runtime.cpu.pack import Layout, Packed, Shape
 from bmkit.runtime.cpu.window import MappedFile, Window
 
@@ -184,6 +184,13 @@ class Files(Source):
         weight = self.tensors.get(f"{name}.weight")
         if weight is None:
             return None
+        if self.plain_integers(name):
+            rows, inputs = weight.shape
+            groups = self.scales(name).shape[1]
+            shape = Shape(INT8, rows, inputs, inputs // groups if groups > 1 else None, bias)
+            if not shape.readable:
+                raise InputError(f"{self.path}: {name} has {groups} groups of {inputs} inputs")
+            return shape
         if weight.dtype not in DTYPES:
             raise InputError(f"{self.path}: {name} is stored as {weight.dtype}")
         if len(weight.shape) == 1:
@@ -219,6 +226,13 @@ class Files(Source):
                 hint="8, 4, 3 or 2 bits are read, in groups of 32, 64, 128 or whole rows",
             )
         return shape
+
+    def plain_integers(self, name: str) -> bool:
+        """Tell whether a matrix is stored as int8 values and their scale."""
+        weight = self.tensors.get(f"{name}.weight")
+        return (
+            weight is not None and weight.dtype == "I8" and f"{name}.weight_scale" in self.tensors
+        )
 
     def _bits(self, packed: TensorHeader, inputs: int) -> int:
         """Return the bits of a packed value: what the config says, where that is possible."""
@@ -258,7 +272,7 @@ class Files(Source):
             return None
         raw = np.empty(header.bytes, np.uint8)
         self.pread(header, raw)
-        dtypes = {**DTYPES, "I32": torch.int32, "I64": torch.int64}
+        dtypes = {**DTYPES, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
         if header.dtype not in dtypes:
             raise InputError(f"{self.path}: {header.name} is stored as {header.dtype}")
         return torch.from_numpy(raw).view(dtypes[header.dtype]).reshape(header.shape)
@@ -269,6 +283,11 @@ class Files(Source):
         packed = self.tensors.get(f"{name}.weight_packed")
         if packed is not None:
             return self._unpacked(name, packed, bias)
+        if self.plain_integers(name):
+            values = self.read(self.tensors[f"{name}.weight"])
+            shape = self.shape(name)
+            assert values is not None and shape is not None  # they are in the headers
+            return Packed(shape, pack.bytes_of(values, 8), self.scales(name), pack.floats(bias))
         header = self.tensors[f"{name}.weight"]
         if len(header.shape) == 1:
             weight = self.read(header)
@@ -330,11 +349,14 @@ class Files(Source):
         compressed-tensors stores them with 2^(bits-1) added; int4 in another order.
         """
         header = self.tensors.get(f"{name}.weight_packed")
+        if self.plain_integers(name):
+            header = self.tensors[f"{name}.weight"]
         if header is None or shape.width != shape.inputs or header.bytes != len(place):
             return False
         if shape.kind in EIGHTS:
             self.pread(header, place)
-            np.bitwise_xor(place, 128, out=place)
+            if header.dtype != "I8":
+                np.bitwise_xor(place, 128, out=place)
             return True
         from bmkit.runtime.cpu import block
 
@@ -347,6 +369,9 @@ class Files(Source):
         scale = self.read(self.tensors[f"{name}.weight_scale"])
         assert scale is not None  # it is in the headers
         self.require_finite(f"{name}.weight_scale", scale)
+        rows = self.tensors.get(f"{name}.weight")
+        if scale.numel() == 1 and rows is not None:  # one for all
+            scale = scale.reshape(1, 1).expand(rows.shape[0], 1)
         scale = scale.reshape(len(scale), -1)
         zero = self.read(self.tensors.get(f"{name}.weight_zero_point"))
         if zero is not None:
@@ -397,7 +422,7 @@ class Files(Source):
             and DTYPES.get(weight.dtype)
             == {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16}.get(shape.kind)
         )
-        if shape is None or weight is None or len(weight.shape) < 2:
+        if shape is None or weight is None or len(weight.shape) < 2 or weight.dtype == "I8":
             super().write(name, layout, row, slab)
             return
         if not straight:

@@ -191,6 +191,8 @@ class Builder:
         own = None if bias is None else self.stored(bias)
         shape = replace(shape, bias=own is not None)
         matrix = Matrix(shape, np.empty(0, np.int64), self.dtype, self.device)
+        if (stored := self.stored(weight)) is not None:
+            matrix.rounding = self.origin.rounding(stored)
         unit = self.unit(name + ".weight")
         write = self.writer(weight, shape, own, transposed=transposed)
         header = None if transposed else self.mappable(weight, shape)

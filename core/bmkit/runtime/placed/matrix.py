@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,28 @@ CHUNK_BYTES = 16 * 2**20
 FLOATS = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16, FLOAT16: torch.float16}
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """How the inputs of a layer are rounded to 8 bits: by one scale, or each token by its own."""
+
+    scale: float | None = None
+
+    def values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return whole numbers and scales of float32 `x` [tokens, inputs]; zeros stay zero."""
+        if self.scale is not None:
+            step = torch.full((1, 1), self.scale, device=x.device)
+            return (x / step).round_().clamp_(-128, 127), step
+        largest = x.abs().amax(1, keepdim=True)
+        step = (largest / 127).where(largest > 0, torch.ones_like(largest))
+        return (x / step).round_().clamp_(-127, 127), step
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Return `x` [..., inputs], rounded; gradients go through as if it weren't."""
+        values, step = self.values(x.detach().float().reshape(-1, x.shape[-1]))
+        found = (values * step).reshape(x.shape).to(x.dtype)
+        return x + (found - x.detach()) if x.requires_grad else found
+
+
 class Matrix:
     """A matrix [rows, inputs] whose bytes lie in a slab, while there is one: `slab` is set then.
 
@@ -48,7 +71,9 @@ class Matrix:
         self.apart_bias: Tensor | None = None
         """The bias, where the matrix lies in a file and the bias does not."""
         self.w8a8 = False
-        """Whether the inputs of products are rounded to int8 too."""
+        """Whether the inputs of products are rounded to int8 too, but for outliers."""
+        self.rounding: Rounding | None = None
+        """How the checkpoint wants the inputs rounded."""
         self.hold: Callable[[], AbstractContextManager[None]] = nullcontext
         """Brings the slab for a while, where it is streamed apart from its module."""
 
@@ -99,6 +124,10 @@ class Matrix:
         """Return x · Wᵀ + bias: [..., rows] of `x` [..., inputs]."""
         count = x.numel() // max(x.shape[-1], 1)
         needs_grad = torch.is_grad_enabled() and x.requires_grad
+        if self.rounding is not None:
+            if self._multiplies_integers(count) and not needs_grad:
+                return self._of_integers(x, self.bias())
+            x = self.rounding.rounded(x)
         if self.raw is not None and 0 < count <= FEW and not needs_grad:
             return self._few(x, count)
         fits = self.shape.rows % 8 == 0  # what `_int_mm` takes
@@ -133,23 +162,45 @@ class Matrix:
         """
         shape = self.shape
         flat = x.reshape(-1, shape.inputs).to(self.dtype)
-        rows, raw = len(flat), self._part(0, shape.rows * shape.row_bytes)
-        weights = raw.view(torch.int8).view(shape.rows, -1)  # [rows, width]
-        scales = self._part(1, 4 * shape.rows).view(torch.float32)
+        scales = self._row_scales()
         apart = (flat.abs() > OUTLIER).any(0)
         columns = apart.nonzero()[:, 0]
-        inner = flat.masked_fill(apart, 0)
-        largest = inner.abs().amax(1, keepdim=True).float()
-        step = (largest / 127).where(largest > 0, torch.ones_like(largest))
-        values = (inner.float() / step).round_().clamp_(-127, 127).to(torch.int8)
-        values = functional.pad(values, (0, shape.width - shape.inputs, 0, max(0, 32 - rows)))
-        sums = torch._int_mm(values, weights.T)[:rows]  # [tokens, rows], int32
-        y = sums.float() * step * scales
+        values, step = Rounding().values(flat.masked_fill(apart, 0).float())
+        y = self._sums(values) * step * scales
         if len(columns):
+            raw = self._part(0, shape.rows * shape.row_bytes)
+            weights = raw.view(torch.int8).view(shape.rows, -1)  # [rows, width]
             some = weights[:, columns].float() * scales[:, None]
             y += flat[:, columns].float() @ some.T
         found = y.to(x.dtype) if bias is None else (y + bias.float()).to(x.dtype)
         return found.view(*x.shape[:-1], shape.rows)
+
+    def _multiplies_integers(self, count: int) -> bool:
+        """Tell whether there is an integer product for so many tokens that is worth it."""
+        fits = self.shape.rows % 8 == 0 and self.shape.groups == 1 and count > 0
+        return fits and self.device.type == "cuda"
+
+    def _of_integers(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x · Wᵀ + bias by int32 sums, the inputs rounded as the checkpoint says."""
+        assert self.rounding is not None  # the caller has looked
+        flat = x.reshape(-1, self.shape.inputs)
+        values, step = self.rounding.values(flat.float())
+        y = self._sums(values) * step * self._row_scales()
+        found = (y if bias is None else y + bias.float()).to(x.dtype)
+        return found.view(*x.shape[:-1], self.shape.rows)
+
+    def _sums(self, values: Tensor) -> Tensor:
+        """Return the products of whole numbers [tokens, inputs] with all rows, in float32."""
+        shape, tokens = self.shape, len(values)
+        padded = functional.pad(
+            values.to(torch.int8), (0, shape.width - shape.inputs, 0, max(0, 32 - tokens))
+        )
+        raw = self._part(0, shape.rows * shape.row_bytes)
+        weights = raw.view(torch.int8).view(shape.rows, -1)  # [rows, width]
+        return torch._int_mm(padded, weights.T)[:tokens].float()
+
+    def _row_scales(self) -> Tensor:
+        return self._part(1, 4 * self.shape.rows).view(torch.float32)
 
     def backward(self, grad: Tensor) -> Tensor:
         """Return grad · W: [..., inputs] of `grad` [..., rows]."""

@@ -18,9 +18,16 @@ from bmkit.plan import TensorHeader
 from bmkit.runtime.cpu import pack
 from bmkit.runtime.cpu.pack import Packed, Shape
 from bmkit.runtime.cpu.source import DTYPES, PART, Files
+from bmkit.runtime.placed.matrix import Rounding
 
 META_DTYPES = {**DTYPES, "I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
-QUANTISED = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point")
+QUANTISED = (
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_shape",
+    ".weight_zero_point",
+    ".input_scale",
+)
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,26 @@ class Origin:
 
     def header(self, name: str) -> TensorHeader | None:
         """Return the one stored tensor that is parameter `name`, None if it is made otherwise."""
-        return self.files.tensors.get(self.plain.get(name, ""))
+        key = self.plain.get(name, "")
+        if self.files.plain_integers(key.removesuffix(".weight")):
+            return None
+        return self.files.tensors.get(key)
+
+    def rounding(self, name: str) -> Rounding | None:
+        """Return how what goes into a layer is rounded, by the name of its weight; None: not."""
+        key = self.plain.get(name, "").removesuffix(".weight")
+        if not self.files.plain_integers(key):
+            return None
+        groups = (self.files.headers.config["quantization_config"] or {})["config_groups"]
+        found = next((g["input_activations"] for g in groups.values()), None)
+        if not found:
+            return None
+        if found.get("dynamic"):
+            return Rounding()
+        scale = self.files.read(self.files.tensors.get(f"{key}.input_scale"))
+        if scale is None or scale.numel() != 1 or not float(scale) > 0:
+            raise InputError(f"{self.path}: {key} lacks its input_scale")
+        return Rounding(float(scale))
 
     def holds(self, name: str) -> bool:
         """Tell whether the files hold parameter `name`."""
@@ -136,7 +162,7 @@ class Origin:
     def packed_shape(self, name: str) -> Shape | None:
         """Return the shape of a matrix that is stored as packed integers; None if it isn't."""
         key = self.plain.get(name)
-        if key is None or key in self.files.tensors:
+        if key is None or self.header(name) is not None:
             return None
         return self.files.shape(key.removesuffix(".weight"))
 

@@ -275,7 +275,10 @@ def adapter(model: Any, name: str | None) -> Iterator[None]:
 
 
 def _dense(quantization: Any, path: Path) -> dict[str, Any]:
-    """Return the options with which transformers unpacks compressed-tensors weights at once."""
+    """Return the options with which transformers unpacks compressed-tensors weights at once.
+
+    Layers whose inputs are rounded as well are unpacked in the first pass, and keep rounding.
+    """
     from transformers import CompressedTensorsConfig
 
     values = quantization if isinstance(quantization, dict) else quantization.to_dict()
@@ -284,8 +287,9 @@ def _dense(quantization: Any, path: Path) -> dict[str, Any]:
             f"{path} is quantised as {values.get('quant_method')}",
             hint="bmkit reads compressed-tensors and GGUF",
         )
-    if values.get("dequantize"):
-        return {}
+    groups = (values.get("config_groups") or {}).values()
+    if values.get("dequantize") or any(g.get("input_activations") for g in groups):
+        return {}  # unpacked weights alone wouldn't round what goes into them
     return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
 
 

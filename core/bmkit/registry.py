@@ -96,6 +96,24 @@ METHODS = (
     ),
     Method(
         "compress",
+        "awq",
+        "bmkit.nn.scaling:activation_aware",
+        "awq",
+        "Scale weights by how large their inputs are, so that rounding costs less.",
+        "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration, arXiv "
+        "2306.00978",
+    ),
+    Method(
+        "compress",
+        "smoothquant",
+        "bmkit.nn.scaling:smooth",
+        "smoothquant",
+        "Move the range of inputs into weights before both are rounded.",
+        "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models, "
+        "arXiv 2211.10438",
+    ),
+    Method(
+        "compress",
         "magnitude",
         "bmkit.nn.sparsity:magnitude",
         "magnitude",

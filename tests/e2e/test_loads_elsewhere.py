@@ -398,16 +398,20 @@ def test_w8a8_rounds_inputs_as_transformers_does(
         kinds = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
     assert kinds["model.layers.0.mlp.up_proj.weight"] == torch.int8
     assert ("model.layers.0.mlp.up_proj.input_scale" in kinds) == (activations == "static")
+    says = bmkit("infer", "-m", "a", "-p", "a word", "--raw", "--json", "--max-new-tokens", 4)
+    assert says.returncode == 0, says.stderr
     theirs = logits(tmp_path / "a")
     ours = placed_logits(tmp_path / "a")
-    unrounded = by_bmkit(tmp_path / "a")  # dense: weights alone are rounded
+    assert torch.equal(by_bmkit(tmp_path / "a"), theirs)
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    del config["quantization_config"]["config_groups"]["group_0"]["input_activations"]
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    unrounded = by_bmkit(tmp_path / "a")  # weights alone are rounded
     apart = (unrounded - theirs).abs().mean()
     if activations == "static":
         assert (ours - theirs).abs().mean() < 0.1 * apart
     else:  # it divides by 127.5, others by 127: as far from the unrounded ones, elsewhere
         assert 0.7 < (ours - unrounded).abs().mean() / apart < 1.4
-    says = bmkit("infer", "-m", "a", "-p", "a word", "--raw", "--json", "--max-new-tokens", 4)
-    assert says.returncode == 0, says.stderr
 
 
 def placed_logits(path: Path) -> torch.Tensor:

@@ -47,6 +47,8 @@ SHORT = ("data.tokens=600", "data.max_new_tokens=24", "data.sequence_length=64")
 MATRIX = {
     ("compress", "quantize"): Line("model"),
     ("compress", "gptq"): Line("model", (*SHORT, "steps.0.bits=8")),
+    ("compress", "awq"): Line("model", (*SHORT, "steps.1.bits=8")),
+    ("compress", "smoothquant"): Line("model", SHORT),
     ("compress", "magnitude"): Line("model", another=True),
     ("compress", "wanda"): Line("model", SHORT, another=True),
     ("compress", "sparsegpt"): Line("model", SHORT, another=True),

@@ -158,13 +158,19 @@ class Blocks:
         return hidden[0]
 
     @torch.no_grad()
-    def largest(self, block: Block, names: Collection[str]) -> dict[str, float]:
-        """Run the rows through a block; return the largest input of its linear layers `names`."""
-        found = dict.fromkeys(names, 0.0)
+    def through(self, block: Block, row: int = 0) -> Tensor:
+        """Let a row through a block: [tokens, width]."""
+        return self._run(block.number, row)
+
+    @torch.no_grad()
+    def largest(self, block: Block, names: Collection[str]) -> dict[str, Tensor]:
+        """Run the rows through a block; return the inputs' largest sizes of its layers `names`."""
+        found: dict[str, Tensor] = {}
 
         def hook(name: str) -> Any:
             def take(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                found[name] = max(found[name], float(args[0].abs().max()))
+                own = args[0].reshape(-1, args[0].shape[-1]).abs().amax(0)
+                found[name] = torch.maximum(found[name], own) if name in found else own
 
             return take
 

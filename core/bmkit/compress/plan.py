@@ -8,6 +8,7 @@ from typing import Any
 
 from bmkit.compress.options.learning import Distill
 from bmkit.compress.options.rounding import Gptq, Quantize
+from bmkit.compress.options.scaling import Awq, SmoothQuant
 from bmkit.compress.options.sparse import Magnitude, SparseGpt, Wanda
 from bmkit.compress.options.structure import DropLayers, FrequentTokens
 from bmkit.compress.recipe import CompressRecipe
@@ -130,6 +131,14 @@ def _blockwise(state: State, step: Gptq | Wanda | SparseGpt) -> Need:
     return Need(text, ram, through, now.width * now.inside + 64 * tokens)
 
 
+def _scaled(state: State, step: Awq | SmoothQuant) -> Need:
+    through = _through(state.now, state.sizes, state.recipe, state.largest)
+    speaking = _speaking(state.headers, state.sizes, state.recipe)
+    ram = max(speaking, through, min(state.written, SHARD_BYTES))
+    work = state.now.width * state.now.inside + 64 * state.recipe.data.tokens
+    return Need(f"scale inputs and weights by {step.method}", ram, through, work)
+
+
 def _distilled(state: State, step: Distill) -> Need:
     tokens = state.recipe.data.tokens
     learning = _learning(step, state.now, state.sizes, state.recipe)
@@ -140,6 +149,8 @@ def _distilled(state: State, step: Distill) -> Need:
 
 NEEDS: dict[str, Callable[[State, Any], Need]] = {
     "quantize": _rounded,
+    "awq": _scaled,
+    "smoothquant": _scaled,
     "gptq": _blockwise,
     "magnitude": _magnitude,
     "wanda": _blockwise,

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from bmkit.compress.options.learning import Distill
 from bmkit.compress.options.rounding import Gptq, Quantize
+from bmkit.compress.options.scaling import Awq, SmoothQuant
 from bmkit.compress.options.sparse import Magnitude, SparseGpt, Wanda
 from bmkit.compress.options.structure import DropLayers, FrequentTokens
 from bmkit.recipe import Model, Recipe, contradiction
@@ -32,7 +33,16 @@ class Data(Model):
 
 
 Step = Annotated[
-    Quantize | Gptq | Magnitude | Wanda | SparseGpt | DropLayers | Distill | FrequentTokens,
+    Quantize
+    | Gptq
+    | Awq
+    | SmoothQuant
+    | Magnitude
+    | Wanda
+    | SparseGpt
+    | DropLayers
+    | Distill
+    | FrequentTokens,
     Field(discriminator="method"),
 ]
 ROUNDING = ("quantize", "gptq")
@@ -49,6 +59,8 @@ class CompressRecipe(Recipe):
         "weight_error",
         "output_error",
         "sparsity",
+        "places",
+        "error_left",
         "perplexity",
         "perplexity_before",
         "perplexity_ratio",
@@ -64,6 +76,22 @@ class CompressRecipe(Recipe):
     kind: Literal["compress"]
     data: Data = Data()
     steps: list[Step] = Field(min_length=1, description="What to do, in order.")
+
+    @model_validator(mode="after")
+    def _scaling_comes_before_rounding(self) -> CompressRecipe:
+        for step, after in zip(self.steps, [*self.steps[1:], None], strict=True):
+            if isinstance(step, Awq | SmoothQuant) and not isinstance(after, Quantize | Gptq):
+                raise contradiction(
+                    "steps", f"`{step.method}` scales for a grid: `quantize` or `gptq` follows it"
+                )
+            rounds_inputs = isinstance(after, Quantize) and after.activations is not None
+            if isinstance(step, SmoothQuant) and not rounds_inputs:
+                raise contradiction(
+                    "steps",
+                    "`smoothquant` makes weights harder to round and inputs easier: it helps where "
+                    "`quantize` with `activations` follows",
+                )
+        return self
 
     @model_validator(mode="after")
     def _rounding_comes_last(self) -> CompressRecipe:

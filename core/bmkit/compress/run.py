@@ -13,7 +13,7 @@ import torch
 from bmkit import model, plan
 from bmkit.compress import calibrate, pack, perplexity
 from bmkit.compress.recipe import CompressRecipe
-from bmkit.compress.steps import blockwise, learning, rounding, sparse, structure
+from bmkit.compress.steps import blockwise, learning, rounding, scaling, sparse, structure
 from bmkit.compress.work import Metrics, Shared, Work
 from bmkit.errors import InputError
 from bmkit.plan import Job, Outcome
@@ -103,6 +103,8 @@ def _perplexities(shared: Shared, out: Path) -> Metrics:
 
 METHODS: dict[str, Callable[[Work, Any], Metrics]] = {
     "quantize": rounding.run,
+    "awq": scaling.run,
+    "smoothquant": scaling.run,
     "gptq": blockwise.run,
     "magnitude": sparse.run,
     "wanda": blockwise.run,

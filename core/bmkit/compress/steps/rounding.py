@@ -84,7 +84,7 @@ def _input_scales(work: Work, found: Scope) -> dict[str, float]:
             for name, largest in blocks.largest(block, names).items():
                 stored = blocks.stored(name)
                 if stored is not None:
-                    scales[stored] = max(largest, 1e-12) / 127
+                    scales[stored] = max(float(largest.max()), 1e-12) / 127
             bar.advance()
     if absent := sorted(found.chosen - set(scales)):
         raise InputError(

@@ -93,6 +93,7 @@ class Manifest(_Part):
     files: dict[str, FileEntry]
     metrics: dict[str, float | int | str] = {}
     loads_in: list[str] = []
+    table: list[dict[str, float | int | str]] = []
 
     @field_validator("files")
     @classmethod
@@ -317,6 +318,7 @@ def write_manifest(
     base: InputEntry | None = None,
     metrics: Mapping[str, float | int | str] | None = None,
     loads_in: Iterable[str] = (),
+    table: Iterable[Mapping[str, float | int | str]] = (),
 ) -> Manifest:
     """Hash what lies in `scratch` and write its `bmkit.json`."""
     entries = {}
@@ -337,6 +339,7 @@ def write_manifest(
         files=entries,
         metrics=dict(metrics or {}),
         loads_in=list(loads_in),
+        table=[dict(line) for line in table],
     )
     text = manifest.model_dump_json(indent=1, by_alias=True)
     (scratch / MANIFEST).write_text(text + "\n", encoding="utf-8")

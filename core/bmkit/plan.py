@@ -6,7 +6,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -290,6 +290,8 @@ class Outcome:
     loads_in: tuple[str, ...] = ()
     report: Mapping[str, Any] = field(default_factory=dict)
     """What `--report` says besides, and the artifact doesn't: it is another each time."""
+    table: Sequence[Mapping[str, float | int | str]] = ()
+    """What was measured after each of several steps, a line each."""
 
 
 def check_fits(

@@ -131,6 +131,8 @@ def show(
         else:
             stdout().text(text, end="")
         return
+    from bmkit import tables
+
     found = artifact.open_artifact(path)
     if as_json:
         values: dict[str, Any] = {"path": name, "kind": found.kind, "digest": found.digest}
@@ -145,6 +147,7 @@ def show(
             lines.append(f"base     {manifest.base.path}  ({manifest.base.digest[:12]}…)")
         lines += [f"metric   {key} = {value}" for key, value in manifest.metrics.items()]
         lines += [f"loads in {name}" for name in manifest.loads_in]
+        lines += [f"table    {line}" for line in tables.lines(manifest.table)]
         lines += [f"file     {n}  {format_bytes(e.bytes)}" for n, e in manifest.files.items()]
     stdout().text("\n".join(lines))
 

@@ -64,6 +64,16 @@ class CompressRecipe(Recipe):
         "perplexity",
         "perplexity_before",
         "perplexity_ratio",
+        "disk_bytes",
+        "disk_ratio",
+        "nonzeros",
+        "flops_per_token",
+        "decode",
+        "decode_before",
+        "decode_ratio",
+        "prefill",
+        "prefill_before",
+        "prefill_ratio",
         "layers",
         "parameters",
         "agreement",
@@ -75,6 +85,11 @@ class CompressRecipe(Recipe):
 
     kind: Literal["compress"]
     data: Data = Data()
+    measure_speed: bool = Field(
+        default=True,
+        description="Whether to time speaking and reading, before and after each step; the models "
+        "are opened for that.",
+    )
     steps: list[Step] = Field(min_length=1, description="What to do, in order.")
 
     @model_validator(mode="after")

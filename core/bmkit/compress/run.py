@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bmkit import model, plan
-from bmkit.compress import calibrate, pack, perplexity
+from bmkit import model, plan, tables
+from bmkit.compress import account, calibrate, pack, perplexity
 from bmkit.compress.recipe import CompressRecipe
 from bmkit.compress.steps import blockwise, learning, rounding, scaling, sparse, structure
 from bmkit.compress.work import Metrics, Shared, Work
 from bmkit.errors import InputError
 from bmkit.plan import Job, Outcome
+from bmkit.report import task
 from bmkit.runtime.voice import Voice
 
 EVALUATED = 32
@@ -40,6 +41,7 @@ def run(job: Job) -> Outcome:
         )
     shared = Shared(job, recipe, model.pick_device(recipe.device))
     source = job.checkpoint
+    made = [("before", source)]
     metrics: dict[str, float | int | str] = {}
     for i, step in enumerate(recipe.steps):
         last = i == len(recipe.steps) - 1
@@ -60,10 +62,12 @@ def run(job: Job) -> Outcome:
             found = plan.read_json(note)
         metrics |= found
         source = out
-    kinds = {step.method for step in recipe.steps}
-    if shared.has_rows and shared.generates and "distill" not in kinds:
-        metrics |= _perplexities(shared, job.out)
-    return Outcome("model", metrics, _loads_in(job.out))
+        made.append((step.method, out))
+    lines = _accounts(shared, made)
+    for text in tables.lines(lines):
+        job.reporter.info(text)
+    metrics |= _summary(lines)
+    return Outcome("model", metrics, _loads_in(job.out), table=lines)
 
 
 def _loads_in(out: Path) -> tuple[str, ...]:
@@ -75,30 +79,62 @@ def _loads_in(out: Path) -> tuple[str, ...]:
     return ("bmkit",) if pack.LAYOUT in formats else ("transformers + compressed-tensors",)
 
 
-def _perplexities(shared: Shared, out: Path) -> Metrics:
-    """Measure perplexity on the rows that nothing was fitted to, of the model before and after."""
+def _accounts(
+    shared: Shared, made: Sequence[tuple[str, Path]]
+) -> list[dict[str, float | int | str]]:
+    """Measure the checkpoints that steps have made, each on the same rows."""
+    job, rows = shared.job, _held_out(shared)
+    shared.forget()
+    timed = shared.recipe.measure_speed and shared.generates
+    lines = []
+    with task(job.reporter, "measure", len(made), "models") as bar:
+        for name, path in made:
+            found: dict[str, float] = {}
+            if rows or timed:
+                voice = Voice(
+                    path,
+                    device=shared.device,
+                    dtype=shared.recipe.dtype,
+                    rows=1,
+                    reporter=job.reporter,
+                )
+                if rows:
+                    found["perplexity"] = perplexity.of(voice, rows)
+                if timed:
+                    ids = rows[0] if rows else [i % 97 for i in range(account.PROMPT)]
+                    found["decode"], found["prefill"] = account.speed(voice, ids)
+            size, weights, nonzeros = account.size(path)
+            flops = account.flops_per_token(path)
+            lines.append(account.Account(name, size, weights, nonzeros, flops, **found).row())
+            bar.advance()
+    return lines
+
+
+def _summary(lines: Sequence[Metrics]) -> Metrics:
+    """Return the figures of the last line, beside those of the first where gates want both."""
+    first, last = lines[0], lines[-1]
+    found: dict[str, float | int | str] = {
+        "disk_bytes": last["bytes"],
+        "disk_ratio": round(float(last["bytes"]) / float(first["bytes"]), 6),
+        "parameters": last["parameters"],
+        "nonzeros": last["nonzeros"],
+        "flops_per_token": last["flops_per_token"],
+    }
+    for key in ("perplexity", "decode", "prefill"):
+        if key in last:
+            ratio = float(last[key]) / max(float(first[key]), 1e-30)
+            found |= {f"{key}_before": first[key], key: last[key], f"{key}_ratio": round(ratio, 4)}
+    return found
+
+
+def _held_out(shared: Shared) -> list[list[int]]:
+    """Return rows of text that nothing was fitted to; none if there is no text."""
+    kinds = {step.method for step in shared.recipe.steps}
+    if not shared.has_rows or not shared.generates or "distill" in kinds:
+        return []
     rows = shared.rows
     held = sorted(calibrate.held_out(len(rows))) or [len(rows) - 1]
-    chosen = [rows[i].tolist() for i in held[:EVALUATED]]
-    before, after = (
-        perplexity.of(
-            Voice(
-                path,
-                device=shared.device,
-                dtype=shared.recipe.dtype,
-                rows=1,
-                reporter=shared.job.reporter,
-            ),
-            chosen,
-        )
-        for path in (shared.job.checkpoint, out)
-    )
-    shared.job.reporter.info(f"perplexity on rows held out: {before:.3f} before, {after:.3f} after")
-    return {
-        "perplexity_before": round(before, 4),
-        "perplexity": round(after, 4),
-        "perplexity_ratio": round(after / before, 4),
-    }
+    return [rows[i].tolist() for i in held[:EVALUATED]]
 
 
 METHODS: dict[str, Callable[[Work, Any], Metrics]] = {

@@ -338,6 +338,7 @@ def run_stage(request: Request, reporter: Reporter) -> Result:
             base=prepared.model.entry() if outcome.kind in {"delta", "prompt"} else None,
             metrics=outcome.metrics,
             loads_in=outcome.loads_in,
+            table=outcome.table,
         )
         shutil.rmtree(work, ignore_errors=True)
     artifact.remember(prepared.out, manifest)

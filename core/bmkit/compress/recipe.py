@@ -60,10 +60,21 @@ class CompressRecipe(Recipe):
         "covered",
     )
     FILES: ClassVar = ("data.calibration",)
+    MODELS: ClassVar = ("steps.*.teacher",)
 
     kind: Literal["compress"]
     data: Data = Data()
     steps: list[Step] = Field(min_length=1, description="What to do, in order.")
+
+    @model_validator(mode="after")
+    def _what_is_trained_for_rounding_is_rounded(self) -> CompressRecipe:
+        behind = [*self.steps[1:], None]
+        for step, after in zip(self.steps, behind, strict=True):
+            if isinstance(step, Distill) and step.qat and not isinstance(after, Quantize):
+                raise contradiction(
+                    "steps", "`qat: true` trains for the rounding of a `quantize` right behind it"
+                )
+        return self
 
     @model_validator(mode="after")
     def _rounding_comes_last(self) -> CompressRecipe:

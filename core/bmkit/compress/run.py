@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bmkit import model, plan
-from bmkit.compress import calibrate, perplexity
+from bmkit.compress import calibrate, distill, perplexity
 from bmkit.compress.recipe import ROUNDING, CompressRecipe
 from bmkit.compress.steps import blockwise, learning, rounding, sparse, structure
 from bmkit.compress.work import Metrics, Shared, Work
@@ -53,25 +53,38 @@ def run(job: Job) -> Outcome:
                 shutil.rmtree(out, ignore_errors=True)
                 out.mkdir(parents=True)
             folder = job.work / f"part-{i}"
-            found = METHODS[step.method](Work(source, out, folder, shared), step)
+            found = METHODS[step.method](Work(source, out, folder, shared, i), step)
             if not last:
                 note.write_text(json.dumps(found), encoding="utf-8")
         else:
             found = plan.read_json(note)
         metrics |= found
         source = out
-    kinds = {step.method for step in recipe.steps}
-    if shared.has_rows and shared.generates and "distill" not in kinds:
-        metrics |= _perplexities(shared, job.out)
+    kinds: set[str] = {step.method for step in recipe.steps}
+    if rows := _held_out(shared, kinds):
+        metrics |= _perplexities(shared, job.out, rows)
     loads = "transformers + compressed-tensors" if kinds & set(ROUNDING) else "transformers"
     return Outcome("model", metrics, (loads,))
 
 
-def _perplexities(shared: Shared, out: Path) -> Metrics:
-    """Measure perplexity on the rows that nothing was fitted to, of the model before and after."""
+def _held_out(shared: Shared, kinds: set[str]) -> list[list[int]]:
+    """Return rows of given text that nothing was fitted to; none if there is no such text."""
+    if not shared.generates or "frequent_tokens" in kinds:
+        return []
+    if "distill" in kinds:
+        given = "data.calibration" in shared.job.files
+        texts = shared.texts if given else []
+        return [texts[i].ids for i in distill.dev_of(len(texts))]
+    if not shared.has_rows:
+        return []
     rows = shared.rows
     held = sorted(calibrate.held_out(len(rows))) or [len(rows) - 1]
-    chosen = [rows[i].tolist() for i in held[:EVALUATED]]
+    return [rows[i].tolist() for i in held[:EVALUATED]]
+
+
+def _perplexities(shared: Shared, out: Path, rows: list[list[int]]) -> Metrics:
+    """Measure the perplexity of rows, by the model before and after."""
+    shared.forget()
     before, after = (
         perplexity.of(
             Voice(
@@ -81,7 +94,7 @@ def _perplexities(shared: Shared, out: Path) -> Metrics:
                 rows=1,
                 reporter=shared.job.reporter,
             ),
-            chosen,
+            rows,
         )
         for path in (shared.job.checkpoint, out)
     )

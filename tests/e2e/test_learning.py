@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig
 
 from bmkit.compress.qat import Rounding
 from bmkit.compress.run import run as compress
@@ -214,6 +214,7 @@ def test_a_teacher_is_rounded_or_streamed(
         ("method: distill, teacher: gone", 3, "gone"),
         ("method: distill, teacher: larger", 3, "vocabulary of 300 tokens"),
         ("method: distill, teacher: foreign", 3, "another vocabulary"),
+        ("method: distill, teacher: delta", 3, "not a model"),
     ],
 )
 def test_what_can_not_be_learned_is_refused(
@@ -225,7 +226,50 @@ def test_what_can_not_be_learned_is_refused(
         shutil.copytree(tiny, tmp_path / "foreign")
         file = tmp_path / "foreign" / "tokenizer.json"
         file.write_text(file.read_text().replace('"a":', '"@@":').replace('"b":', '"a":'))
+    if "delta" in step:
+        (tmp_path / "delta").mkdir()
+        (tmp_path / "delta" / "adapter_config.json").write_text("{}")
+        save_file({"a": torch.zeros(1)}, tmp_path / "delta" / "adapter_model.safetensors")
     done = bmkit("compress", recipe(tmp_path, f"{step}, {TRAIN}"), "-m", "tiny", "-o", "x", *SHORT)
     assert done.returncode == code, done.stderr
     assert said in done.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_an_encoder_is_refused(bmkit: Run, tiny: Path, text: Path, tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "bert")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny / file, tmp_path / "bert" / file)
+    path = recipe(tmp_path, f"method: distill, {TRAIN}")
+    done = bmkit("compress", path, "-m", "bert", "-o", "x", *SHORT)
+    assert done.returncode == 3 and "says no next token" in done.stderr
+
+
+def test_a_stopped_run_goes_on_with_its_projections(tiny: Path, text: Path, tmp_path: Path) -> None:
+    """Of six steps the last two again: the same weights come out, so nothing was left behind."""
+    step = f"method: distill, qat: true, hidden: {{projection: always}}, {TRAIN}"
+    step = step.replace("max_steps: 6", "max_steps: 6, save_steps: 2")
+    path = recipe(tmp_path, step, "method: quantize")
+    assign = tuple(word for word in SHORT if "=" in word)
+    request = Request(
+        "compress", str(path), str(tiny), assign=assign, device="cpu", folder=tmp_path
+    )
+    found = []
+    for name in ("whole", "stopped"):
+        prepared = stage.prepare(request, Silent())
+        out, work = tmp_path / f"out-{name}", tmp_path / f"work-{name}"
+        out.mkdir()
+        if name == "stopped":
+            shutil.copytree(tmp_path / "work-whole" / "part-0", work / "part-0")
+            shutil.rmtree(work / "part-0" / "training" / "checkpoint-6")
+        work.mkdir(exist_ok=True)
+        compress(prepared.job(out, work, Silent()))
+        found.append(load_file(out / "model.safetensors"))
+    assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())

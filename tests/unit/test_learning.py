@@ -103,6 +103,25 @@ def test_with_the_whole_vocabulary_the_reverse_divergence_is_torchs() -> None:
     assert 0 < part < wanted
 
 
+def test_with_a_rest_the_loss_is_least_at_the_teachers_own_probabilities() -> None:
+    teacher = torch.randn(5, 9, generator=torch.Generator().manual_seed(1))
+    taught = likeliest(teacher, 3)
+    gradients = []
+    for rest in (True, False):
+        logits = teacher.clone().requires_grad_()
+        divergence(logits, *_of(taught), rest=rest).backward()
+        gradients.append(float(logits.grad.abs().max()))
+    assert gradients[0] < 2e-3 < 0.02 < gradients[1]
+    p, q = teacher.softmax(-1), torch.randn(5, 9, generator=torch.Generator().manual_seed(2))
+    kept = taught.tokens.long()
+    grouped = [
+        torch.cat((v.gather(1, kept), 1 - v.gather(1, kept).sum(1, keepdim=True)), 1)
+        for v in (p, q.softmax(-1))
+    ]
+    wanted = -(grouped[0] * grouped[1].log()).sum()
+    torch.testing.assert_close(divergence(q, *_of(taught), rest=True), wanted, rtol=1e-3, atol=1e-3)
+
+
 def _of(taught: Any) -> tuple[Tensor, Tensor]:
     return taught.tokens, taught.logprobs
 

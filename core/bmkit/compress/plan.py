@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from bmkit import env
 from bmkit.compress.options.learning import Distill
 from bmkit.compress.options.rounding import Gptq, Quantize
 from bmkit.compress.options.sparse import Magnitude, SparseGpt, Wanda
@@ -47,6 +48,8 @@ class State:
     """Bytes that the last step has written."""
     first: bool = True
     """Whether the headers are those of what the step works on."""
+    teacher: Headers | None = None
+    """Of the further model that the step names."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ def estimate(job: Job) -> Estimate:
     ram = gpu = work = 0
     steps = []
     for i, step in enumerate(recipe.steps):
+        other = job.models.get(f"steps.{i}.teacher")
+        state.teacher = read_headers(other.path) if other else None
         need = NEEDS[step.method](state, step)
         ram, gpu = max(ram, need.ram), max(gpu, need.gpu)
         work += need.work
@@ -131,11 +136,39 @@ def _blockwise(state: State, step: Gptq | Wanda | SparseGpt) -> Need:
 
 
 def _distilled(state: State, step: Distill) -> Need:
-    tokens = state.recipe.data.tokens
-    learning = _learning(step, state.now, state.sizes, state.recipe)
-    need = max(_speaking(state.headers, state.sizes, state.recipe), learning)
-    work = 3 * 12 * state.now.weights + 8 * step.likeliest * tokens
-    return Need(f"learn from {tokens} tokens of the model", need, need, work)
+    tokens, now = state.recipe.data.tokens, state.now
+    learning = _learning(step, now, state.sizes, state.recipe)
+    if step.qat:
+        learning += 4 * now.inside  # as they are rounded
+    headers = state.teacher or state.headers
+    whose = "of the model" if state.teacher is None else f"of {headers.path}"
+    if step.hidden or step.attention:
+        learning += _beside(step, headers, state)
+    speaking = _speaking(state.headers, state.sizes, state.recipe)
+    if state.teacher is not None:
+        sizes = Sizes.of(headers.config)
+        speaking = max(speaking, _speaking(headers, sizes, state.recipe))
+    need = max(speaking, learning)
+    work = 3 * 12 * now.weights + 8 * step.likeliest * tokens
+    return Need(f"learn from {tokens} tokens {whose}", need, need, work)
+
+
+def _beside(step: Distill, teacher: Headers, state: State) -> int:
+    """Return what a teacher takes that runs beside its student: weights, states, attention."""
+    bits = {"int8": 8, "int4": 5, None: 8 * teacher.bytes // max(teacher.dense_numel, 1)}
+    weights = teacher.dense_numel * bits[step.teacher_quant] // 8
+    if step.teacher_memory is not None:
+        weights = min(weights, env.parse_bytes(step.teacher_memory))
+    length, rows = state.recipe.data.sequence_length, step.train.per_device_train_batch_size
+    found = weights
+    for sizes, layers in (
+        (Sizes.of(teacher.config), Sizes.of(teacher.config).layers),
+        (state.sizes, state.now.layers),
+    ):
+        found += 4 * rows * length * sizes.hidden * layers
+        if step.attention:
+            found += 4 * 4 * rows * sizes.heads * length**2 * layers
+    return found
 
 
 NEEDS: dict[str, Callable[[State, Any], Need]] = {

@@ -37,6 +37,8 @@ class Aim:
     """Whether the divergence is that of the teacher from the student."""
     label_weight: float = 0.0
     """The share of the loss that is the cross-entropy of the text's own tokens."""
+    rest: bool = False
+    """Whether all tokens that aren't among the teacher's likeliest count as one."""
 
     def loss(self, logits: Tensor, tokens: Tensor, logprobs: Tensor, labels: Tensor) -> Tensor:
         """Return the summed loss of `logits` [places, vocabulary], as `divergence` takes them.
@@ -51,7 +53,9 @@ class Aim:
             if self.reverse:
                 found = reverse_divergence(logits, safe, logged)
             else:
-                found = divergence(logits, safe, logged, temperature=self.temperature)
+                found = divergence(
+                    logits, safe, logged, temperature=self.temperature, rest=self.rest
+                )
             total = total + (1 - self.label_weight) * found
         if self.label_weight:
             own = functional.cross_entropy(
@@ -62,21 +66,33 @@ class Aim:
 
 
 def divergence(
-    logits: Tensor, tokens: Tensor, logprobs: Tensor, *, temperature: float = 1.0
+    logits: Tensor,
+    tokens: Tensor,
+    logprobs: Tensor,
+    *,
+    temperature: float = 1.0,
+    rest: bool = False,
 ) -> Tensor:
     """Return the summed cross-entropy of a student's `logits` [places, vocabulary] to a teacher.
 
     The teacher's distribution is given by its likeliest `tokens` [places, k] and their `logprobs`
-    (minus infinity: left out); what it gives to others counts for nothing. With a temperature both
-    are softened first, and the loss is scaled by its square, so that gradients stay as large
-    (Distilling the Knowledge in a Neural Network, arXiv 1503.02531). Memory: a float32 copy of
-    `logits`.
+    (minus infinity: left out). What it gives to others counts for nothing, so that a student learns
+    to say none of them; with `rest` (at temperature 1) it counts as one more token, which all
+    others of the student are as well. With a temperature both are softened first, the teacher's
+    among the tokens that are known, and the loss is scaled by its square, so that gradients stay as
+    large (Distilling the Knowledge in a Neural Network, arXiv 1503.02531). Memory: a float32 copy
+    of `logits`.
     """
     student = logits.float() / temperature
     teacher = logprobs.float() / temperature
     share = teacher.softmax(-1).nan_to_num(0.0) if temperature != 1.0 else teacher.exp()
     known = student.gather(1, tokens.long()) - student.logsumexp(-1, keepdim=True)
-    return -(share * known).sum() * temperature**2
+    loss = -(share * known).sum() * temperature**2
+    if rest and temperature == 1.0:
+        p, q = share, known.exp().masked_fill(logprobs == -torch.inf, 0.0)
+        left = [1 - part.sum(-1) for part in (p, q)]
+        loss = loss - (left[0].clamp_min(0) * left[1].clamp_min(LEAST).log()).sum()
+    return loss
 
 
 def reverse_divergence(logits: Tensor, tokens: Tensor, logprobs: Tensor) -> Tensor:

@@ -19,50 +19,21 @@ from bmkit.runtime.voice import Voice
 def distill(work: Work, step: Distill) -> Metrics:
     """Train the model as it is by now to say what its teacher says."""
     shared, config = work.shared, model.load_config(work.source)
+    if not shared.generates:
+        kind = (getattr(config, "architectures", None) or [config.model_type])[0]
+        raise InputError(
+            f"{kind} says no next token, which is what `distill` teaches",
+            hint="take a decoder, or methods that round weights or set them to zero",
+        )
     tokens = read_frequent(work.source, config.get_text_config().vocab_size)
-    texts = shared.texts
     memory = env.parse_bytes(step.teacher_memory) if step.teacher_memory else None
-    other = work.job.models.get(f"steps.{work.number}.teacher")
-    teacher = other.path if other else work.job.checkpoint
-    if other or step.teacher_quant or memory is not None:
-        _same_vocabulary(teacher, work.job.checkpoint)
-        shared.forget()
-        texts = [corpus.Text(t.ids, t.first) for t in texts]  # another one has said them
-        try:
-            voice = Voice(
-                teacher,
-                device=shared.device,
-                dtype=shared.recipe.dtype,
-                rows=8,
-                reporter=work.job.reporter,
-                quant=step.teacher_quant,
-                memory=memory,
-            )
-        except ResourceError as exc:
-            where = "teacher_memory" if memory is not None else "teacher"
-            raise ResourceError(f"{where}: {exc}", hint=exc.hint) from None
-    else:
-        voice = shared.voice
-    taught = teaching.lessons(
-        voice,
-        texts,
-        step.likeliest,
-        tokens,
-        work.folder / "lessons",
-        reporter=work.job.reporter,
+    taught = _taught(work, step, tokens, memory)
+    beside = hints.of_step(
+        step, _teacher(work), device=shared.device, memory=memory, seed=shared.recipe.seed
     )
-    del voice
-    shared.forget()
     student, metrics = teaching.train_student(
         work.source,
-        teaching.Class(
-            taught,
-            tokens,
-            rounding=_rounding(work, step),
-            hints=hints.of_step(
-                step, teacher, device=shared.device, memory=memory, seed=shared.recipe.seed
-            ),
-        ),
+        teaching.Class(taught, tokens, _rounding(work, step), beside),
         step,
         seed=shared.recipe.seed,
         work=work.folder / "training",
@@ -71,6 +42,42 @@ def distill(work: Work, step: Distill) -> Metrics:
     )
     model.save(student, work.source, work.out)
     return metrics
+
+
+def _teacher(work: Work) -> Path:
+    other = work.job.models.get(f"steps.{work.number}.teacher")
+    return other.path if other else work.job.checkpoint
+
+
+def _taught(
+    work: Work, step: Distill, tokens: list[int] | None, memory: int | None
+) -> list[teaching.Lesson]:
+    """Let the teacher read the texts, and forget it."""
+    shared, teacher, reporter = work.shared, _teacher(work), work.job.reporter
+    _same_vocabulary(teacher, shared.job.checkpoint)
+    texts, folder = shared.texts, work.folder / "lessons"
+    if teacher == shared.job.checkpoint and not step.teacher_quant and memory is None:
+        found = teaching.lessons(
+            shared.voice, texts, step.likeliest, tokens, folder, reporter=reporter
+        )
+        shared.forget()
+        return found
+    shared.forget()
+    unsaid = [corpus.Text(t.ids, t.first) for t in texts]  # another one has said them
+    try:
+        voice = Voice(
+            teacher,
+            device=shared.device,
+            dtype=shared.recipe.dtype,
+            rows=8,
+            reporter=reporter,
+            quant=step.teacher_quant,
+            memory=memory,
+        )
+    except ResourceError as exc:
+        where = "teacher" if memory is None else "teacher_memory"
+        raise ResourceError(f"{where}: {exc}", hint=exc.hint) from None
+    return teaching.lessons(voice, unsaid, step.likeliest, tokens, folder, reporter=reporter)
 
 
 def _rounding(work: Work, step: Distill) -> Rounding | None:
@@ -84,6 +91,8 @@ def _rounding(work: Work, step: Distill) -> Rounding | None:
 
 def _same_vocabulary(teacher: Path, student: Path) -> None:
     """Raise InputError if two models don't mean the same by a token's number."""
+    if teacher == student:
+        return
     sizes = [model.load_config(p).get_text_config().vocab_size for p in (teacher, student)]
     if sizes[0] != sizes[1]:
         raise InputError(

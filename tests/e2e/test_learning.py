@@ -124,6 +124,35 @@ def test_training_for_a_rounding_leaves_less_of_its_damage(
     assert found["qat"]["perplexity"] < found["plain"]["perplexity"]
 
 
+def test_rounded_activations_are_trained_for_and_change_nothing_in_the_file(
+    bmkit: Run, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for name, words in (("without", ""), ("with", "activations: 8, ")):
+        path = recipe(
+            tmp_path, f"method: distill, qat: true, {words}{TRAIN}", "method: quantize, bits: 8"
+        )
+        found[name] = metrics(bmkit("compress", path, "-m", "tiny", "-o", name, *SHORT))
+    assert found["with"]["train_loss"] != found["without"]["train_loss"]
+    assert found["with"]["train_loss"] == pytest.approx(found["without"]["train_loss"], rel=0.1)
+    configs = [json.loads((tmp_path / n / "config.json").read_text()) for n in found]
+    assert configs[0] == configs[1]
+
+
+def test_the_plan_counts_a_teacher_that_runs_beside(
+    bmkit: Run, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    other_teacher(tmp_path / "other", tiny, num_hidden_layers=12, hidden_size=512)
+    peaks = []
+    for words in ("", "hidden: {}, ", "hidden: {}, attention: {}, "):
+        path = recipe(tmp_path, f"method: distill, teacher: other, {words}{TRAIN}")
+        done = bmkit("compress", path, "-m", "tiny", "-o", "x", "--plan", *SHORT)
+        plan = json.loads(done.stdout)
+        assert "other" in plan["steps"][0] and "steps.0.teacher" in plan["inputs"]
+        peaks.append(plan["peak"]["ram_bytes"])
+    assert peaks[0] < peaks[1] < peaks[2]
+
+
 def test_zeros_stay_when_a_pruned_model_is_trained_for_a_rounding(
     bmkit: Run, tiny: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ from bmkit.compress.options.learning import Attention, Hidden
 from bmkit.errors import InputError, RecipeError
 from bmkit.nn.qat import round_tokens, rounded_weights, straight_through
 from bmkit.nn.rounding import dequantize, quantize
+from bmkit.train import distil
 from bmkit.train.distil import Aim, divergence, likeliest, reverse_divergence, teaching_loss
 from bmkit.train.states import attention_loss, by_depth, state_loss
 
@@ -281,6 +282,29 @@ def lesson_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     said = torch.tensor([5, 6, 7])
     more = {"places": places, "tokens": taught.tokens, "logprobs": taught.logprobs, "said": said}
     return {**batch, **more}
+
+
+def test_logits_made_a_few_places_at_a_time_give_the_same_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = saved(MODELS["llama"], tmp_path / "s", 2)
+    places = torch.cartesian_prod(torch.arange(3), torch.arange(200))
+    taught = likeliest(torch.randn(600, 60, generator=torch.Generator().manual_seed(3)), 5)
+    ids = torch.randint(3, 60, (3, 200), generator=torch.Generator().manual_seed(4))
+    said = torch.randint(3, 60, (600,), generator=torch.Generator().manual_seed(5))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "places": places}
+    batch |= {"tokens": taught.tokens, "logprobs": taught.logprobs, "said": said}
+    found = []
+    for most in (2**24, 100):
+        monkeypatch.setattr(distil, "LOGITS", most)
+        student.zero_grad()
+        loss, count = teaching_loss(student, batch, aim=Aim(label_weight=0.3))
+        loss.backward()
+        assert count == 600
+        grads = {n: p.grad.clone() for n, p in student.named_parameters()}
+        found.append({"loss": loss.detach(), **grads})
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt-neox", "gemma3"])

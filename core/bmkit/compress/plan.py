@@ -16,6 +16,8 @@ from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers
 from bmkit.runtime.budget import Sizes, block_of
 
 SHARD_BYTES = 2 * 2**30
+LOGITS = 2**24
+"""Logits that training keeps, as in `train.distil`."""
 
 
 @dataclass
@@ -221,7 +223,7 @@ def _learning(step: Distill, now: _Model, sizes: Sizes, recipe: CompressRecipe) 
     """Return what training takes: weights, gradients, AdamW's moments, one batch's activations."""
     tokens = step.train.per_device_train_batch_size * recipe.data.sequence_length
     activations = 4 * tokens * (34 * sizes.hidden * now.layers + 8 * sizes.hidden)
-    logits = 4 * 4 * 256 * sizes.vocabulary
+    logits = 4 * 4 * max(256 * sizes.vocabulary, LOGITS)
     lessons = (8 * step.likeliest + 64) * recipe.data.tokens
     return 16 * now.weights + activations + logits + lessons + 2**28
 

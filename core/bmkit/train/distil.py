@@ -135,6 +135,10 @@ def has_plain_head(model: Any) -> bool:
     return found.shape == logits.shape and torch.allclose(found, logits, rtol=1e-3, atol=1e-4)
 
 
+LOGITS = 2**24
+"""As many logits are kept for their gradient; where there are more, they are made twice."""
+
+
 def teaching_loss(
     model: Any,
     batch: dict[str, Tensor],
@@ -150,7 +154,7 @@ def teaching_loss(
     text's own next tokens. With `rows`, only those rows of the output head are learned: `tokens`
     and `said` are numbers among them, -1 for others. `plain` is what `has_plain_head` says: else
     the model makes all of its logits. Memory: what the body keeps for its gradient, and the logits
-    of 256 places, or of all if the head isn't plain.
+    of 256 places or LOGITS of them; of all tokens, if the head isn't plain.
     """
     aim = aim or Aim()
     body = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -169,6 +173,8 @@ def teaching_loss(
     def part_of_loss(states: Tensor, head: Tensor, *lesson: Tensor) -> Tensor:
         return aim.loss(functional.linear(states, head), *lesson)
 
+    if len(picked) * len(head) <= LOGITS:
+        return part_of_loss(picked, head, *lesson), len(picked)
     total = picked.new_zeros((), dtype=torch.float32)
     for low in range(0, len(picked), 256):  # logits are made again for their gradient
         part = slice(low, low + 256)

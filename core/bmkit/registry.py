@@ -44,7 +44,7 @@ STAGES = {
             "bmkit.compress.run:run",
             takes=("model",),
             gives="model",
-            version=4,
+            version=5,
         ),
         Stage(
             "tune",

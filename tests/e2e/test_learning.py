@@ -220,7 +220,8 @@ def test_a_teacher_is_rounded_or_streamed(
         ("int8", "teacher_quant: int8, "),
         ("streamed", "teacher_memory: 80KiB, "),
     ):
-        path = recipe(tmp_path, f"method: distill, hidden: {{}}, {words}{TRAIN}")
+        learned = f"method: distill, hidden: {{}}, {words}{TRAIN}"
+        path = recipe(tmp_path, "method: magnitude", learned)
         found[name] = metrics(bmkit("compress", path, "-m", "tiny", "-o", name, *SHORT))
     losses = {name: f["train_loss"] for name, f in found.items()}
     assert losses["int8"] == pytest.approx(losses["plain"], rel=0.2)

@@ -191,7 +191,9 @@ def train_student(
         count = len(lesson.taught)
         raise InputError(f"{count} texts are too few to learn from", hint="raise data.tokens")
     among = None if lesson.rows is None else torch.tensor(list(lesson.rows), device=device)
-    aim = Aim(step.temperature, step.loss == "reverse_kl", step.label_weight)
+    # A head that can say all tokens learns how often it is none of the likeliest.
+    others = among is None
+    aim = Aim(step.temperature, step.loss == "reverse_kl", step.label_weight, others)
     plain = has_plain_head(student)
     with ExitStack() as stack:
         if lesson.rounding is not None:

@@ -150,7 +150,7 @@ def dev_of(texts: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Class:
+class Curriculum:
     """What a student is taught with."""
 
     taught: Sequence[Lesson]
@@ -164,7 +164,7 @@ class Class:
 
 def train_student(
     path: Path,
-    lesson: Class,
+    lesson: Curriculum,
     step: Distill,
     *,
     seed: int,

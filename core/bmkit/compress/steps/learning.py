@@ -33,7 +33,7 @@ def distill(work: Work, step: Distill) -> Metrics:
     )
     student, metrics = teaching.train_student(
         work.source,
-        teaching.Class(taught, tokens, _rounding(work, step), beside),
+        teaching.Curriculum(taught, tokens, _rounding(work, step), beside),
         step,
         seed=shared.recipe.seed,
         work=work.folder / "training",

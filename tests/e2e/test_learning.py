@@ -124,6 +124,18 @@ def test_training_for_a_rounding_leaves_less_of_its_damage(
     assert found["qat"]["perplexity"] < found["plain"]["perplexity"]
 
 
+def test_the_built_in_recipe_mends_what_rounding_breaks(
+    bmkit: Run, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    words = ("-s", "steps.0.train.max_steps=12", "-s", "steps.0.train.learning_rate=2e-3")
+    found = metrics(bmkit("compress", "qat", "-m", "tiny", "-o", "q", *SHORT, *words))
+    plain = metrics(bmkit("compress", "int4", "-m", "tiny", "-o", "p", *SHORT))
+    assert found["layers"] == plain["layers"] and found["bytes_after"] == plain["bytes_after"]
+    assert found["agreement"] > found["agreement_before"]
+    answer = bmkit("infer", "-m", "q", "-p", "Hi", "--max-new-tokens", "5")
+    assert answer.returncode == 0, answer.stderr
+
+
 def test_rounded_activations_are_trained_for_and_change_nothing_in_the_file(
     bmkit: Run, tiny: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -86,6 +86,9 @@ def recipe_keys() -> str:
         if recipe.FILES:
             files = ", ".join(f"`{name}`" for name in recipe.FILES)
             parts.append(f"Keys that hold a path: {files}.")
+        if recipe.MODELS:
+            models = ", ".join(f"`{name}`" for name in recipe.MODELS)
+            parts.append(f"Keys that name a further model, as `-m` does: {models}.")
     return "\n\n".join(parts)
 
 

@@ -263,6 +263,8 @@ class Job:
     """The text of the longest of them, if that is known."""
     draft: Artifact | None = None
     """A model that guesses what `model` will say."""
+    models: Mapping[str, Artifact] = field(default_factory=dict)
+    """Further models that the recipe names, by dotted key."""
     phrases: Path | None = None
     """Where the phrase pool is, or is to be."""
     is_draft: bool = False

@@ -11,7 +11,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
@@ -54,6 +54,8 @@ class Recipe(Model):
     """Names that `gates` may bound."""
     FILES: ClassVar[tuple[str, ...]] = ()
     """Dotted keys that hold a path: relative to the recipe file, or `builtin:` for bmkit's own."""
+    MODELS: ClassVar[tuple[str, ...]] = ()
+    """Dotted keys that name a further model, as `-m` does; `*` stands for each item of a list."""
 
     kind: str
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of every random draw.")
@@ -292,6 +294,32 @@ def resolve_files(
             on_line = any(path[: len(o)] == o for o in doc.overrides)
             base = (said_in or Path.cwd()) if on_line else doc.folder
             holder[path[-1]] = str((base / Path(value).expanduser()).absolute())
+    for dotted in model.MODELS:
+        for place, holder in holders(doc.data, dotted):
+            on_line = any(place[: len(o)] == o for o in doc.overrides)
+            base = (said_in or Path.cwd()) if on_line else doc.folder
+            there = base / Path(holder[place[-1]]).expanduser()
+            if holder[place[-1]] and there.exists():
+                holder[place[-1]] = str(there.absolute())
+
+
+def holders(data: Any, dotted: str) -> Iterator[tuple[KeyPath, Any]]:
+    """Yield the paths of all text in `data` that `dotted` means, each with what holds its key.
+
+    `*` stands for each item of a list.
+    """
+    step, _, rest = dotted.partition(".")
+    keys: list[Key] = [step]
+    if step == "*":
+        keys = list(range(len(data))) if isinstance(data, list) else []
+    for key in keys:
+        inside = isinstance(data, list) or (isinstance(data, dict) and key in data)
+        if not inside:
+            continue
+        if rest:
+            yield from (((key, *path), holder) for path, holder in holders(data[key], rest))
+        elif isinstance(data[key], str):
+            yield (key,), data
 
 
 def validate(doc: Document, model: type[M]) -> M:
@@ -383,7 +411,8 @@ def _explain_all(doc: Document, model: type[Model], problems: Sequence[Any]) -> 
     branches: dict[KeyPath, list[str]] = {}
     for problem in problems:
         loc = problem["loc"]
-        if problem["type"] in {"missing", "extra_forbidden"} or _inside(doc.data, loc):
+        plain = problem["type"] in {"missing", "extra_forbidden", "contradiction"}
+        if plain or _inside(doc.data, loc):
             said.append(_explain(doc, model, problem))
             continue
         expected = problem.get("ctx", {}).get("expected") or problem["msg"].partition("be ")[2]
@@ -412,8 +441,10 @@ def _inside(data: Any, loc: Sequence[Key]) -> bool:
 
 
 def _explain(doc: Document, model: type[Model], problem: Any) -> str:
-    path, known = _resolve(doc, model, problem["loc"])
     kind, ctx = problem["type"], problem.get("ctx", {})
+    if kind == "contradiction":
+        return at(doc, _resolve(doc, model, (*problem["loc"], ctx["key"]))[0], problem["msg"])
+    path, known = _resolve(doc, model, problem["loc"])
     name = str(path[-1]) if path else doc.source
     if kind == "extra_forbidden":
         close = did_you_mean(name, known, otherwise=f"known keys: {', '.join(known)}")
@@ -433,8 +464,6 @@ def _explain(doc: Document, model: type[Model], problem: Any) -> str:
         close = did_you_mean(str(got), allowed)
         text = f"`{got}` is not one of {', '.join(allowed)}" + (f"; {close}" if close else "")
         return at(doc, path, text)
-    if kind == "contradiction":
-        return at(doc, (*path, ctx["key"]), problem["msg"])
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     if message.startswith("should"):
         message = f"`{name}` {message}, not `{json.dumps(problem['input'])}`"

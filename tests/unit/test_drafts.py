@@ -18,7 +18,7 @@ from bmkit.errors import InputError
 from bmkit.report import Silent
 from bmkit.runtime.cpu import load
 from bmkit.runtime.voice import Voice
-from bmkit.train.distil import divergence, has_plain_head, likeliest, teaching_loss
+from bmkit.train.distil import Aim, divergence, has_plain_head, likeliest, teaching_loss
 
 CPU = torch.device("cpu")
 
@@ -69,8 +69,9 @@ def test_a_teachers_tokens_that_a_student_cannot_say_count_for_nothing(tiny: Pat
         "places": torch.tensor([[0, 1], [0, 3]]),
         "tokens": torch.tensor([[1, -1], [2, 0]]),
         "logprobs": torch.tensor([[-0.5, -1.0], [-0.2, -2.0]]),
+        "said": torch.tensor([1, -1]),
     }
-    loss, count = teaching_loss(model, batch, temperature=1.0, rows=rows)
+    loss, count = teaching_loss(model, batch, rows=rows)
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0][:, rows].log_softmax(-1)
     share = torch.tensor([-0.5, -0.2, -2.0]).exp()
@@ -177,10 +178,11 @@ def test_students_of_any_kind_learn_from_their_own_logits(config: Any, temperatu
         "places": torch.tensor([[0, 1], [0, 3]]),
         "tokens": torch.tensor([[1, -1, 3], [-1, -1, -1]]),  # the head can say none of the last
         "logprobs": taught.logprobs,
+        "said": torch.tensor([1, -1]),
     }
     plain = has_plain_head(student)
     assert plain == (config.model_type == "gpt_neox")
-    loss, _ = teaching_loss(student, batch, temperature=temperature, rows=rows, plain=plain)
+    loss, _ = teaching_loss(student, batch, aim=Aim(temperature), rows=rows, plain=plain)
     logits = student(input_ids=ids).logits[0, 1, rows]
     logged = taught.logprobs[0, [0, 2]].float() / temperature
     share = logged.softmax(-1) if temperature != 1 else logged.exp()
@@ -191,11 +193,12 @@ def test_students_of_any_kind_learn_from_their_own_logits(config: Any, temperatu
 
 def test_each_place_that_is_taught_is_counted_once() -> None:
     taught = likeliest(torch.randn(4, 9), 2)
+    own = torch.zeros(4, dtype=torch.int32)
     lesson = distill.Lesson(
-        [1, 2, 3, 4, 5, 6], 2, taught.tokens, taught.logprobs, taught.tokens[:, 0]
+        [1, 2, 3, 4, 5, 6], 2, taught.tokens, taught.logprobs, taught.tokens[:, 0], own
     )
     short = distill.Lesson(
-        [1, 2, 3], 1, taught.tokens[:2], taught.logprobs[:2], taught.tokens[:2, 0]
+        [1, 2, 3], 1, taught.tokens[:2], taught.logprobs[:2], taught.tokens[:2, 0], own[:2]
     )
     batch = distill.collate([{"input_ids": t.ids[:-1], "lesson": t} for t in (lesson, short)])
     for labels in (batch["labels"], batch["labels"][:, 1:]):  # the trainer may leave the first out

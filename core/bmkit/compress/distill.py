@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bmkit import model as models
+from bmkit.compress import calibrate
 from bmkit.compress.corpus import Text
+from bmkit.compress.hints import Hints
 from bmkit.compress.layerwise import ZEROS
 from bmkit.compress.options.learning import Distill
+from bmkit.compress.qat import Rounding
 from bmkit.errors import InputError, RecipeError
 from bmkit.report import Reporter, task
 from bmkit.runtime.voice import Voice
-from bmkit.train.distil import has_plain_head, likeliest, teaching_loss
+from bmkit.train.distil import Aim, has_plain_head, likeliest, teaching_loss
 from bmkit.train.trainer import train
 
 TEXTS = 128
@@ -39,6 +43,8 @@ class Lesson:
     """float16 [places, k]."""
     chosen: Tensor
     """int32 [places]: the teacher's likeliest, whatever the head can say."""
+    said: Tensor
+    """int32 [places]: the text's own tokens there; -1 for what the student's head can't say."""
 
 
 def lessons(
@@ -60,7 +66,7 @@ def lessons(
         for text in texts:
             assert text.taught is not None  # as we have seen
             tokens, logprobs = text.taught.tokens[:, :count], text.taught.logprobs[:, :count]
-            found.append(Lesson(text.ids, text.first, _among(tokens, said), logprobs, tokens[:, 0]))
+            found.append(_lesson(text, tokens, logprobs, said))
         return found
     folder.mkdir(parents=True, exist_ok=True)
     with task(reporter, "the teacher reads", len(texts), "texts") as bar:
@@ -86,10 +92,15 @@ def lessons(
                 places = len(text.ids) - text.first
                 tokens, logprobs = (kept[name][at : at + places] for name in ("tokens", "logprobs"))
                 at += places
-                found.append(
-                    Lesson(text.ids, text.first, _among(tokens, said), logprobs, tokens[:, 0])
-                )
+                found.append(_lesson(text, tokens, logprobs, said))
     return found
+
+
+def _lesson(text: Text, tokens: Tensor, logprobs: Tensor, said: Sequence[int] | None) -> Lesson:
+    """Return a lesson of the teacher's likeliest tokens, by their numbers in the vocabulary."""
+    own = torch.tensor(text.ids[text.first :], dtype=torch.int32)
+    known = _among(tokens, said)
+    return Lesson(text.ids, text.first, known, logprobs, tokens[:, 0], _among(own, said))
 
 
 def _among(tokens: Tensor, said: Sequence[int] | None) -> Tensor:
@@ -107,7 +118,7 @@ def collate(lessons: Sequence[Any]) -> dict[str, Tensor]:
     ids = torch.zeros(len(lessons), longest, dtype=torch.long)
     mask = torch.zeros(len(lessons), longest, dtype=torch.long)
     labels = torch.full((len(lessons), longest + 1), -100)  # for the trainer, which counts them
-    places, tokens, logprobs = [], [], []
+    places, tokens, logprobs, said = [], [], [], []
     for row, example in enumerate(lessons):
         lesson: Lesson = example["lesson"]
         size = len(example["input_ids"])
@@ -118,6 +129,7 @@ def collate(lessons: Sequence[Any]) -> dict[str, Tensor]:
         places.append(torch.stack((torch.full_like(where, row), where), 1))
         tokens.append(lesson.tokens)
         logprobs.append(lesson.logprobs)
+        said.append(lesson.said)
     return {
         "input_ids": ids,
         "attention_mask": mask,
@@ -125,15 +137,36 @@ def collate(lessons: Sequence[Any]) -> dict[str, Tensor]:
         "places": torch.cat(places),
         "tokens": torch.cat(tokens),
         "logprobs": torch.cat(logprobs),
+        "said": torch.cat(said),
     }
+
+
+def dev_of(texts: int) -> list[int]:
+    """Return which of so many texts are not trained on: the last of each eight, HELD_OUT at most.
+
+    Of whole rows of text they are rows that nothing was calibrated on either.
+    """
+    return sorted(calibrate.held_out(texts))[:HELD_OUT]
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """What a student is taught with."""
+
+    taught: Sequence[Lesson]
+    rows: Sequence[int] | None
+    """The tokens that its head can say; None: all."""
+    rounding: Rounding | None = None
+    """How its weights are rounded in the forward pass, if they are."""
+    hints: Hints | None = None
+    """What its layers learn, if they do."""
 
 
 def train_student(
     path: Path,
-    taught: Sequence[Lesson],
+    lesson: Curriculum,
     step: Distill,
     *,
-    rows: Sequence[int] | None,
     seed: int,
     work: Path,
     device: torch.device,
@@ -141,11 +174,64 @@ def train_student(
 ) -> tuple[Any, dict[str, float | int | str]]:
     """Train the checkpoint at `path` in float32; return it with what was measured.
 
-    Raises RecipeError for modules that aren't there, DivergedError as `train` does.
+    What comes back is in float32, but as exact as the checkpoint's dtype. Raises RecipeError for
+    modules that aren't there, DivergedError as `train` does.
     """
     student = models.load_model(path, device=device, dtype="float32")
     student.requires_grad_(True)
-    for pattern in step.freeze:
+    _freeze(student, step.freeze)
+    if pruned := keep_zeros(student):
+        reporter.info(f"{pruned} matrices were pruned: their zeros stay")
+    apart = set(dev_of(len(lesson.taught)))
+    dev: list[Lesson] = []
+    rest: list[Lesson] = []
+    for i, one in enumerate(lesson.taught):
+        (dev if i in apart else rest).append(one)
+    if not rest or not dev:
+        count = len(lesson.taught)
+        raise InputError(f"{count} texts are too few to learn from", hint="raise data.tokens")
+    among = None if lesson.rows is None else torch.tensor(list(lesson.rows), device=device)
+    # A head that can say all tokens learns how often it is none of the likeliest.
+    others = among is None
+    aim = Aim(step.temperature, step.loss == "reverse_kl", step.label_weight, others)
+    plain = has_plain_head(student)
+    with ExitStack() as stack:
+        if lesson.rounding is not None:
+            stack.enter_context(lesson.rounding.of(student))
+        before = agreement(student, dev, among)
+        given = None if lesson.hints is None else stack.enter_context(lesson.hints.for_(student))
+
+        def loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+            found, count = teaching_loss(model, batch, aim=aim, rows=among, plain=plain)
+            return found if given is None else found + count * given(batch), count
+
+        examples: list[Any] = [{"input_ids": one.ids[:-1], "lesson": one} for one in rest]
+        trained = train(
+            student,
+            examples,
+            collate,
+            step.train,
+            seed=seed,
+            work=work,
+            device=device,
+            reporter=reporter,
+            loss=loss,
+        )
+        settle(student, models.stored_dtype(models.load_config(path)))
+        after = agreement(student, dev, among)
+    reporter.info(f"agrees with its teacher on {before:.1%} of tokens before, {after:.1%} after")
+    return student, {
+        "train_loss": round(trained.losses[-1] if trained.losses else 0.0, 6),
+        "steps": trained.steps,
+        "texts": len(rest),
+        "agreement_before": round(before, 6),
+        "agreement": round(after, 6),
+    }
+
+
+def _freeze(student: nn.Module, patterns: Sequence[str]) -> None:
+    """Let modules whose names end in one of `patterns` not learn."""
+    for pattern in patterns:
         modules = [
             m for n, m in student.named_modules() if n == pattern or n.endswith(f".{pattern}")
         ]
@@ -155,41 +241,13 @@ def train_student(
             module.requires_grad_(False)
     if not any(p.requires_grad for p in student.parameters()):
         raise RecipeError("freeze: nothing is left to train")
-    if pruned := keep_zeros(student):
-        reporter.info(f"{pruned} matrices were pruned: their zeros stay")
-    held = min(HELD_OUT, len(taught) // 8)
-    dev, rest = list(taught[:held]), list(taught[held:])
-    if not rest or not dev:
-        raise InputError(f"{len(taught)} texts are too few to learn from", hint="raise data.tokens")
-    among = None if rows is None else torch.tensor(list(rows), device=device)
-    before = agreement(student, dev, among)
-    examples = [{"input_ids": lesson.ids[:-1], "lesson": lesson} for lesson in rest]
 
-    plain = has_plain_head(student)
 
-    def loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-        return teaching_loss(model, batch, temperature=step.temperature, rows=among, plain=plain)
-
-    trained = train(
-        student,
-        examples,  # type: ignore[arg-type]
-        collate,
-        step.train,
-        seed=seed,
-        work=work,
-        device=device,
-        reporter=reporter,
-        loss=loss,
-    )
-    after = agreement(student, dev, among)
-    reporter.info(f"agrees with its teacher on {before:.1%} of tokens before, {after:.1%} after")
-    return student, {
-        "train_loss": round(trained.losses[-1] if trained.losses else 0.0, 6),
-        "steps": trained.steps,
-        "texts": len(rest),
-        "agreement_before": round(before, 6),
-        "agreement": round(after, 6),
-    }
+@torch.no_grad()
+def settle(student: nn.Module, stored: torch.dtype) -> None:
+    """Round parameters to the dtype that they are written in: what is measured is what is kept."""
+    for parameter in student.parameters():
+        parameter.copy_(parameter.to(stored))
 
 
 def keep_zeros(student: nn.Module) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from bmkit import env
 from bmkit.compress.options.learning import Distill
 from bmkit.compress.options.rounding import Gptq, Quantize
 from bmkit.compress.options.scaling import Awq, SmoothQuant
@@ -16,6 +17,8 @@ from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers
 from bmkit.runtime.budget import Sizes, block_of
 
 SHARD_BYTES = 2 * 2**30
+LOGITS = 2**24
+"""Logits that training keeps, as in `train.distil`."""
 
 
 @dataclass
@@ -48,6 +51,8 @@ class State:
     """Bytes that the last step has written."""
     first: bool = True
     """Whether the headers are those of what the step works on."""
+    teacher: Headers | None = None
+    """Of the further model that the step names."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ def estimate(job: Job) -> Estimate:
     ram = gpu = work = 0
     steps = []
     for i, step in enumerate(recipe.steps):
+        other = job.models.get(f"steps.{i}.teacher")
+        state.teacher = read_headers(other.path) if other else None
         need = NEEDS[step.method](state, step)
         ram, gpu = max(ram, need.ram), max(gpu, need.gpu)
         work += need.work
@@ -140,11 +147,39 @@ def _scaled(state: State, step: Awq | SmoothQuant) -> Need:
 
 
 def _distilled(state: State, step: Distill) -> Need:
-    tokens = state.recipe.data.tokens
-    learning = _learning(step, state.now, state.sizes, state.recipe)
-    need = max(_speaking(state.headers, state.sizes, state.recipe), learning)
-    work = 3 * 12 * state.now.weights + 8 * step.likeliest * tokens
-    return Need(f"learn from {tokens} tokens of the model", need, need, work)
+    tokens, now = state.recipe.data.tokens, state.now
+    learning = _learning(step, now, state.sizes, state.recipe)
+    if step.qat:
+        learning += 4 * now.inside  # as they are rounded
+    headers = state.teacher or state.headers
+    whose = "of the model" if state.teacher is None else f"of {headers.path}"
+    if step.hidden or step.attention:
+        learning += _beside(step, headers, state)
+    speaking = _speaking(state.headers, state.sizes, state.recipe)
+    if state.teacher is not None:
+        sizes = Sizes.of(headers.config)
+        speaking = max(speaking, _speaking(headers, sizes, state.recipe))
+    need = max(speaking, learning)
+    work = 3 * 12 * now.weights + 8 * step.likeliest * tokens
+    return Need(f"learn from {tokens} tokens {whose}", need, need, work)
+
+
+def _beside(step: Distill, teacher: Headers, state: State) -> int:
+    """Return what a teacher takes that runs beside its student: weights, states, attention."""
+    bits = {"int8": 8, "int4": 5, None: 8 * teacher.bytes // max(teacher.dense_numel, 1)}
+    weights = teacher.dense_numel * bits[step.teacher_quant] // 8
+    if step.teacher_memory is not None:
+        weights = min(weights, env.parse_bytes(step.teacher_memory))
+    length, rows = state.recipe.data.sequence_length, step.train.per_device_train_batch_size
+    found = weights
+    for sizes, layers in (
+        (Sizes.of(teacher.config), Sizes.of(teacher.config).layers),
+        (state.sizes, state.now.layers),
+    ):
+        found += 4 * rows * length * sizes.hidden * layers
+        if step.attention:
+            found += 4 * 4 * rows * sizes.heads * length**2 * layers
+    return found
 
 
 NEEDS: dict[str, Callable[[State, Any], Need]] = {
@@ -199,7 +234,7 @@ def _learning(step: Distill, now: _Model, sizes: Sizes, recipe: CompressRecipe) 
     """Return what training takes: weights, gradients, AdamW's moments, one batch's activations."""
     tokens = step.train.per_device_train_batch_size * recipe.data.sequence_length
     activations = 4 * tokens * (34 * sizes.hidden * now.layers + 8 * sizes.hidden)
-    logits = 4 * 4 * 256 * sizes.vocabulary
+    logits = 4 * 4 * max(256 * sizes.vocabulary, LOGITS)
     lessons = (8 * step.likeliest + 64) * recipe.data.tokens
     return 16 * now.weights + activations + logits + lessons + 2**28
 

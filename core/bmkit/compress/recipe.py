@@ -82,6 +82,7 @@ class CompressRecipe(Recipe):
         "covered",
     )
     FILES: ClassVar = ("data.calibration",)
+    MODELS: ClassVar = ("steps.*.teacher",)
 
     kind: Literal["compress"]
     data: Data = Data()
@@ -105,6 +106,16 @@ class CompressRecipe(Recipe):
                     "steps",
                     "`smoothquant` makes weights harder to round and inputs easier: it helps where "
                     "`quantize` with `activations` follows",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_trained_for_rounding_is_rounded(self) -> CompressRecipe:
+        behind = [*self.steps[1:], None]
+        for step, after in zip(self.steps, behind, strict=True):
+            if isinstance(step, Distill) and step.qat and not isinstance(after, Quantize):
+                raise contradiction(
+                    "steps", "`qat: true` trains for the rounding of a `quantize` right behind it"
                 )
         return self
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bmkit import model, plan, tables
-from bmkit.compress import account, calibrate, pack, perplexity
+from bmkit.compress import account, calibrate, distill, pack, perplexity
 from bmkit.compress.recipe import CompressRecipe
 from bmkit.compress.steps import blockwise, learning, rounding, scaling, sparse, structure
 from bmkit.compress.work import Metrics, Shared, Work
@@ -55,7 +55,7 @@ def run(job: Job) -> Outcome:
                 shutil.rmtree(out, ignore_errors=True)
                 out.mkdir(parents=True)
             folder = job.work / f"part-{i}"
-            found = METHODS[step.method](Work(source, out, folder, shared), step)
+            found = METHODS[step.method](Work(source, out, folder, shared, i), step)
             if not last:
                 note.write_text(json.dumps(found), encoding="utf-8")
         else:
@@ -128,9 +128,15 @@ def _summary(lines: Sequence[Metrics]) -> Metrics:
 
 
 def _held_out(shared: Shared) -> list[list[int]]:
-    """Return rows of text that nothing was fitted to; none if there is no text."""
+    """Return rows of given text that nothing was fitted to; none if there is no such text."""
     kinds = {step.method for step in shared.recipe.steps}
-    if not shared.has_rows or not shared.generates or "distill" in kinds:
+    if not shared.generates or "frequent_tokens" in kinds:
+        return []
+    if "distill" in kinds:
+        given = "data.calibration" in shared.job.files
+        texts = shared.texts if given else []
+        return [texts[i].ids for i in distill.dev_of(len(texts))]
+    if not shared.has_rows:
         return []
     rows = shared.rows
     held = sorted(calibrate.held_out(len(rows))) or [len(rows) - 1]

@@ -110,6 +110,8 @@ class Work:
     folder: Path
     """What a stopped run goes on from."""
     shared: Shared = field(repr=False)
+    number: int = 0
+    """Of the recipe's steps, from 0."""
 
     @property
     def job(self) -> Job:

@@ -59,6 +59,7 @@ class Prepared:
     base: Artifact | None
     adapters: tuple[Artifact, ...]
     draft: Artifact | None
+    models: Mapping[str, Artifact]
     phrases: Path | None
     files: Mapping[str, Path]
     inputs: Mapping[str, InputEntry]
@@ -75,6 +76,7 @@ class Prepared:
             *parts,
             adapters=self.adapters,
             draft=self.draft,
+            models=self.models,
             phrases=self.phrases,
             cpu_memory=self.budget("cpu"),
             gpu_memory=self.budget("gpu"),
@@ -198,6 +200,8 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
     draft = _draft(doc, recipe, request, base or model, reporter, bring=bring)
     if draft is not None:
         inputs["draft"] = draft.entry()
+    models = _models(recipe, reporter, bring=bring)
+    inputs |= {dotted: found.entry() for dotted, found in models.items()}
     phrases = _path(doc, request, "phrases", getattr(recipe, "phrases", None))
     with hashes.HashCache() as cache:
         for dotted, file in files.items():
@@ -207,7 +211,7 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
     key = artifact.stage_key(stage.name, stage.version, _without_paths(recipe), digests)
     out, done = _destination(request, stage, doc.name, key)
     if stage.gives != "text":
-        _refuse_overlap(out, [model, *([base] if base else [])])
+        _refuse_overlap(out, [model, *([base] if base else []), *models.values()])
     return Prepared(
         request,
         stage,
@@ -217,6 +221,7 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
         base,
         adapters,
         draft,
+        models,
         Path(phrases) if phrases else None,
         files,
         inputs,
@@ -260,6 +265,21 @@ def _draft(
     if found.kind != "model":
         raise InputError(f"--draft {found.path} is a {found.kind}, not a model")
     plan.read_headers(found.path)
+    return found
+
+
+def _models(recipe: Recipe, reporter: Reporter, *, bring: bool) -> dict[str, Artifact]:
+    """Return the further models that a recipe names, by dotted key."""
+    found = {}
+    values = recipe.model_dump(mode="json")
+    for pattern in recipe.MODELS:
+        for path, holder in recipes.holders(values, pattern):
+            dotted = ".".join(map(str, path))
+            found[dotted] = find_model(holder[path[-1]], reporter, bring=bring)
+            if found[dotted].kind != "model":
+                here = found[dotted]
+                raise InputError(f"{dotted}: {here.path} is a {here.kind}, not a model")
+            plan.read_headers(found[dotted].path)
     return found
 
 
@@ -404,6 +424,9 @@ def _without_paths(recipe: Recipe) -> dict[str, Any]:
     values = recipe.model_dump(mode="json", exclude={"gates"})
     values["device"] = recipe.device.partition(":")[0]  # which of two GPUs doesn't matter
     _map_files(recipe, values, lambda _: None)
+    for pattern in recipe.MODELS:
+        for path, holder in list(recipes.holders(values, pattern)):
+            holder[path[-1]] = None
     return values
 
 

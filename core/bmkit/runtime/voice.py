@@ -17,11 +17,48 @@ from bmkit.runtime import family
 from bmkit.runtime.generate import Answer, Generation, eos_ids, generate, plain_defaults
 
 
+def place(
+    path: Path,
+    *,
+    device: torch.device,
+    dtype: str = "auto",
+    quant: str | None = None,
+    memory: int | None = None,
+) -> Any:
+    """Open the checkpoint at `path` in transformers' own code, on weights as they are stored.
+
+    With `quant` they are rounded; with `memory` they take so many bytes, and the rest is streamed.
+    Returns a `Placed`: close it when it isn't used any more. Raises InputError for what can't be
+    loaded, ResourceError with the smallest memory that works.
+    """
+    from bmkit.runtime.placed import load
+    from bmkit.runtime.placed.model import Room, place_model
+
+    model = load.empty(path)
+    chosen = models.compute_dtype(dtype, models.stored_dtype(model.config), device)
+    if device.type == "cpu":
+        load.warm()
+    room = Room(memory)
+    return place_model(path, model, device=device, dtype=chosen, quant=quant, room=room)
+
+
 class Voice:
-    """The checkpoint at `path`, in the fused decoder where that can run it."""
+    """The checkpoint at `path`, in the fused decoder where that can run it.
+
+    With `quant` (`int8`, `int4`) its weights are rounded while they are loaded; with `memory` they
+    take so many bytes, and the rest is streamed.
+    """
 
     def __init__(
-        self, path: Path, *, device: torch.device, dtype: str, rows: int, reporter: Reporter
+        self,
+        path: Path,
+        *,
+        device: torch.device,
+        dtype: str,
+        rows: int,
+        reporter: Reporter,
+        quant: str | None = None,
+        memory: int | None = None,
     ) -> None:
         self.tokenizer = models.load_tokenizer(path)
         self.eos = eos_ids(models.load_generation_config(path), self.tokenizer)
@@ -29,7 +66,8 @@ class Voice:
         self.decoder: Any = None
         self.model: Any = None
         config = read_headers(path).config
-        if device.type == "cpu" and dtype in {"auto", "float32"} and family.covers(config):
+        fused = device.type == "cpu" and dtype in {"auto", "float32"} and memory is None
+        if fused and family.covers(config):
             from bmkit.runtime import cpu
             from bmkit.runtime.cpu import load
 
@@ -37,15 +75,18 @@ class Voice:
             if not cpu.compiled():
                 reporter.info("compiling kernels for this machine, once (some 15 seconds)")
             load.warm(threads)
-            decoder = load.load_decoder(path, threads=threads)
+            decoder = load.load_decoder(path, threads=threads, quant=quant)
             if load.largest_difference(decoder) <= load.TOLERANCE:
                 self.decoder = decoder
-        if self.decoder is None:
-            if family.rounds_inputs(config.get("quantization_config")):
-                self.model = _placed(path, device, dtype)
-            else:
-                self.model = models.load_model(path, device=device, dtype=dtype)
-            plain_defaults(self.model)
+        if self.decoder is not None:
+            return
+        rounded = family.rounds_inputs(config.get("quantization_config"))
+        if quant or memory is not None or rounded:
+            self.model = place(path, device=device, dtype=dtype, quant=quant, memory=memory).model
+            self.model.generation_config = models.load_generation_config(path)
+        else:
+            self.model = models.load_model(path, device=device, dtype=dtype)
+        plain_defaults(self.model)
 
     def answer(self, prompts: Iterable[Any], how: Generation) -> Iterator[tuple[Any, Answer]]:
         """Answer prompts (with `number`, `ids`, `adapter`), in the order that they get done."""
@@ -73,14 +114,3 @@ class Voice:
             return
         whole = torch.tensor([ids], device=self.model.device)
         yield self.model(input_ids=whole, use_cache=False).logits[0, first:]
-
-
-def _placed(path: Path, device: torch.device, dtype: str) -> Any:
-    """Load a model whose layers round their inputs, which transformers leaves out."""
-    from bmkit.runtime.placed import load
-    from bmkit.runtime.placed.model import place_model
-
-    model = load.empty(path)
-    compute = models.compute_dtype(dtype, models.stored_dtype(model.config), device)
-    place_model(path, model, device=device, dtype=compute)
-    return model

@@ -25,8 +25,7 @@ from bmkit.report import task
 
 def run(work: Work, step: Awq | SmoothQuant) -> Metrics:
     """Scale the blocks of the model for the rounding that comes next."""
-    steps = work.shared.recipe.steps
-    rounding = steps[steps.index(step) + 1]
+    rounding = work.shared.recipe.steps[work.number + 1]
     assert isinstance(rounding, Quantize | Gptq)  # the recipe has been checked
     found = scope(work.source, rounding.exclude_modules)
     grid = grid_of(rounding, found.widths)

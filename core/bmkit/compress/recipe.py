@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from bmkit.compress.options.learning import Distill
 from bmkit.compress.options.rounding import Gptq, Quantize
 from bmkit.compress.options.sparse import Magnitude, SparseGpt, Wanda
-from bmkit.compress.options.structure import DropLayers, FrequentTokens
+from bmkit.compress.options.structure import DropLayers, FrequentTokens, Shrink
 from bmkit.recipe import Model, Recipe, contradiction
 
 
@@ -32,7 +32,15 @@ class Data(Model):
 
 
 Step = Annotated[
-    Quantize | Gptq | Magnitude | Wanda | SparseGpt | DropLayers | Distill | FrequentTokens,
+    Quantize
+    | Gptq
+    | Magnitude
+    | Wanda
+    | SparseGpt
+    | DropLayers
+    | Shrink
+    | Distill
+    | FrequentTokens,
     Field(discriminator="method"),
 ]
 ROUNDING = ("quantize", "gptq")
@@ -54,6 +62,7 @@ class CompressRecipe(Recipe):
         "perplexity_ratio",
         "layers",
         "parameters",
+        "parameters_ratio",
         "agreement",
         "agreement_before",
         "train_loss",

@@ -13,7 +13,7 @@ import torch
 from bmkit import model, plan
 from bmkit.compress import calibrate, perplexity
 from bmkit.compress.recipe import ROUNDING, CompressRecipe
-from bmkit.compress.steps import blockwise, learning, rounding, sparse, structure
+from bmkit.compress.steps import blockwise, learning, rounding, shrink, sparse, structure
 from bmkit.compress.work import Metrics, Shared, Work
 from bmkit.errors import InputError
 from bmkit.plan import Job, Outcome
@@ -100,6 +100,7 @@ METHODS: dict[str, Callable[[Work, Any], Metrics]] = {
     "wanda": blockwise.run,
     "sparsegpt": blockwise.run,
     "drop_layers": structure.drop_layers,
+    "shrink": shrink.run,
     "frequent_tokens": structure.frequent_tokens,
     "distill": learning.distill,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,64 @@ class DropLayers(Model):
         if not numbers or min(numbers) < 0 or sorted(set(numbers)) != numbers:
             raise contradiction("keep", "it takes a number of layers, or their numbers, ascending")
         return self
+
+
+Unit = Literal["ffn", "heads", "layers", "hidden"]
+
+
+class _Widths(Model):
+    parameters: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="The share of the blocks' parameters that stays; embeddings don't count.",
+    )
+    units: list[Unit] = Field(
+        default=["ffn"],
+        min_length=1,
+        description="With `parameters`: what is cut, all of them alike.",
+    )
+    multiple_of: int = Field(
+        default=32, ge=1, description="With `parameters`: what widths are multiples of."
+    )
+    intermediate_size: int | None = Field(
+        default=None, ge=1, description="How many neurons of each feed-forward network stay."
+    )
+    num_key_value_heads: int | None = Field(
+        default=None,
+        ge=1,
+        description="How many groups of heads that share keys and values stay in each layer.",
+    )
+    num_hidden_layers: int | None = Field(default=None, ge=1, description="How many layers stay.")
+    refit: bool = Field(
+        default=True, description="Whether what stays makes up for what goes, by least squares."
+    )
+    damp: float = Field(
+        default=0.01, gt=0, le=1, description="Added to the curvature, of its diagonal's mean."
+    )
+
+    @model_validator(mode="after")
+    def _one_or_the_other(self) -> Self:
+        counts = {name for name in COUNTS if getattr(self, name, None) is not None}
+        if (self.parameters is not None) == bool(counts):
+            raise contradiction(
+                "parameters", f"it takes either a share, or some of {', '.join(COUNTS)}"
+            )
+        if counts and {"units", "multiple_of"} & self.model_fields_set:
+            raise contradiction("units", "`units` and `multiple_of` go with `parameters`")
+        return self
+
+
+COUNTS = ("intermediate_size", "num_key_value_heads", "num_hidden_layers", "hidden_size")
+
+
+class Shrink(_Widths):
+    """Cut what carries least, the same number in all layers, as stock configs hold it."""
+
+    method: Literal["shrink"]
+    hidden_size: int | None = Field(
+        default=None, ge=1, description="How many channels of the hidden states stay."
+    )
 
 
 class FrequentTokens(Model):

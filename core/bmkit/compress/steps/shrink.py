@@ -1,0 +1,125 @@
+"""Cut a model: fewer heads, neurons, channels and layers, in a config that transformers knows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from bmkit.compress import anatomy as anatomies
+from bmkit.compress import shrink as cutting
+from bmkit.compress.anatomy import Anatomy
+from bmkit.compress.options.structure import Shrink
+from bmkit.compress.widths import Widths, allocate
+from bmkit.compress.work import Metrics, Work, write_config
+from bmkit.errors import RecipeError
+
+
+def run(work: Work, step: Shrink) -> Metrics:
+    """Cut the model by what its parts carry on calibration text."""
+    shared, source, job = work.shared, work.source, work.job
+    anatomy = anatomies.read(source)
+    target = wanted(anatomy, step)
+    known = cutting.require_stored(source, anatomy, target)
+    anatomy.require(target)
+    now = anatomy.now
+    layers, hidden = list(range(now.layers)), None
+    job.reporter.info(told(now, target))
+    if (target.layers, target.hidden) != (now.layers, now.hidden):
+        seen = cutting.survey(
+            source,
+            anatomy,
+            shared.rows,
+            work.folder / "survey.safetensors",
+            device=shared.device,
+            reporter=job.reporter,
+        )
+        order = sorted(layers, key=lambda i: -seen.influence[i])
+        layers = sorted(order[: target.layers])
+        if target.hidden != now.hidden:
+            hidden = seen.hidden.topk(target.hidden).indices.sort().values
+    files: dict[int, Path] = {}
+    error = 0.0
+    if (target.heads, target.ffn) != (now.heads, now.ffn):
+        files, error = cutting.fit(
+            source,
+            anatomy,
+            target,
+            layers,
+            shared.rows,
+            work.folder,
+            refit=step.refit,
+            damp=step.damp,
+            device=shared.device,
+            reporter=job.reporter,
+        )
+    return finish(work, anatomy, target, known, cutting.Cut(layers, hidden, files, error))
+
+
+def finish(
+    work: Work, anatomy: Anatomy, target: Widths, known: dict[str, str], cut: cutting.Cut
+) -> Metrics:
+    """Write the checkpoint; return what was measured."""
+    parameters = cutting.write(work.source, work.out, anatomy, target, known, cut)
+    write_config(work.out, anatomy.config_at(target, cut.layers))
+    before = anatomy.size(anatomy.now)
+    found: dict[str, float | int | str] = {
+        "layers": target.layers,
+        "parameters": parameters,
+        "parameters_ratio": round(parameters / before, 6),
+    }
+    if cut.files:
+        found["output_error"] = round(cut.output_error, 6)
+    return found
+
+
+def told(now: Widths, target: Widths) -> str:
+    """Say what becomes of a model."""
+    words = {"layers": "layers", "heads": "groups of heads", "ffn": "neurons", "hidden": "channels"}
+    pairs = [(getattr(now, unit), getattr(target, unit), word) for unit, word in words.items()]
+    return "keep " + ", ".join(f"{new} of {old} {word}" for old, new, word in pairs if new != old)
+
+
+def wanted(anatomy: Anatomy, step: Shrink) -> Widths:
+    """Return the widths that a recipe asks for. Raises RecipeError if there are none."""
+    now = anatomy.now
+    if step.parameters is not None:
+        found = allocate(
+            now,
+            step.parameters,
+            step.units,
+            step.multiple_of,
+            size=anatomy.size,
+            holds=anatomy.holds,
+        )
+        if found is None or found == now:
+            raise RecipeError(
+                f"parameters: {step.parameters} of the blocks can't be had by cutting "
+                f"{', '.join(step.units)}",
+                hint="name more units, or another share",
+            )
+        return found
+    counts = {
+        "layers": step.num_hidden_layers,
+        "heads": step.num_key_value_heads,
+        "ffn": step.intermediate_size,
+        "hidden": step.hidden_size,
+    }
+    asked = {unit: count for unit, count in counts.items() if count is not None}
+    for unit, count in asked.items():
+        if count > getattr(now, unit):
+            raise RecipeError(
+                f"{_KEYS[unit]}: {anatomy.path} has {getattr(now, unit)}, and {count} can't be cut "
+                "out of them"
+            )
+    found = replace(now, **asked)
+    if found == now:
+        raise RecipeError(f"{anatomy.path} has these widths already")
+    return found
+
+
+_KEYS = {
+    "layers": "num_hidden_layers",
+    "heads": "num_key_value_heads",
+    "ffn": "intermediate_size",
+    "hidden": "hidden_size",
+}

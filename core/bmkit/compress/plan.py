@@ -9,7 +9,7 @@ from typing import Any
 from bmkit.compress.options.learning import Distill
 from bmkit.compress.options.rounding import Gptq, Quantize
 from bmkit.compress.options.sparse import Magnitude, SparseGpt, Wanda
-from bmkit.compress.options.structure import COUNTS, DropLayers, FrequentTokens, Shrink
+from bmkit.compress.options.structure import COUNTS, DropLayers, FrequentTokens, Gates, Shrink
 from bmkit.compress.recipe import CompressRecipe
 from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers
 from bmkit.runtime.budget import Sizes, block_of
@@ -102,7 +102,7 @@ def _fewer_layers(state: State, step: DropLayers) -> Need:
     return Need(text, min(state.written, SHARD_BYTES) + now.width * state.largest)
 
 
-def _shrunk(state: State, step: Shrink) -> Need:
+def _shrunk(state: State, step: Shrink | Gates) -> Need:
     now, sizes = state.now, state.sizes
     text = f"cut the model to {_widths(step)}"
     through = _through(now, sizes, state.recipe, state.largest)
@@ -119,7 +119,16 @@ def _shrunk(state: State, step: Shrink) -> Need:
     return Need(text, ram, through + statistics, work)
 
 
-def _widths(step: Shrink) -> str:
+def _gated(state: State, step: Gates) -> Need:
+    recipe, before = state.recipe, state.now.weights
+    learning = _learning(step, state.now, state.sizes, recipe) - 12 * before  # no weight learns
+    need = _shrunk(state, step)
+    text = f"let gates learn from {recipe.data.tokens} tokens how to {need.text}"
+    lessons = 8 * step.likeliest * recipe.data.tokens
+    return Need(text, max(need.ram, learning), max(need.gpu, learning), need.work + lessons)
+
+
+def _widths(step: Shrink | Gates) -> str:
     if step.parameters is not None:
         return f"{step.parameters:.0%} of its blocks' parameters, by {', '.join(step.units)}"
     counts = {name: getattr(step, name, None) for name in COUNTS}
@@ -170,6 +179,7 @@ NEEDS: dict[str, Callable[[State, Any], Need]] = {
     "sparsegpt": _blockwise,
     "drop_layers": _fewer_layers,
     "shrink": _shrunk,
+    "gates": _gated,
     "frequent_tokens": _fewer_tokens,
     "distill": _distilled,
 }
@@ -209,7 +219,7 @@ def _speaking(headers: Headers, sizes: Sizes, recipe: CompressRecipe) -> int:
     return weights + cache + logits + texts + 2**28
 
 
-def _learning(step: Distill, now: _Model, sizes: Sizes, recipe: CompressRecipe) -> int:
+def _learning(step: Distill | Gates, now: _Model, sizes: Sizes, recipe: CompressRecipe) -> int:
     """Return what training takes: weights, gradients, AdamW's moments, one batch's activations."""
     tokens = step.train.per_device_train_batch_size * recipe.data.sequence_length
     activations = 4 * tokens * (34 * sizes.hidden * now.layers + 8 * sizes.hidden)

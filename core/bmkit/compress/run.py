@@ -13,7 +13,7 @@ import torch
 from bmkit import model, plan
 from bmkit.compress import calibrate, perplexity
 from bmkit.compress.recipe import ROUNDING, CompressRecipe
-from bmkit.compress.steps import blockwise, learning, rounding, shrink, sparse, structure
+from bmkit.compress.steps import blockwise, gates, learning, rounding, shrink, sparse, structure
 from bmkit.compress.work import Metrics, Shared, Work
 from bmkit.errors import InputError
 from bmkit.plan import Job, Outcome
@@ -101,6 +101,7 @@ METHODS: dict[str, Callable[[Work, Any], Metrics]] = {
     "sparsegpt": blockwise.run,
     "drop_layers": structure.drop_layers,
     "shrink": shrink.run,
+    "gates": gates.run,
     "frequent_tokens": structure.frequent_tokens,
     "distill": learning.distill,
 }

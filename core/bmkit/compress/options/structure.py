@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from bmkit.recipe import Model, contradiction
+from bmkit.train.recipe import Train
 
 
 class DropLayers(Model):
@@ -81,6 +82,42 @@ class Shrink(_Widths):
     hidden_size: int | None = Field(
         default=None, ge=1, description="How many channels of the hidden states stay."
     )
+
+
+class GateTrain(Train):
+    """How to train gates: a rate that is as good for the multipliers."""
+
+    learning_rate: float = Field(default=0.1, gt=0, description="Of gates and multipliers.")
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "polynomial"
+    ] = Field(default="constant", description="How the learning rate falls.")
+    warmup_steps: float = Field(
+        default=0, ge=0, description="Steps of warm-up; below 1, a share of all steps."
+    )
+
+
+class Gates(_Widths):
+    """Let gates on activations learn what stays, while the model says what it said."""
+
+    method: Literal["gates"]
+    units: list[Literal["ffn", "heads", "layers"]] = Field(  # type: ignore[assignment]
+        default=["ffn"],
+        min_length=1,
+        description="With `parameters`: what is cut, all of them alike.",
+    )
+    warmup: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="The share of the training after which only as many gates are to be open.",
+    )
+    likeliest: int = Field(
+        default=16, ge=1, le=256, description="Of the teacher's distribution, so many tokens."
+    )
+    temperature: float = Field(
+        default=1.0, gt=0, description="Softens both distributions before they are compared."
+    )
+    train: GateTrain = GateTrain()
 
 
 class FrequentTokens(Model):

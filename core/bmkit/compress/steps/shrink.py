@@ -8,7 +8,7 @@ from pathlib import Path
 from bmkit.compress import anatomy as anatomies
 from bmkit.compress import shrink as cutting
 from bmkit.compress.anatomy import Anatomy
-from bmkit.compress.options.structure import Shrink
+from bmkit.compress.options.structure import Gates, Shrink
 from bmkit.compress.widths import Widths, allocate
 from bmkit.compress.work import Metrics, Work, write_config
 from bmkit.errors import RecipeError
@@ -79,7 +79,7 @@ def told(now: Widths, target: Widths) -> str:
     return "keep " + ", ".join(f"{new} of {old} {word}" for old, new, word in pairs if new != old)
 
 
-def wanted(anatomy: Anatomy, step: Shrink) -> Widths:
+def wanted(anatomy: Anatomy, step: Shrink | Gates) -> Widths:
     """Return the widths that a recipe asks for. Raises RecipeError if there are none."""
     now = anatomy.now
     if step.parameters is not None:
@@ -102,7 +102,7 @@ def wanted(anatomy: Anatomy, step: Shrink) -> Widths:
         "layers": step.num_hidden_layers,
         "heads": step.num_key_value_heads,
         "ffn": step.intermediate_size,
-        "hidden": step.hidden_size,
+        "hidden": step.hidden_size if isinstance(step, Shrink) else None,
     }
     asked = {unit: count for unit, count in counts.items() if count is not None}
     for unit, count in asked.items():

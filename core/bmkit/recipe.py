@@ -383,7 +383,8 @@ def _explain_all(doc: Document, model: type[Model], problems: Sequence[Any]) -> 
     branches: dict[KeyPath, list[str]] = {}
     for problem in problems:
         loc = problem["loc"]
-        if problem["type"] in {"missing", "extra_forbidden"} or _inside(doc.data, loc):
+        alone = {"missing", "extra_forbidden", "contradiction"}
+        if problem["type"] in alone or _inside(doc.data, loc):
             said.append(_explain(doc, model, problem))
             continue
         expected = problem.get("ctx", {}).get("expected") or problem["msg"].partition("be ")[2]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from bmkit import model, plan
@@ -97,6 +98,11 @@ class Anatomy:
             )
         return found[0]
 
+    def run(self, module: str, kind: Kind) -> int:
+        """Return how many inputs of a linear layer make up a unit of a kind."""
+        (run,) = {s.run for s in self.sides[f"{module}.weight"] if s.kind == kind}
+        return run
+
     def layer(self, name: str) -> int | None:
         """Return the number of the block that a parameter is in; None if it is outside of them."""
         if not name.startswith(f"{self.stack}."):
@@ -142,11 +148,12 @@ class Anatomy:
 
     def _require(self, widths: Widths) -> Any:
         values = self.config_at(widths, list(range(widths.layers)))
-        hint = "take another number: the config's own rules refuse this one"
-        with LibraryRefusal(f"{self.path}: no smaller model of its kind can be had", hint):
-            config = type(self.config).from_dict(values)
-            config.validate()
-        return config
+        what, hint = f"{self.path}: no such model can be had", "take another number"
+        try:
+            with LibraryRefusal(what, hint):
+                return type(self.config).from_dict(values)
+        except StrictDataclassError as exc:
+            raise InputError(f"{what}: {exc.__cause__ or exc}", hint=hint) from None
 
     def require(self, widths: Widths) -> None:
         """Raise InputError if no stock model has these widths."""

@@ -53,7 +53,7 @@ class Gated(nn.Module):
 
     def _gate_inputs(self, anatomy: Anatomy, number: int, kind: Kind) -> None:
         name = anatomy.inputs(number, kind)
-        (run,) = {s.run for s in anatomy.sides[f"{name}.weight"] if s.kind == kind}
+        run = anatomy.run(name, kind)
 
         def gate(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             values = self.values[kind][number].repeat_interleave(run)

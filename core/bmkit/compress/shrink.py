@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bmkit import model, plan
 from bmkit.compress.anatomy import Anatomy, Kind
-from bmkit.compress.calibrate import Block, Blocks
+from bmkit.compress.calibrate import Block, Blocks, Seen
 from bmkit.compress.layers import renamed
 from bmkit.compress.widths import Widths
 from bmkit.errors import InputError
@@ -99,96 +99,150 @@ def _watch(block: Block, anatomy: Anatomy, influence: Tensor, hidden: Tensor) ->
             module.register_forward_pre_hook(size)
 
 
+@dataclass(frozen=True)
+class Fitting:
+    """How the units of blocks are chosen, and what becomes of the others."""
+
+    target: Widths
+    refit: bool
+    """Whether what stays makes up for what goes, where that is better on rows held out."""
+    damp: float
+    chosen: Kept | None = None
+    """What stays; None: what carries most."""
+    scales: Kept | None = None
+    """Without `refit`, what the units that stay are multiplied by."""
+
+    def kinds(self, now: Widths) -> list[Kind]:
+        """Return of what there will be less in each block."""
+        kinds: tuple[Kind, ...] = ("heads", "ffn")
+        return [kind for kind in kinds if getattr(self.target, kind) != getattr(now, kind)]
+
+
 def fit(
     source: Path,
     anatomy: Anatomy,
-    target: Widths,
+    how: Fitting,
     layers: Sequence[int],
     rows: Tensor,
     folder: Path,
     *,
-    refit: bool,
-    damp: float,
-    chosen: Kept | None = None,
-    scales: Kept | None = None,
     device: torch.device,
     reporter: Reporter,
 ) -> tuple[dict[int, Path], float]:
     """Choose the heads and neurons of `layers` that stay, and let them make up for the others.
 
-    Each block is cut on what comes out of those before it as they are by then. `chosen` says what
-    stays; else those do that carry most. Without `refit`, the weights are those of the model, times
-    `scales` of the units, if given. Results lie in `folder`, a file a block, from where a stopped
-    run goes on. Returns the files and the root mean square of relative output errors, on rows held
-    out. Peak memory: see `Blocks`, and six float32 copies of the statistics of the widest layer.
+    Each block is cut on what comes out of those before it as they are by then. Results lie in
+    `folder`, a file a block, from where a stopped run goes on. Returns the files, and the root of
+    the mean square of relative output errors, on rows held out. Peak memory: see `Blocks`, and six
+    float32 copies of the statistics of the widest layer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     blocks = Blocks(source, rows, device=device)
-    kinds: list[Kind] = []
-    if target.heads != anatomy.now.heads:
-        kinds.append("heads")
-    if target.ffn != anatomy.now.ffn:
-        kinds.append("ffn")
+    kinds = how.kinds(anatomy.now)
     files: dict[int, Path] = {}
     errors: list[float] = []
     with task(reporter, "cut", len(layers), "blocks") as bar:
         for block in blocks.visit(skip=set(range(blocks.count)) - set(layers)):
-            number = block.number
-            file = files[number] = folder / f"block-{number:05}.safetensors"
-            done = load_file(file) if file.is_file() else {}
-            found: dict[str, Tensor] = {}
-            own: list[float] = []
-            for kind in kinds:
-                name = anatomy.inputs(number, kind)
-                module: Any = blocks.model.get_submodule(name)
-                weight = module.weight.data.T if name in anatomy.conv1d else module.weight.data
-                (run,) = {s.run for s in anatomy.sides[f"{name}.weight"] if s.kind == kind}
-                if done:
-                    kept, part = done[kind].to(device), done[f"{name}.weight"].to(device).float()
-                    part = part.T if name in anatomy.conv1d else part
-                    columns = structured.spread(kept, run)
-                else:
-                    seen = blocks.observe(block, [name])[name]
-                    try:
-                        kept = (
-                            structured.best(
-                                *(weight, seen.hessian, run, getattr(target, kind)),
-                                refit=refit,
-                                damp=damp,
-                            )
-                            if chosen is None
-                            else chosen[number][kind].to(device)
-                        )
-                    except ValueError as exc:
-                        raise InputError(f"{source}: layer {name}: {exc}") from None
-                    columns = structured.spread(kept, run)
-                    part = weight[:, columns]
-                    if refit:
-                        part = (
-                            part
-                            + structured.made_up(weight, seen.hessian, columns, damp)[:, columns]
-                        )
-                    elif scales is not None:
-                        part = part * scales[number][kind].to(device).repeat_interleave(run)
-                    stored = blocks.stored(name)
-                    assert stored is not None  # `require_stored` has looked
-                    part = part.to(blocks.dtype(stored))
-                    turned = part.T if name in anatomy.conv1d else part
-                    found |= {kind: kept.cpu(), f"{name}.weight": turned.contiguous().cpu()}
-                    part = part.float()
-                new = torch.zeros_like(weight)
-                new[:, columns] = part
-                if not done:
-                    own.append(output_error(new - weight, weight, seen.held_out))
-                module.weight.data = new.T.contiguous() if name in anatomy.conv1d else new
-            if not done:
-                file.with_suffix(".json").write_text(json.dumps({"errors": own}), encoding="utf-8")
+            file = files[block.number] = folder / f"block-{block.number:05}.safetensors"
+            note = file.with_suffix(".json")
+            if not file.is_file():
+                parts, own = _fit_block(blocks, block, anatomy, how, kinds)
+                note.write_text(json.dumps({"errors": own}), encoding="utf-8")
                 scratch = file.with_suffix(".partial")
-                save_file(found, scratch)
+                save_file(parts, scratch)
                 scratch.replace(file)
-            errors += plan.read_json(file.with_suffix(".json"))["errors"]
+            kept = load_file(file)
+            for kind in kinds:
+                _put(blocks, anatomy, anatomy.inputs(block.number, kind), kept, kind)
+            errors += plan.read_json(note)["errors"]
             bar.advance()
     return files, (sum(e * e for e in errors) / max(len(errors), 1)) ** 0.5
+
+
+def _fit_block(
+    blocks: Blocks, block: Block, anatomy: Anatomy, how: Fitting, kinds: Sequence[Kind]
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Cut a block's inputs of heads, then, behind them, of neurons; return what stays.
+
+    That is the units by their kind, and the weights of the layers that they go into.
+    """
+    found: dict[str, Tensor] = {}
+    errors = []
+    for kind in kinds:
+        name = anatomy.inputs(block.number, kind)
+        stored = blocks.stored(name)
+        assert stored is not None  # `require_stored` has looked
+        seen = blocks.observe(block, [name])[name]
+        weight = _matrix(blocks, anatomy, name)
+        chosen = None if how.chosen is None else how.chosen[block.number][kind]
+        scale = None if how.scales is None else how.scales[block.number][kind]
+        try:
+            kept, part, error = _fitted(
+                *(weight, seen, anatomy.run(name, kind), getattr(how.target, kind), how),
+                chosen=None if chosen is None else chosen.to(weight.device),
+                scale=None if scale is None else scale.to(weight.device),
+            )
+        except ValueError as exc:
+            raise InputError(f"{blocks.path}: layer {name}: {exc}") from None
+        part = part.T if name in anatomy.conv1d else part
+        found |= {kind: kept.cpu(), f"{name}.weight": part.to(blocks.dtype(stored)).cpu()}
+        found[f"{name}.weight"] = found[f"{name}.weight"].contiguous()
+        errors.append(error)
+        _put(blocks, anatomy, name, found, kind)
+    return found, errors
+
+
+def _fitted(
+    weight: Tensor,
+    seen: Seen,
+    run: int,
+    keep: int,
+    how: Fitting,
+    *,
+    chosen: Tensor | None,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor, float]:
+    """Return which `keep` units of `run` inputs stay, their columns, and the output error.
+
+    Raises ValueError for weights or inputs that aren't finite.
+    """
+    if not torch.isfinite(weight).all():
+        raise ValueError("it holds NaN or infinite weights")
+    found = []
+    for refit in (True, False) if how.refit else (False,):
+        kept = chosen
+        if kept is None:
+            kept = structured.best(weight, seen.hessian, run, keep, refit=refit, damp=how.damp)
+        columns = structured.spread(kept, run)
+        new = torch.zeros_like(weight)
+        new[:, columns] = weight[:, columns]
+        if refit:
+            new += structured.made_up(weight, seen.hessian, columns, how.damp)
+        elif scale is not None and not how.refit:
+            new[:, columns] *= scale.repeat_interleave(run)
+        found.append((output_error(new - weight, weight, seen.held_out), kept, new[:, columns]))
+    error, kept, part = min(found, key=lambda f: f[0])
+    return kept, part, error
+
+
+def _matrix(blocks: Blocks, anatomy: Anatomy, name: str) -> Tensor:
+    """Return a layer's weight [out, inputs]."""
+    module: Any = blocks.model.get_submodule(name)
+    weight: Tensor = module.weight.data
+    return weight.T if name in anatomy.conv1d else weight
+
+
+def _put(
+    blocks: Blocks, anatomy: Anatomy, name: str, kept: Mapping[str, Tensor], kind: Kind
+) -> None:
+    """Let a layer of the model read only what stays of its inputs: other columns are zero."""
+    module: Any = blocks.model.get_submodule(name)
+    weight, part = module.weight.data, kept[f"{name}.weight"]
+    dim = 0 if name in anatomy.conv1d else 1
+    columns = structured.spread(kept[kind], anatomy.run(name, kind)).to(weight.device)
+    module.weight.data = torch.zeros_like(weight).index_copy_(
+        dim, columns, part.to(weight.device, weight.dtype)
+    )
 
 
 def require_stored(source: Path, anatomy: Anatomy, target: Widths) -> dict[str, str]:
@@ -196,9 +250,12 @@ def require_stored(source: Path, anatomy: Anatomy, target: Widths) -> dict[str, 
 
     Raises InputError if one that is to be cut isn't stored as the model has it.
     """
-    plain = Origin(source, empty(source)).plain
-    for name in anatomy.shapes:
-        if anatomy.cut(name, target) != anatomy.shapes[name] and name not in plain:
+    whole = empty(source)
+    plain = Origin(source, whole).plain
+    stored = {id(p) for n, p in whole.named_parameters(remove_duplicate=False) if n in plain}
+    for name, parameter in whole.named_parameters():
+        cut = anatomy.cut(name, target) != anatomy.shapes[name]
+        if cut and id(parameter) not in stored:
             raise InputError(f"{source} has no tensor of its own for {name}, so it can't be cut")
     known = {stored: name for name, stored in plain.items()}
     if target.hidden != anatomy.now.hidden:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 """How steep a gate is, and the ends that it is stretched to before it is cut to [0, 1]."""
+STIFFNESS = 10.0
+"""What λ₂ begins with: from zero, shares swing around their target for hundreds of steps."""
 _SHIFT = BETA * math.log(-GAMMA / ZETA)
 
 
@@ -63,7 +65,8 @@ class Bounded(nn.Module):
         )
         self.multipliers = nn.ParameterDict()
         for kind, (groups, _) in sizes.items():
-            self.multipliers[kind] = nn.Parameter(torch.zeros(2, groups))
+            both = torch.stack((torch.zeros(groups), torch.full((groups,), STIFFNESS)))
+            self.multipliers[kind] = nn.Parameter(both)
             self.multipliers[kind].register_hook(torch.neg)
         self.targets, self.warmup = dict(targets), warmup
         self.register_buffer("step", torch.zeros((), dtype=torch.long))

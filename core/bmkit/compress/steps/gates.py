@@ -11,7 +11,7 @@ from bmkit.compress import distill as teaching
 from bmkit.compress import gating
 from bmkit.compress import shrink as cutting
 from bmkit.compress.options.structure import Gates
-from bmkit.compress.steps.shrink import finish, told, wanted
+from bmkit.compress.steps.shrink import finish, told, wanted, warn_of_few
 from bmkit.compress.work import Metrics, Work
 from bmkit.errors import InputError
 
@@ -61,17 +61,15 @@ def run(work: Work, step: Gates) -> Metrics:
     files: dict[int, Path] = {}
     error = 0.0
     if (target.heads, target.ffn) != (anatomy.now.heads, anatomy.now.ffn):
+        if step.refit:
+            warn_of_few(work, anatomy.now.ffn if target.ffn != anatomy.now.ffn else target.hidden)
         files, error = cutting.fit(
             source,
             anatomy,
-            target,
+            cutting.Fitting(target, step.refit, step.damp, chosen=kept, scales=values),
             layers,
             shared.rows,
             work.folder,
-            refit=step.refit,
-            damp=step.damp,
-            chosen=kept,
-            scales=values,
             device=shared.device,
             reporter=job.reporter,
         )

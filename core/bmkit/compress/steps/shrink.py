@@ -8,6 +8,8 @@ from pathlib import Path
 from bmkit.compress import anatomy as anatomies
 from bmkit.compress import shrink as cutting
 from bmkit.compress.anatomy import Anatomy
+from bmkit.compress.calibrate import HELD_OUT
+from bmkit.compress.layerwise import TOKENS_AN_INPUT
 from bmkit.compress.options.structure import Gates, Shrink
 from bmkit.compress.widths import Widths, allocate
 from bmkit.compress.work import Metrics, Work, write_config
@@ -40,19 +42,28 @@ def run(work: Work, step: Shrink) -> Metrics:
     files: dict[int, Path] = {}
     error = 0.0
     if (target.heads, target.ffn) != (now.heads, now.ffn):
+        warn_of_few(work, now.ffn if target.ffn != now.ffn else now.hidden)
         files, error = cutting.fit(
             source,
             anatomy,
-            target,
+            cutting.Fitting(target, step.refit, step.damp),
             layers,
             shared.rows,
             work.folder,
-            refit=step.refit,
-            damp=step.damp,
             device=shared.device,
             reporter=job.reporter,
         )
     return finish(work, anatomy, target, known, cutting.Cut(layers, hidden, files, error))
+
+
+def warn_of_few(work: Work, inputs: int) -> None:
+    """Say so if there are few tokens for layers of so many inputs."""
+    fitted = work.shared.rows.numel() * (HELD_OUT - 1) // HELD_OUT
+    if fitted < TOKENS_AN_INPUT * inputs:
+        work.job.reporter.warn(
+            f"{fitted} tokens to calibrate on are few: a layer has {inputs} inputs, and "
+            f"{TOKENS_AN_INPUT} tokens for each are wanted; raise data.tokens"
+        )
 
 
 def finish(

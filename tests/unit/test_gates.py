@@ -196,7 +196,7 @@ def test_what_is_written_is_the_model_with_closed_gates(tmp_path: Path) -> None:
     )
     out = tmp_path / "out"
     out.mkdir()
-    cut = cutting.Cut(layers, None, files, error)
+    cut = cutting.Cut(layers, None, {}, files, error)
     cutting.write(tmp_path / "m", out, anatomy, target, known, cut)
     from bmkit.compress.work import write_config
 

@@ -178,7 +178,7 @@ def test_layers_go_that_change_least(tmp_path: Path) -> None:
             assert torch.equal(tensor, wanted[name])
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3", "phi3"])
 @torch.no_grad()
 def test_channels_that_are_always_zero_go(name: str, tmp_path: Path) -> None:
     model = saved(WITH_HEADS[name], tmp_path / "whole")
@@ -190,9 +190,6 @@ def test_channels_that_are_always_zero_go(name: str, tmp_path: Path) -> None:
             parameter[gone] = 0
     model.save_pretrained(tmp_path / "whole")
     less, found = cut(tmp_path, hidden_size=36)
-    for module in less.modules():  # a norm's mean is over fewer channels now, none of them zero
-        if "RMSNorm" in type(module).__name__ and module.weight.shape == (36,):
-            module.weight *= (48 / 36) ** 0.5
     rows = rows_of(3)
     wanted, logits = model(input_ids=rows).logits, less(input_ids=rows).logits
     assert torch.allclose(wanted, logits, rtol=1e-2, atol=2e-3 * float(wanted.abs().max()))
@@ -237,6 +234,26 @@ def test_a_stopped_run_goes_on_behind_its_last_block(tmp_path: Path) -> None:
         assert all(torch.equal(t, before[i][k]) for k, t in found.items())
 
 
+@pytest.mark.parametrize("raised", [False, True])
+def test_norms_of_fewer_channels_say_what_they_said(raised: bool) -> None:
+    """Also those that multiply by 1 + their weight."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(50, 12), torch.randn(12)
+    hidden[:, [1, 4, 5]] = 0
+    kept = torch.tensor([0, 2, 3, 6, 7, 8, 9, 10, 11])
+    energy = hidden.square() / hidden.square().sum(1, keepdim=True)
+    names = {"n"} if raised else set()
+    seen = cutting.Survey([], torch.zeros(0), {"n": energy.mean(0)}, names)
+    times, more = seen.norms(kept)["n"]
+    assert more == float(raised)
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return x / x.square().mean(1, keepdim=True).sqrt() * (weight + raised)
+
+    wanted = norm(hidden, weight)[:, kept]
+    assert torch.allclose(norm(hidden[:, kept], (weight[kept] + more) * times - more), wanted)
+
+
 @pytest.mark.parametrize(
     ("config", "options", "said"),
     [
@@ -244,6 +261,7 @@ def test_a_stopped_run_goes_on_behind_its_last_block(tmp_path: Path) -> None:
         (NEURONS_ONLY["gpt2"], {"num_key_value_heads": 2}, "can't hold heads"),
         (NEURONS_ONLY["gpt-neox"], {"num_key_value_heads": 2}, "can't hold heads"),
         (NEURONS_ONLY["opt"], {"hidden_size": 24}, "can't hold a hidden width"),
+        (WITH_HEADS["gemma3"], {"hidden_size": 36}, "embed_scale depends on"),
         (BloomConfig(**PLAIN), {"intermediate_size": 64}, "has 0, and 64"),
         (
             Qwen2MoeConfig(**GROUPED, moe_intermediate_size=16, num_experts=4),

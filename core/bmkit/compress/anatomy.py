@@ -167,12 +167,28 @@ class Anatomy:
                 )
         config = self._require(widths)
         with LibraryRefusal(f"{self.path}: no smaller model of its kind can be had"):
-            made = _shapes(build(model.auto_class(self.config), config))
-        for name, shape in made.items():
+            made = build(model.auto_class(self.config), config)
+        if widths.hidden != self.now.hidden:
+            self._require_constants(made)
+        for name, shape in _shapes(made).items():
             if shape != self.cut(name, widths):
                 raise InputError(
                     f"{self.path}: at these widths {name} would have to be {list(shape)}, and "
                     f"{list(self.cut(name, widths))} is what can be cut out of it"
+                )
+
+    def _require_constants(self, made: Any) -> None:
+        """Raise InputError if a model of another hidden width calculates otherwise.
+
+        As Gemma does: it multiplies embeddings by the root of the width.
+        """
+        before = dict(build(model.auto_class(self.config), self.config).named_buffers())
+        for name, value in made.named_buffers():
+            same = value.shape != before[name].shape or torch.equal(value, before[name])
+            if not same:
+                raise InputError(
+                    f"{self.path}: {name} depends on the hidden width, so channels can't be cut",
+                    hint="cut something else, as intermediate_size",
                 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,21 @@ class Survey:
     """1 - cos(h_in, h_out) of each block, the mean over tokens."""
     hidden: Tensor
     """float32 [hidden]: the mean size of each channel where it goes into linear layers."""
+    energy: Mapping[str, Tensor]
+    """float32 [hidden]: by the names of norms' weights, each channel's share of what goes in."""
+    raised: Collection[str]
+    """The norms that multiply by 1 + weight, as Gemma's do."""
+
+    def norms(self, kept: Tensor) -> dict[str, tuple[float, float]]:
+        """Return by what to multiply norms' weights, and what they add to them, for `kept`.
+
+        A norm's mean is over fewer channels then.
+        """
+        found = {}
+        for name, share in self.energy.items():
+            ratio = float(share[kept].sum()) * len(share) / len(kept)
+            found[name] = (ratio**0.5, float(name in self.raised))
+        return found
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,8 @@ class Cut:
     layers: list[int]
     hidden: Tensor | None
     """The channels that stay; None: all."""
+    norms: Mapping[str, tuple[float, float]]
+    """As `Survey.norms` gives them."""
     files: Mapping[int, Path]
     """By block: the units that stay, and the weights that make up for the others."""
     output_error: float
@@ -70,16 +87,35 @@ def survey(
         blocks = Blocks(source, rows, device=device)
         hidden = torch.zeros(anatomy.now.hidden)
         influence = torch.zeros(blocks.count)
+        energy: dict[str, Tensor] = {}
+        raised = set()
         with task(reporter, "look at the blocks", blocks.count, "blocks") as bar:
             for block in blocks.visit():
                 _watch(block, anatomy, influence, hidden)
+                for name, norm in _norms(blocks, anatomy, block.number).items():
+                    if _is_raised(norm, anatomy.now.hidden, device):
+                        raised.add(name)
+                    energy[name] = torch.zeros_like(hidden)
+                    norm.register_forward_pre_hook(_shares(energy[name]))
                 bar.advance()
-        influence /= rows.numel()
+        for name, norm in _norms(blocks, anatomy, None).items():
+            energy[name] = torch.zeros_like(hidden)
+            for row in blocks.hidden:
+                _shares(energy[name])(norm, (row,))
+            if _is_raised(norm, anatomy.now.hidden, device):
+                raised.add(name)
+        whole = {"influence": influence, "hidden": hidden}
+        whole |= {f"{'1+' if n in raised else '0+'}{n}": value for n, value in energy.items()}
         scratch = file.with_suffix(".partial")
-        save_file({"influence": influence, "hidden": hidden / rows.numel()}, scratch)
+        save_file({name: value / rows.numel() for name, value in whole.items()}, scratch)
         scratch.replace(file)
     found = load_file(file)
-    return Survey(found["influence"].tolist(), found["hidden"])
+    return Survey(
+        found["influence"].tolist(),
+        found["hidden"],
+        {name[2:]: value for name, value in found.items() if "+" in name},
+        {name[2:] for name in found if name.startswith("1+")},
+    )
 
 
 def _watch(block: Block, anatomy: Anatomy, influence: Tensor, hidden: Tensor) -> None:
@@ -97,6 +133,38 @@ def _watch(block: Block, anatomy: Anatomy, influence: Tensor, hidden: Tensor) ->
         sides = anatomy.sides.get(f"{name}.weight", ())
         if any((s.kind, s.dim) == ("hidden", 1) for s in sides):
             module.register_forward_pre_hook(size)
+
+
+def _norms(blocks: Blocks, anatomy: Anatomy, layer: int | None) -> dict[str, Any]:
+    """Return the norms of a block, or those outside of all blocks, by their weights' names."""
+    found = {}
+    for name, sides in anatomy.sides.items():
+        module, _, last = name.rpartition(".")
+        one = last == "weight" and len(anatomy.shapes[name]) == 1
+        if one and sides[0].kind == "hidden" and anatomy.layer(name) == layer:
+            found[name] = blocks.model.get_submodule(module)
+    return found
+
+
+def _shares(sums: Tensor) -> Any:
+    """Return a hook that adds to `sums` what share of each place's energy each channel has."""
+
+    def add(_: Any, args: tuple[Tensor, ...]) -> None:
+        energy = args[0].reshape(-1, args[0].shape[-1]).float().square()
+        sums.add_((energy / energy.sum(-1, keepdim=True).clamp_min(1e-30)).sum(0).cpu())
+
+    return add
+
+
+def _is_raised(norm: Any, width: int, device: torch.device) -> bool:
+    """Tell whether a norm multiplies by 1 + its weight: it says something where that is zero."""
+    weight = norm.weight.data
+    norm.weight.data = torch.zeros_like(weight)
+    said = norm(torch.linspace(-1, 1, width, device=device)[None])
+    if getattr(norm, "bias", None) is not None:
+        said = said - norm.bias
+    norm.weight.data = weight
+    return bool(said.abs().max() > 0.1)
 
 
 @dataclass(frozen=True)
@@ -285,6 +353,9 @@ def write(
         if own is not None:
             file = cut.files.get(layer) if layer is not None else None
             tensor = _cut(anatomy, target, own, tensor, file, cut.hidden)
+            if own in cut.norms:
+                times, more = cut.norms[own]
+                tensor = ((tensor.float() + more) * times - more).to(tensor.dtype)
             if layer is not None:
                 parameters += tensor.numel()
         writer.add(new, tensor)

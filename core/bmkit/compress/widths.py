@@ -37,9 +37,11 @@ def allocate(
     budget = share * size(now)
     for step in range(STEPS, 0, -1):
         found = _cut(now, step / STEPS, units, multiple_of)
-        while found.heads and not holds(found):
+        if size(found) > budget:
+            continue
+        while "heads" in units and found.heads and not holds(found):
             found = replace(found, heads=found.heads - 1)
-        if not found.heads or size(found) > budget:
+        if not found.heads:
             continue
         for unit in ("ffn", "hidden"):
             grain = _grain(getattr(now, unit), multiple_of)

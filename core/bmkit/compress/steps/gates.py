@@ -73,5 +73,5 @@ def run(work: Work, step: Gates) -> Metrics:
             device=shared.device,
             reporter=job.reporter,
         )
-    found = finish(work, anatomy, target, known, cutting.Cut(layers, None, files, error))
+    found = finish(work, anatomy, target, known, cutting.Cut(layers, None, {}, files, error))
     return {**found, "expected_ratio": round(gating.expected(anatomy, gates), 6)}

@@ -25,6 +25,7 @@ def run(work: Work, step: Shrink) -> Metrics:
     anatomy.require(target)
     now = anatomy.now
     layers, hidden = list(range(now.layers)), None
+    norms: dict[str, tuple[float, float]] = {}
     job.reporter.info(told(now, target))
     if (target.layers, target.hidden) != (now.layers, now.hidden):
         seen = cutting.survey(
@@ -39,6 +40,7 @@ def run(work: Work, step: Shrink) -> Metrics:
         layers = sorted(order[: target.layers])
         if target.hidden != now.hidden:
             hidden = seen.hidden.topk(target.hidden).indices.sort().values
+            norms = seen.norms(hidden)
     files: dict[int, Path] = {}
     error = 0.0
     if (target.heads, target.ffn) != (now.heads, now.ffn):
@@ -53,7 +55,7 @@ def run(work: Work, step: Shrink) -> Metrics:
             device=shared.device,
             reporter=job.reporter,
         )
-    return finish(work, anatomy, target, known, cutting.Cut(layers, hidden, files, error))
+    return finish(work, anatomy, target, known, cutting.Cut(layers, hidden, norms, files, error))
 
 
 def warn_of_few(work: Work, inputs: int) -> None:

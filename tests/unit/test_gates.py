@@ -207,6 +207,26 @@ def test_what_is_written_is_the_model_with_closed_gates(tmp_path: Path) -> None:
     assert not torch.allclose(model(input_ids=ids).logits, wished, rtol=1e-2, atol=1e-2)
 
 
+def test_activations_that_are_made_again_teach_the_same(tmp_path: Path) -> None:
+    model = model_at(tmp_path / "m")
+    anatomy = anatomies.read(tmp_path / "m")
+    taught = lessons(model)
+    found = []
+    for again in (False, True):
+        train = GateTrain(max_steps=3, gradient_checkpointing=again)
+        step = Gates(method="gates", intermediate_size=8, num_hidden_layers=1, train=train)
+        gates = gating.learn(
+            *(tmp_path / "m", anatomy, wanted(anatomy, step), taught, step),
+            seed=0,
+            work=tmp_path / str(again),
+            device=CPU,
+            reporter=Silent(),
+        )
+        found.append(gates.state_dict())
+    for name, value in found[0].items():
+        assert torch.allclose(value, found[1][name], atol=1e-4), name
+
+
 def test_a_stopped_training_goes_on_with_its_gates(tmp_path: Path) -> None:
     model = model_at(tmp_path / "m")
     anatomy = anatomies.read(tmp_path / "m")

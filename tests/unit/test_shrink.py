@@ -178,6 +178,22 @@ def test_layers_go_that_change_least(tmp_path: Path) -> None:
             assert torch.equal(tensor, wanted[name])
 
 
+def test_units_are_fitted_as_if_the_layers_that_go_were_never_there(tmp_path: Path) -> None:
+    saved(WITH_HEADS["qwen3"], tmp_path / "whole")
+    counts = {"intermediate_size": 64, "num_key_value_heads": 3}
+    at_once, _ = cut(tmp_path, num_hidden_layers=2, **counts)
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    (first / "whole").symlink_to(tmp_path / "whole")
+    cut(first, num_hidden_layers=2)
+    (second / "whole").symlink_to(first / "less")
+    in_turn, _ = cut(second, **counts)
+    wanted = in_turn.state_dict()
+    for name, tensor in at_once.state_dict().items():
+        assert torch.allclose(tensor, wanted[name], atol=1e-5), name
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3", "phi3"])
 @torch.no_grad()
 def test_channels_that_are_always_zero_go(name: str, tmp_path: Path) -> None:

@@ -71,10 +71,6 @@ class Gated(nn.Module):
 
         return gate
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        """Let the student recompute its activations in the backward pass."""
-        self.student.gradient_checkpointing_enable(**kwargs)
-
     def remove(self) -> None:
         """Take the gates out of the student."""
         for handle in self.handles:
@@ -112,6 +108,12 @@ def learn(
     student = models.load_model(path, device=device, dtype="float32")
     student.requires_grad_(False)
     plain = has_plain_head(student)
+    spec = step.train
+    if spec.gradient_checkpointing:  # of the student, which the trainer doesn't know
+        enable = getattr(student, "activation_checkpointing_enable", None)
+        (enable or student.gradient_checkpointing_enable)()
+        student.train()  # else it recomputes nothing
+        spec = spec.model_copy(update={"gradient_checkpointing": False})
     gates = make(anatomy, target, _warmup(step, len(taught))).to(device)
     gated = Gated(student, anatomy, gates)
     examples = [{"input_ids": lesson.ids[:-1], "lesson": lesson} for lesson in taught]
@@ -124,7 +126,7 @@ def learn(
         gated,
         examples,  # type: ignore[arg-type]
         collate,
-        step.train,
+        spec,
         seed=seed,
         work=work,
         device=device,

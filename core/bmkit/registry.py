@@ -147,6 +147,25 @@ METHODS = (
     ),
     Method(
         "compress",
+        "shrink",
+        "bmkit.nn.structured:best",
+        "shrink",
+        "Cut neurons, heads, channels and layers that carry least, and let the others make up.",
+        "Compact Language Models via Pruning and Knowledge Distillation (Minitron), arXiv "
+        "2407.14679; errors made up for as in ZipLM, arXiv 2302.04089; layers by ShortGPT, arXiv "
+        "2403.03853",
+    ),
+    Method(
+        "compress",
+        "gates",
+        "bmkit.nn.gates:draw",
+        "gates",
+        "Let gates learn which neurons, heads and layers stay, then cut the others.",
+        "Learning Sparse Neural Networks through L0 Regularization, arXiv 1712.01312; Structured "
+        "Pruning Learns Compact and Accurate Models, arXiv 2204.00408",
+    ),
+    Method(
+        "compress",
         "frequent_tokens",
         "bmkit.compress.frequent:ranked",
         "draft",

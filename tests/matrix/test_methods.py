@@ -53,6 +53,10 @@ MATRIX = {
     ("compress", "wanda"): Line("model", SHORT, another=True),
     ("compress", "sparsegpt"): Line("model", SHORT, another=True),
     ("compress", "drop_layers"): DRAFT,
+    ("compress", "shrink"): Line("model", SHORT, another=True),
+    ("compress", "gates"): Line(
+        "model", (*SHORT, "steps.0.train.max_steps=4", "steps.0.multiple_of=8"), another=True
+    ),
     ("compress", "frequent_tokens"): DRAFT,
     ("compress", "distill"): DRAFT,
     ("tune", "lora"): Line(

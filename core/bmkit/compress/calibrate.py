@@ -128,9 +128,14 @@ class Blocks:
         return torch.stack(found)
 
     @torch.no_grad()
-    def visit(self) -> Iterator[Block]:
-        """Yield the blocks in order; before the next one, the rows go through this one."""
+    def visit(self, skip: Collection[int] = ()) -> Iterator[Block]:
+        """Yield the blocks in order; before the next one, the rows go through this one.
+
+        Those to `skip` are left out, as if the model had them not.
+        """
         for number in range(self.count):
+            if number in skip:
+                continue
             prefix = f"{self.name}.{number}"
             module = self.stack[number]
             names = [f"{prefix}.{name}" for name, _ in module.named_parameters()]
@@ -211,7 +216,8 @@ class Blocks:
 
             return take
 
-        hooks = [block.linears[n].register_forward_pre_hook(hook(n)) for n in names]
+        layers = {n: self.model.get_submodule(n) for n in names}
+        hooks = [m.register_forward_pre_hook(hook(n)) for n, m in layers.items()]
         try:
             for row in range(len(self.hidden)):
                 now = int(row in held)

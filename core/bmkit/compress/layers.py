@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 
 def spread(count: int, keep: int) -> list[int]:
@@ -22,3 +24,17 @@ def renamed(name: str, stack: str, kept: list[int]) -> str | None:
         return name
     layer = int(found[1])
     return f"{stack}.{kept.index(layer)}.{found[2]}" if layer in kept else None
+
+
+def fewer(config: Mapping[str, Any], key: str, count: int, kept: list[int]) -> dict[str, Any]:
+    """Return what `config.json` says of a model with only `kept` of its `count` layers.
+
+    `key` is what it calls their number.
+    """
+    found = {**config, key: len(kept)}
+    for name in ("layer_types", "no_rope_layers"):
+        if isinstance(found.get(name), list) and len(found[name]) == count:
+            found[name] = [found[name][i] for i in kept]
+    if isinstance(found.get("max_window_layers"), int):
+        found["max_window_layers"] = sum(i < found["max_window_layers"] for i in kept)
+    return found

@@ -11,7 +11,7 @@ from bmkit.compress.options.learning import Distill
 from bmkit.compress.options.rounding import Gptq, Quantize
 from bmkit.compress.options.scaling import Awq, SmoothQuant
 from bmkit.compress.options.sparse import Magnitude, SparseGpt, Wanda
-from bmkit.compress.options.structure import DropLayers, FrequentTokens
+from bmkit.compress.options.structure import COUNTS, DropLayers, FrequentTokens, Gates, Shrink
 from bmkit.compress.recipe import CompressRecipe
 from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers
 from bmkit.runtime.budget import Sizes, block_of
@@ -110,6 +110,39 @@ def _fewer_layers(state: State, step: DropLayers) -> Need:
     return Need(text, min(state.written, SHARD_BYTES) + now.width * state.largest)
 
 
+def _shrunk(state: State, step: Shrink | Gates) -> Need:
+    now, sizes = state.now, state.sizes
+    text = f"cut the model to {_widths(step)}"
+    through = _through(now, sizes, state.recipe, state.largest)
+    statistics = 6 * 4 * sizes.inner**2
+    speaking = _speaking(state.headers, sizes, state.recipe)
+    if step.parameters is not None:
+        now.inside = int(now.inside * step.parameters)
+    elif step.num_hidden_layers is not None:
+        now.inside = now.inside * min(step.num_hidden_layers, now.layers) // max(now.layers, 1)
+        now.layers = min(step.num_hidden_layers, now.layers)
+    state.written = now.width * now.weights
+    ram = max(speaking, through + statistics, min(state.written, SHARD_BYTES))
+    work = state.written + 64 * state.recipe.data.tokens
+    return Need(text, ram, through + statistics, work)
+
+
+def _gated(state: State, step: Gates) -> Need:
+    recipe, before = state.recipe, state.now.weights
+    learning = _learning(step, state.now, state.sizes, recipe) - 12 * before  # no weight learns
+    need = _shrunk(state, step)
+    text = f"let gates learn from {recipe.data.tokens} tokens how to {need.text}"
+    lessons = 8 * step.likeliest * recipe.data.tokens
+    return Need(text, max(need.ram, learning), max(need.gpu, learning), need.work + lessons)
+
+
+def _widths(step: Shrink | Gates) -> str:
+    if step.parameters is not None:
+        return f"{step.parameters:.0%} of its blocks' parameters, by {', '.join(step.units)}"
+    counts = {name: getattr(step, name, None) for name in COUNTS}
+    return ", ".join(f"{name} {count}" for name, count in counts.items() if count is not None)
+
+
 def _fewer_tokens(state: State, step: FrequentTokens) -> Need:
     text = f"find the {step.tokens} most frequent tokens"
     return Need(text, _speaking(state.headers, state.sizes, state.recipe))
@@ -191,6 +224,8 @@ NEEDS: dict[str, Callable[[State, Any], Need]] = {
     "wanda": _blockwise,
     "sparsegpt": _blockwise,
     "drop_layers": _fewer_layers,
+    "shrink": _shrunk,
+    "gates": _gated,
     "frequent_tokens": _fewer_tokens,
     "distill": _distilled,
 }
@@ -230,7 +265,7 @@ def _speaking(headers: Headers, sizes: Sizes, recipe: CompressRecipe) -> int:
     return weights + cache + logits + texts + 2**28
 
 
-def _learning(step: Distill, now: _Model, sizes: Sizes, recipe: CompressRecipe) -> int:
+def _learning(step: Distill | Gates, now: _Model, sizes: Sizes, recipe: CompressRecipe) -> int:
     """Return what training takes: weights, gradients, AdamW's moments, one batch's activations."""
     tokens = step.train.per_device_train_batch_size * recipe.data.sequence_length
     activations = 4 * tokens * (34 * sizes.hidden * now.layers + 8 * sizes.hidden)

@@ -10,7 +10,7 @@ from bmkit.compress.options.learning import Distill
 from bmkit.compress.options.rounding import Gptq, Quantize
 from bmkit.compress.options.scaling import Awq, SmoothQuant
 from bmkit.compress.options.sparse import Magnitude, SparseGpt, Wanda
-from bmkit.compress.options.structure import DropLayers, FrequentTokens
+from bmkit.compress.options.structure import DropLayers, FrequentTokens, Gates, Shrink
 from bmkit.recipe import Model, Recipe, contradiction
 
 
@@ -41,12 +41,18 @@ Step = Annotated[
     | Wanda
     | SparseGpt
     | DropLayers
+    | Shrink
+    | Gates
     | Distill
     | FrequentTokens,
     Field(discriminator="method"),
 ]
 ROUNDING = ("quantize", "gptq")
 """Methods whose result is packed."""
+SPARSE = ("magnitude", "wanda", "sparsegpt")
+"""Methods that set weights to zero."""
+STRUCTURE = ("drop_layers", "shrink", "gates")
+"""Methods that leave parts out."""
 
 
 class CompressRecipe(Recipe):
@@ -76,6 +82,8 @@ class CompressRecipe(Recipe):
         "prefill_ratio",
         "layers",
         "parameters",
+        "parameters_ratio",
+        "expected_ratio",
         "agreement",
         "agreement_before",
         "train_loss",
@@ -125,5 +133,17 @@ class CompressRecipe(Recipe):
         if early := next((kind for kind in kinds[:-1] if kind in ROUNDING), None):
             raise contradiction(
                 "steps", f"`{early}` comes last: what follows would work on rounded weights"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _structure_comes_before_zeros(self) -> CompressRecipe:
+        kinds = [step.method for step in self.steps]
+        sparse = next((i for i, kind in enumerate(kinds) if kind in SPARSE), len(kinds))
+        if late := next((kind for kind in kinds[sparse:] if kind in STRUCTURE), None):
+            raise contradiction(
+                "steps",
+                f"`{late}` comes before `{kinds[sparse]}`: what is cut away needs no zeros, and "
+                "what makes up for it would fill them",
             )
         return self

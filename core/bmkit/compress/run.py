@@ -13,7 +13,16 @@ import torch
 from bmkit import model, plan, tables
 from bmkit.compress import account, calibrate, distill, pack, perplexity
 from bmkit.compress.recipe import CompressRecipe
-from bmkit.compress.steps import blockwise, learning, rounding, scaling, sparse, structure
+from bmkit.compress.steps import (
+    blockwise,
+    gates,
+    learning,
+    rounding,
+    scaling,
+    shrink,
+    sparse,
+    structure,
+)
 from bmkit.compress.work import Metrics, Shared, Work
 from bmkit.errors import InputError
 from bmkit.plan import Job, Outcome
@@ -132,7 +141,7 @@ def _held_out(shared: Shared) -> list[list[int]]:
     kinds = {step.method for step in shared.recipe.steps}
     if not shared.generates or "frequent_tokens" in kinds:
         return []
-    if "distill" in kinds:
+    if kinds & {"distill", "gates"}:
         given = "data.calibration" in shared.job.files
         texts = shared.texts if given else []
         return [texts[i].ids for i in distill.dev_of(len(texts))]
@@ -152,6 +161,8 @@ METHODS: dict[str, Callable[[Work, Any], Metrics]] = {
     "wanda": blockwise.run,
     "sparsegpt": blockwise.run,
     "drop_layers": structure.drop_layers,
+    "shrink": shrink.run,
+    "gates": gates.run,
     "frequent_tokens": structure.frequent_tokens,
     "distill": learning.distill,
 }

@@ -23,12 +23,7 @@ def drop_layers(work: Work, step: DropLayers) -> Metrics:
     key = names.get("num_hidden_layers", "num_hidden_layers")
     if headers.config.get(key) != count:
         raise InputError(f"{work.source}/config.json says no `{key}: {count}`, as the model has it")
-    config = {**headers.config, key: len(kept)}
-    for key in ("layer_types", "no_rope_layers"):
-        if isinstance(config.get(key), list) and len(config[key]) == count:
-            config[key] = [config[key][i] for i in kept]
-    if isinstance(config.get("max_window_layers"), int):
-        config["max_window_layers"] = sum(i < config["max_window_layers"] for i in kept)
+    config = layers.fewer(headers.config, key, count, kept)
     prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
     stored = {t.name for t in headers.tensors}
     if not any(name.startswith(f"{stack}.") for name in stored):

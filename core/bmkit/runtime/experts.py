@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from bmkit.artifact import EXPERTS
 from bmkit.errors import InputError
 
-FILE = "experts.safetensors"
+FILE = EXPERTS
 DENSE = -1
 """Stands in `Experts.chosen` for a block that computes all of its neurons."""
 _KEY = re.compile(r"(0|[1-9]\d*)\.router\.(?:(in|out)\.)?(weight|bias)")

@@ -13,7 +13,7 @@ from bmkit import env
 from bmkit import model as models
 from bmkit.errors import ResourceError
 from bmkit.plan import Job, read_headers
-from bmkit.runtime import budget
+from bmkit.runtime import budget, experts
 from bmkit.runtime.choose import Chosen, choose
 from bmkit.runtime.generate import plain_defaults
 from bmkit.runtime.recipe import GenerateRecipe
@@ -120,7 +120,7 @@ def _packed(
     if not cpu.compiled():
         job.reporter.info("compiling kernels for this machine, once (some 15 seconds)")
     threads = torch.get_num_threads()
-    load.warm(threads)
+    load.warm(threads, divided=(job.checkpoint / experts.FILE).is_file())
     before = _begin(job)
     assert chosen.placement is not None  # this way has one
     decoder = load.load_decoder(

@@ -13,7 +13,7 @@ from torch import Tensor
 from bmkit import model as models
 from bmkit.plan import read_headers
 from bmkit.report import Reporter
-from bmkit.runtime import family
+from bmkit.runtime import experts, family
 from bmkit.runtime.generate import Answer, Generation, eos_ids, generate, plain_defaults
 
 
@@ -36,7 +36,7 @@ class Voice:
             threads = torch.get_num_threads()
             if not cpu.compiled():
                 reporter.info("compiling kernels for this machine, once (some 15 seconds)")
-            load.warm(threads)
+            load.warm(threads, divided=(path / experts.FILE).is_file())
             decoder = load.load_decoder(path, threads=threads)
             if load.largest_difference(decoder) <= load.TOLERANCE:
                 self.decoder = decoder

@@ -19,7 +19,7 @@ def _prepare() -> bool:
     """
     os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "omp tbb workqueue")
     here = Path(__file__).parent
-    source = b"".join((here / name).read_bytes() for name in ("dots.py", "block.py"))
+    source = b"".join((here / name).read_bytes() for name in ("dots.py", "block.py", "experts.py"))
     version = importlib.metadata.version("numba")
     name = hashlib.sha256(source + version.encode()).hexdigest()[:12]
     given = os.environ.get("NUMBA_CACHE_DIR")

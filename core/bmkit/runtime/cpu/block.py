@@ -233,9 +233,10 @@ def normalise(x: Any, slab: Any, m: Any, eps: float, out: Any) -> None:
 
 Q, K, V, OUT, GATE, UP, DOWN, NORM_1, NORM_2, NORM_Q, NORM_K = range(11)
 """The matrices of a block, in the order of its table; the norms are FLOAT32 with one row."""
-N_HEADS, N_KV, N_DIM, N_ROTARY, N_WINDOW, N_ACTIVATION = range(6)
+N_HEADS, N_KV, N_DIM, N_ROTARY, N_WINDOW, N_ACTIVATION, N_EXPERTS = range(7)
 """The numbers of a block: heads, key-value heads, their width, how much of it is rotated, the
-sliding window (0: none), and the activation."""
+sliding window (0: none), the activation, and whether the feed-forward is divided into experts: then
+what goes into it is left in `x`."""
 
 
 @njit(**_serial)
@@ -385,7 +386,7 @@ def _merge(parts: Any, peaks: Any, sums: Any, out: Any, dim: int) -> None:
 
 
 @njit(**_serial)
-def _shrink(address: int, delta: Any, pairs: Any, which: int, x: Any, low: Any) -> None:
+def shrink(address: int, delta: Any, pairs: Any, which: int, x: Any, low: Any) -> None:
     """Put A · x of a projection's low-rank update into `low[which]`, if it has one."""
     m = pairs[2 * which]
     if m[M_KIND] >= 0:
@@ -393,7 +394,7 @@ def _shrink(address: int, delta: Any, pairs: Any, which: int, x: Any, low: Any) 
 
 
 @njit(**_serial)
-def _grow(
+def grow(
     address: int,
     delta: Any,
     pairs: Any,
@@ -467,14 +468,14 @@ def block(
     for t in range(tokens):
         normalise(h[t], small, norms[NORM_1], eps, x[t, :hidden])
     for which in range(3):
-        _shrink(address, delta, pairs, which, x, low_rank)
+        shrink(address, delta, pairs, which, x, low_rank)
     for c in prange(running):
         at = 0
         for which in range(3):
             m = table[which]
             low, high = c * m[M_ROWS] // running, (c + 1) * m[M_ROWS] // running
             call_rows(address, slab, m, low, high, x, heads, at, 0)
-            _grow(address, delta, pairs, which, low, high, low_rank, heads, at)
+            grow(address, delta, pairs, which, low, high, low_rank, heads, at)
             at += m[M_ROWS]
     for t in range(tokens):
         for i in range(count + kv):
@@ -546,27 +547,29 @@ def block(
                     mixed[members[r // per], (g * per + r % per) * dim :],
                     dim,
                 )
-    _shrink(address, delta, pairs, OUT, mixed, low_rank)
+    shrink(address, delta, pairs, OUT, mixed, low_rank)
     for c in prange(running):
         low, high = c * hidden // running, (c + 1) * hidden // running
         call_rows(address, slab, table[OUT], low, high, mixed, h, 0, 1)
-        _grow(address, delta, pairs, OUT, low, high, low_rank, h, 0)
+        grow(address, delta, pairs, OUT, low, high, low_rank, h, 0)
     for t in range(tokens):
         normalise(h[t], small, norms[NORM_2], eps, x[t, :hidden])
-    _shrink(address, delta, pairs, GATE, x, low_rank)
-    _shrink(address, delta, pairs, UP, x, low_rank)
+    if n[N_EXPERTS]:
+        return
+    shrink(address, delta, pairs, GATE, x, low_rank)
+    shrink(address, delta, pairs, UP, x, low_rank)
     width = table[UP, M_ROWS]
     for c in prange(running):
         low, high = c * width // running, (c + 1) * width // running
         call_rows(address, slab, table[GATE], low, high, x, inner[0], 0, 0)
         call_rows(address, slab, table[UP], low, high, x, inner[1], 0, 0)
-        _grow(address, delta, pairs, GATE, low, high, low_rank, inner[0], 0)
-        _grow(address, delta, pairs, UP, low, high, low_rank, inner[1], 0)
+        grow(address, delta, pairs, GATE, low, high, low_rank, inner[0], 0)
+        grow(address, delta, pairs, UP, low, high, low_rank, inner[1], 0)
         for t in range(tokens):
             for i in range(low, high):
                 inner[0, t, i] = activate(inner[0, t, i], n[N_ACTIVATION]) * inner[1, t, i]
-    _shrink(address, delta, pairs, DOWN, inner[0], low_rank)
+    shrink(address, delta, pairs, DOWN, inner[0], low_rank)
     for c in prange(running):
         low, high = c * hidden // running, (c + 1) * hidden // running
         call_rows(address, slab, table[DOWN], low, high, inner[0], h, 0, 1)
-        _grow(address, delta, pairs, DOWN, low, high, low_rank, h, 0)
+        grow(address, delta, pairs, DOWN, low, high, low_rank, h, 0)

@@ -92,6 +92,7 @@ def open_engine(job: Job, config: Any, *, said: Sequence[int] | None = None) -> 
             plain_defaults(found.model)
         paths = [delta.path for delta in job.deltas]
         found.model = models.attach(found.model, dict(zip(names(paths), paths, strict=True)))
+        experts.attach_stored(found.model, job.checkpoint)
     return found
 
 

@@ -43,6 +43,7 @@ class Voice:
         if self.decoder is None:
             self.model = models.load_model(path, device=device, dtype=dtype)
             plain_defaults(self.model)
+            experts.attach_stored(self.model, path)
 
     def answer(self, prompts: Iterable[Any], how: Generation) -> Iterator[tuple[Any, Answer]]:
         """Answer prompts (with `number`, `ids`, `adapter`), in the order that they get done."""

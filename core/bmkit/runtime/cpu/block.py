@@ -16,6 +16,7 @@ from numba import carray, cfunc, float32, njit, prange
 
 from bmkit.runtime.cpu import KEPT
 from bmkit.runtime.cpu.dots import (
+    AHEAD,
     BFLOAT16,
     FLOAT32,
     INT8,
@@ -60,10 +61,12 @@ def _rows(
     stride: int,
     column: int,
     add: int,
+    then: int,
 ) -> None:
     """Put x · Wᵀ into `y` [tokens, stride], or add it, for the rows from `low` to `high`.
 
     All arrays are pointers; `x` is [tokens, M_WIDTH], and the matrix's first row goes to `column`.
+    The rows from `then` on are needed next.
     """
     kind, weights, scales, group = m[M_KIND], m[M_WEIGHTS], m[M_SCALES], m[M_GROUP]
     width = m[M_WIDTH]
@@ -73,23 +76,34 @@ def _rows(
     whole = low + (high - low) // 4 * 4
     for i in range(low, whole, 4):
         w, s = weights + i * one, scales + i * scale
+        ahead = (AHEAD if i + AHEAD < high else then - high + AHEAD) * one
         t = 0
         while t < tokens:
             rest = tokens - t
             if rest == 1:
-                d1 = dot_4x1(kind, slab, w, one, s, scale, x, width, t, group)
+                d1 = dot_4x1(kind, slab, w, one, s, scale, x, width, t, group, ahead)
                 for u in range(4):
                     _put(y, t * stride + column + i + u, d1[u], add)
                 t += 1
             elif rest == 2:
-                d2 = dot_4x2(kind, slab, w, one, s, scale, x, width, t, group)
+                d2 = dot_4x2(kind, slab, w, one, s, scale, x, width, t, group, ahead)
                 for u in range(8):
                     _put(y, (t + u % 2) * stride + column + i + u // 2, d2[u], add)
                 t += 2
             elif rest == 3:
                 for r in range(0, 4, 2):
                     d3 = dot_2x3(
-                        kind, slab, w + r * one, one, s + r * scale, scale, x, width, t, group
+                        kind,
+                        slab,
+                        w + r * one,
+                        one,
+                        s + r * scale,
+                        scale,
+                        x,
+                        width,
+                        t,
+                        group,
+                        ahead,
                     )
                     for u in range(6):
                         _put(y, (t + u % 3) * stride + column + i + r + u // 3, d3[u], add)
@@ -97,7 +111,17 @@ def _rows(
             else:  # more than eight sums at a time don't stay in registers
                 for r in range(0, 4, 2):
                     d4 = dot_2x4(
-                        kind, slab, w + r * one, one, s + r * scale, scale, x, width, t, group
+                        kind,
+                        slab,
+                        w + r * one,
+                        one,
+                        s + r * scale,
+                        scale,
+                        x,
+                        width,
+                        t,
+                        group,
+                        ahead,
                     )
                     for u in range(8):
                         _put(y, (t + u % 4) * stride + column + i + r + u // 4, d4[u], add)
@@ -105,7 +129,7 @@ def _rows(
     for i in range(whole, high):
         w, s = weights + i * one, scales + i * scale
         for t in range(tokens):
-            d = dot_1x1(kind, slab, w, one, s, scale, x, width, t, group)
+            d = dot_1x1(kind, slab, w, one, s, scale, x, width, t, group, 0)
             _put(y, t * stride + column + i, d[0], add)
     if m[M_BIAS] >= 0:
         for i in range(low, high):

@@ -108,7 +108,7 @@ def _product(
     inputs: list[Any],
     width: Any,
     group: Any,
-    row_bytes: Any,
+    ahead: Any,
 ) -> list[Any]:
     """Emit the code of one kind: return the products of `weights` rows with each of `inputs`.
 
@@ -134,9 +134,8 @@ def _product(
             at = b.add(begin, b.mul(inner.index, ir.Constant(_I64, step)))
             if rows > 1:
                 byte = b.lshr(b.mul(at, ir.Constant(_I64, BITS[kind])), ir.Constant(_I64, 3))
-                ahead = b.add(byte, b.mul(row_bytes, ir.Constant(_I64, AHEAD)))
                 for base in bases:
-                    _prefetch(b, base, ahead)
+                    _prefetch(b, base, b.add(byte, ahead))
             if kind == INT4:
                 four = [_nibbles(b, base, at) for base in bases]
             for c in range(chunks):
@@ -184,10 +183,11 @@ def _make(rows: int, tokens: int) -> Callable[..., Any]:
     """Build `dot` for `rows` weight rows and `tokens` rows of `x`.
 
     It is called as dot(kind, slab, weights, row_bytes, scales, scale_bytes, x, width, first,
-    group). `weights` and `scales` are byte offsets of the first weight row from the pointer `slab`,
-    `row_bytes` and `scale_bytes` what leads to the next one; `x` points to float32 [.., width], its
-    rows from `first` on are taken; `group` inputs share a scale. Width and group are multiples of
-    32. Returns the products as a tuple of float32, all tokens of the first weight row first.
+    group, ahead). `weights` and `scales` are byte offsets of the first weight row from the pointer
+    `slab`, `row_bytes` and `scale_bytes` what leads to the next one; `x` points to float32 [..,
+    width], its rows from `first` on are taken; `group` inputs share a scale; what lies `ahead`
+    bytes behind a weight is asked for. Width and group are multiples of 32. Returns the products
+    as a tuple of float32, all tokens of the first weight row first.
     """
 
     @intrinsic
@@ -203,13 +203,15 @@ def _make(rows: int, tokens: int) -> Callable[..., Any]:
         width: Any,
         first: Any,
         group: Any,
+        ahead: Any,
     ) -> Any:
         result = types.UniTuple(types.float32, rows * tokens)
         whole = types.int64
-        signature = result(whole, BYTES, *4 * (whole,), FLOATS, *3 * (whole,))
+        signature = result(whole, BYTES, *4 * (whole,), FLOATS, *4 * (whole,))
 
         def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            kind, data, weights, row_bytes, scales, scale_bytes, x, width, first, group = args
+            kind, data, weights, row_bytes, scales, scale_bytes, x, width, first = args[:9]
+            group, ahead = args[9:]
             start = b.gep(x, [b.mul(first, width)])
             inputs = [b.gep(start, [b.mul(ir.Constant(_I64, t), width)]) for t in range(tokens)]
             firsts, first_scales = [weights], [scales]
@@ -223,9 +225,7 @@ def _make(rows: int, tokens: int) -> Callable[..., Any]:
                 block = b.append_basic_block(f"kind{each}")
                 switch.add_case(ir.Constant(_I64, each), block)
                 b.position_at_end(block)
-                values = _product(
-                    b, each, data, firsts, first_scales, inputs, width, group, row_bytes
-                )
+                values = _product(b, each, data, firsts, first_scales, inputs, width, group, ahead)
                 for value, place in zip(values, found, strict=True):
                     b.store(value, place)
                 b.branch(done)
@@ -394,7 +394,7 @@ def _spread(
 spread_1, spread_8 = (_make_spread(rows) for rows in (1, 8))
 
 ROWS = types.void(
-    BYTES, WHOLES, types.int64, types.int64, FLOATS, types.int64, FLOATS, *3 * (types.int64,)
+    BYTES, WHOLES, types.int64, types.int64, FLOATS, types.int64, FLOATS, *4 * (types.int64,)
 )
 """The C signature of the function that `call_rows` calls."""
 
@@ -421,18 +421,42 @@ def call_rows(
     signature = types.void(whole, slab, matrix, whole, whole, x, y, whole, whole)
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        address, _, _, low, high, _, _, column, add = args
-        kinds = signature.args
-        arrays = [context.make_array(kinds[i])(context, b, args[i]) for i in (1, 2, 5, 6)]
-        tokens = cgutils.unpack_tuple(b, arrays[2].shape)[0]
-        stride = cgutils.unpack_tuple(b, arrays[3].shape)[1]
-        given = [arrays[0].data, arrays[1].data, low, high, arrays[2].data, tokens]
-        given += [arrays[3].data, stride, column, add]
-        kind = ir.FunctionType(ir.VoidType(), [value.type for value in given])
-        b.call(b.inttoptr(address, kind.as_pointer()), given)
-        return context.get_dummy_value()
+        return _call_rows(context, b, signature, (*args, args[4]))
 
     return signature, generate
+
+
+@intrinsic
+def call_rows_then(
+    typingctx: Any,
+    address: Any,
+    slab: Any,
+    matrix: Any,
+    low: Any,
+    high: Any,
+    x: Any,
+    y: Any,
+    column: Any,
+    add: Any,
+    then: Any,
+) -> Any:
+    """Do as `call_rows` does, where the rows from `then` on, not those behind, are needed next."""
+    whole = types.int64
+    signature = types.void(whole, slab, matrix, whole, whole, x, y, whole, whole, whole)
+    return signature, _call_rows
+
+
+def _call_rows(context: Any, b: Any, signature: Any, args: Any) -> Any:
+    address, _, _, low, high, _, _, column, add, then = args
+    kinds = signature.args
+    arrays = [context.make_array(kinds[i])(context, b, args[i]) for i in (1, 2, 5, 6)]
+    tokens = cgutils.unpack_tuple(b, arrays[2].shape)[0]
+    stride = cgutils.unpack_tuple(b, arrays[3].shape)[1]
+    given = [arrays[0].data, arrays[1].data, low, high, arrays[2].data, tokens]
+    given += [arrays[3].data, stride, column, add, then]
+    kind = ir.FunctionType(ir.VoidType(), [value.type for value in given])
+    b.call(b.inttoptr(address, kind.as_pointer()), given)
+    return context.get_dummy_value()
 
 
 @intrinsic

@@ -31,7 +31,7 @@ from bmkit.runtime.cpu.block import (
     grow,
     shrink,
 )
-from bmkit.runtime.cpu.dots import INT4, INT8, call_rows, spread_1, spread_8
+from bmkit.runtime.cpu.dots import INT4, INT8, call_rows, call_rows_then, spread_1, spread_8
 
 E_SIZE, E_SHARED, E_CHOSEN, E_ACTIVATION = range(4)
 """The numbers of a divided feed-forward: neurons an expert, experts that are always computed, how
@@ -105,6 +105,7 @@ def _rows(
     table: Any,
     first: int,
     last: int,
+    then: int,
     x: Any,
     inner: Any,
     delta: Any,
@@ -113,10 +114,13 @@ def _rows(
     begin: int,
     end: int,
 ) -> None:
-    """Compute gate and up from row `first` to `last` for the tokens from `begin` to `end`."""
+    """Compute gate and up from row `first` to `last` for the tokens from `begin` to `end`.
+
+    The rows from `then` on are needed next.
+    """
     some, gates, ups = x[begin:end], inner[0, begin:end], inner[1, begin:end]
-    call_rows(address, slab, table[GATE], first, last, some, gates, 0, 0)
-    call_rows(address, slab, table[UP], first, last, some, ups, 0, 0)
+    call_rows_then(address, slab, table[GATE], first, last, some, gates, 0, 0, then)
+    call_rows_then(address, slab, table[UP], first, last, some, ups, 0, 0, then)
     low = low_rank[:, begin:end]
     grow(address, delta, pairs, GATE, first, last, low, gates, 0)
     grow(address, delta, pairs, UP, first, last, low, ups, 0)
@@ -291,6 +295,7 @@ def feed_forward(
                 k += 1
             until = min(end, k * size)
             first = e * size + past
+            then = ids[k] * size if until < end else first
             t = 0
             while t < tokens:
                 begin = t
@@ -303,6 +308,7 @@ def feed_forward(
                         table,
                         first,
                         first + until - at,
+                        then,
                         x,
                         inner,
                         delta,

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
 from bmkit.errors import InputError
 from bmkit.nn.rounding import dequantize, quantize
 from bmkit.runtime import experts
+from bmkit.runtime.cpu import experts as compiled
 from bmkit.runtime.cpu import load, pack
 from bmkit.runtime.cpu.decoder import Decoder
 from bmkit.runtime.cpu.pack import Packed, Shape
@@ -173,6 +176,27 @@ def test_any_size_and_family(name: str, size: int) -> None:
     model = model_of(config)
     decoder = Decoder(config, stored(model, "bfloat16"), threads=2, experts=divided)
     check(decoder, masked(model, divided))
+
+
+@given(
+    scores=st.lists(
+        st.sampled_from([-0.0, 0.0, 1.0, -1.0, 2.5, -3e38, 3e38, 1e-40]) | st.floats(width=32),
+        min_size=1,
+        max_size=70,
+    ).filter(lambda found: not np.isnan(found).any()),
+    data=st.data(),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_highest_scores_are_chosen_and_of_equal_ones_the_first(
+    scores: list[float], data: st.DataObject
+) -> None:
+    count = data.draw(st.integers(0, len(scores)))
+    chosen = np.full(len(scores), 7, np.int32)
+    keys = np.empty(len(scores), np.int32)
+    compiled.choose(np.array(scores, np.float32), count, keys, chosen)
+    ranked = sorted(range(len(scores)), key=lambda e: (-scores[e], e))
+    wanted = [int(e in ranked[:count]) for e in range(len(scores))]
+    assert chosen.tolist() == wanted
 
 
 def saved(tmp_path: Path, config: Any, divided: Experts, dtype: torch.dtype) -> Path:

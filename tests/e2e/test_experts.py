@@ -182,10 +182,31 @@ def test_a_damaged_file_is_named(bmkit: Run, tiny: Path) -> None:
         whole.replace(b"chosen", b"chosem"),
     ):
         file.write_bytes(damaged)
-        done = bmkit("infer", "-m", "tiny", *ASK)
-        assert done.returncode == 3, done.stderr
-        assert experts.FILE in done.stderr
-        assert "Traceback" not in done.stderr
+        headless = not damaged or b"chosem" in damaged  # a plan reads no further
+        for words in ((), ("--plan",)) if headless else ((),):
+            done = bmkit("infer", "-m", "tiny", *ASK, *words)
+            assert done.returncode == 3, done.stderr
+            assert experts.FILE in done.stderr
+            assert "Traceback" not in done.stderr
+
+
+def test_a_plan_knows_what_is_left_out(tiny: Path) -> None:
+    from bmkit.plan import read_headers
+    from bmkit.runtime import budget, expect
+    from bmkit.runtime.choose import Chosen
+
+    headers = read_headers(tiny)
+    machine = expect.Rates(1e6, 1e9, 1e9)  # so slow that only bytes of weights count
+    found = []
+    for chosen in ((3, 3), (0, 1), (0, 0)):
+        divide(tiny, 16, 1, chosen)
+        place = budget.place(headers, rows=1, tokens=64, budget=None)
+        rates = expect.expect(Chosen("packed", place), headers, machine)
+        found.append(1 / rates["decode_tokens_per_second"])
+    # Of an expert: 16 rows of gate and of up, and 16 columns of down, in bfloat16.
+    expert = 3 * 32 * 16 * 2 / 1e6
+    assert found[0] - found[1] == pytest.approx(5 * expert, rel=0.05)
+    assert found[1] - found[2] == pytest.approx(expert, rel=0.05)
 
 
 def test_experts_of_another_model_are_refused(bmkit: Run, tiny: Path) -> None:

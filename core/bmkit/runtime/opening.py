@@ -118,10 +118,11 @@ def _packed(
     from bmkit.runtime import cpu
     from bmkit.runtime.cpu import load
 
-    if not cpu.compiled():
+    divided = (job.checkpoint / experts.FILE).is_file()
+    if not cpu.compiled(divided=divided):
         job.reporter.info("compiling kernels for this machine, once (some 15 seconds)")
     threads = torch.get_num_threads()
-    load.warm(threads, divided=(job.checkpoint / experts.FILE).is_file())
+    load.warm(threads, divided=divided)
     before = _begin(job)
     assert chosen.placement is not None  # this way has one
     decoder = load.load_decoder(

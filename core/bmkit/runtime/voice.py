@@ -34,9 +34,10 @@ class Voice:
             from bmkit.runtime.cpu import load
 
             threads = torch.get_num_threads()
-            if not cpu.compiled():
+            divided = (path / experts.FILE).is_file()
+            if not cpu.compiled(divided=divided):
                 reporter.info("compiling kernels for this machine, once (some 15 seconds)")
-            load.warm(threads, divided=(path / experts.FILE).is_file())
+            load.warm(threads, divided=divided)
             decoder = load.load_decoder(path, threads=threads)
             if load.largest_difference(decoder) <= load.TOLERANCE:
                 self.decoder = decoder

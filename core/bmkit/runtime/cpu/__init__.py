@@ -41,6 +41,10 @@ KEPT = _prepare()
 """Whether compiled kernels can be kept for the next process."""
 
 
-def compiled() -> bool:
-    """Tell whether the kernels were compiled before, for whatever processor."""
-    return KEPT and any(Path(os.environ["NUMBA_CACHE_DIR"]).rglob("*.nbc"))
+def compiled(*, divided: bool = False) -> bool:
+    """Tell whether the kernels were compiled before, for whatever processor.
+
+    Those of feed-forwards that are `divided` into experts are compiled apart.
+    """
+    kernel = "experts.feed_forward*.nbc" if divided else "*.nbc"
+    return KEPT and any(Path(os.environ["NUMBA_CACHE_DIR"]).rglob(kernel))

@@ -41,6 +41,7 @@ SIDE_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
     "frequent_tokens.json",  # the rows of its head that a draft uses
+    "experts.safetensors",  # which of its neurons a token needs
 )
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 """Either holds or names a model's weights; the first wins, as in transformers."""

@@ -1,4 +1,7 @@
-"""Which neurons of a dense feed-forward a token needs: a file beside the weights says it."""
+"""Which neurons of a dense feed-forward a token needs: a file beside the weights says it.
+
+`attach` lets any model of transformers compute as the file says, by masks.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,18 @@ import json
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from bmkit.errors import InputError
+from bmkit.nn import walk
+from bmkit.nn.feed_forward import find
 
 FILE = "experts.safetensors"
 DENSE = -1
@@ -52,12 +58,6 @@ class Router:
         if self.inner_weight is not None and self.inner_bias is not None:
             x = torch.tanh(x @ self.inner_weight.T + self.inner_bias)
         return x @ self.weight.T + self.bias
-
-    def to(self, device: torch.device) -> Router:
-        """Return the same router on `device`."""
-        inner = (self.inner_weight, self.inner_bias)
-        moved = [None if t is None else t.to(device) for t in inner]
-        return Router(self.weight.to(device), self.bias.to(device), *moved)
 
 
 @dataclass(frozen=True)
@@ -202,3 +202,113 @@ def _router(block: int, parts: Mapping[str, Tensor]) -> Router:
     if not fit or (len(pairs) == 2 and pairs[0][0].shape[1] != len(pairs[1][0])):
         raise ValueError(f"the shapes of the router of block {block} don't fit")
     return router
+
+
+class Routed(nn.Module):
+    """A router at work: hooks on a feed-forward set the neurons to zero that aren't computed.
+
+    With `learns` the router gets gradients: straight through, as if an expert counted by how far
+    its score is above the bar. The neurons that are computed get theirs in any case.
+    """
+
+    def __init__(
+        self, router: Router, chosen: int, shared: int, size: int, *, learns: bool = False
+    ) -> None:
+        super().__init__()
+        self.chosen, self.shared, self.size, self.learns = chosen, shared, size, learns
+        self.weight, self.bias = (nn.Parameter(t, learns) for t in (router.weight, router.bias))
+        inner = (router.inner_weight, router.inner_bias)
+        first, first_bias = (None if t is None else nn.Parameter(t, learns) for t in inner)
+        self.register_parameter("inner_weight", first)
+        self.register_parameter("inner_bias", first_bias)
+        self._mask: Tensor | None = None
+        self._handles: list[Any] = []
+
+    @property
+    def router(self) -> Router:
+        """Return what it is by now."""
+        inner = self._parameters
+        return Router(self.weight, self.bias, inner["inner_weight"], inner["inner_bias"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return which neurons of the tokens `x` [..., hidden] count: 0 or 1, [..., neurons]."""
+        scores = self.router.scores(x)
+        mask = best(scores, self.chosen).to(x.dtype)
+        if self.learns and torch.is_grad_enabled() and 0 < self.chosen < scores.shape[-1]:
+            bar = scores.topk(self.chosen + 1).values[..., -2:].mean(-1, keepdim=True)
+            soft = torch.sigmoid(scores - bar).to(x.dtype)
+            mask = mask + soft - soft.detach()
+        always = mask.new_ones(*mask.shape[:-1], self.shared)
+        return torch.cat((always, mask), -1).repeat_interleave(self.size, -1)
+
+    def hook(self, up: nn.Module, down: nn.Module) -> None:
+        """Begin to mask what goes into `down`, by what goes into `up`."""
+
+        def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if self.weight.device != args[0].device:
+                self.to(args[0].device)
+            self._mask = self(args[0])
+
+        def drop(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            mask, self._mask = self._mask, None
+            assert mask is not None  # up comes before down
+            return (args[0] * mask, *args[1:])
+
+        self._handles += [up.register_forward_pre_hook(look), down.register_forward_pre_hook(drop)]
+
+    def unhook(self) -> None:
+        """Compute all neurons again."""
+        while self._handles:
+            self._handles.pop().remove()
+
+
+def attach(model: Any, experts: Experts, *, learns: bool = False) -> Attached:
+    """Let `model` compute of each block the neurons that `experts` say, the others count as zero.
+
+    All are computed and masked: it tells what comes out, and saves nothing. With `learns` the
+    routers become parameters of the model. Raises InputError if the experts don't fit it.
+    """
+    body = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name, count = walk.stack(body)
+    if count != len(experts.chosen):
+        raise InputError(f"{FILE} is of {len(experts.chosen)} blocks, the model has {count}")
+    routed: dict[str, Routed] = {}
+    for i, router in enumerate(experts.routers):
+        if router is None:
+            continue
+        block = body.get_submodule(f"{name}.{i}")
+        found = find(block)
+        if found is None or (found.width, found.hidden) != (experts.width(i), router.hidden):
+            raise InputError(f"{FILE} doesn't fit the feed-forward of block {i}")
+        one = Routed(router, experts.chosen[i], experts.shared, experts.size, learns=learns)
+        one.hook(block.get_submodule(found.up), block.get_submodule(found.down))
+        routed[str(i)] = one
+    if learns:
+        body.bmkit_routers = nn.ModuleDict(routed)
+    return Attached(body, experts, routed)
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A model that computes by experts."""
+
+    model: Any
+    experts: Experts
+    routed: Mapping[str, Routed]
+
+    def detach(self) -> Experts:
+        """Make the model dense again; return the experts, with their routers as they are by now."""
+        routers = list(self.experts.routers)
+        for block, one in self.routed.items():
+            one.unhook()
+            routers[int(block)] = one.router
+        if hasattr(self.model, "bmkit_routers"):
+            del self.model.bmkit_routers
+        return replace(self.experts, routers=tuple(routers))
+
+
+def attach_stored(model: Any, path: Path) -> None:
+    """Let a model that was loaded from `path` compute by the experts that lie there, if any do."""
+    experts = read(path)
+    if experts is not None:
+        attach(model, experts)

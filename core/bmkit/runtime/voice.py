@@ -13,7 +13,7 @@ from torch import Tensor
 from bmkit import model as models
 from bmkit.plan import read_headers
 from bmkit.report import Reporter
-from bmkit.runtime import family
+from bmkit.runtime import experts, family
 from bmkit.runtime.generate import Answer, Generation, eos_ids, generate, plain_defaults
 
 
@@ -29,7 +29,9 @@ class Voice:
         self.decoder: Any = None
         self.model: Any = None
         config = read_headers(path).config
-        if device.type == "cpu" and dtype in {"auto", "float32"} and family.covers(config):
+        divided = experts.read(path)
+        exact = dtype in {"auto", "float32"} and divided is None
+        if device.type == "cpu" and exact and family.covers(config):
             from bmkit.runtime import cpu
             from bmkit.runtime.cpu import load
 
@@ -43,6 +45,8 @@ class Voice:
         if self.decoder is None:
             self.model = models.load_model(path, device=device, dtype=dtype)
             plain_defaults(self.model)
+            if divided is not None:
+                experts.attach(self.model, divided)
 
     def answer(self, prompts: Iterable[Any], how: Generation) -> Iterator[tuple[Any, Answer]]:
         """Answer prompts (with `number`, `ids`, `adapter`), in the order that they get done."""

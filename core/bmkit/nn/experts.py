@@ -65,9 +65,7 @@ def balanced_clusters(points: Tensor, count: int, *, seed: int, rounds: int = 10
     if len(points) % count:
         raise ValueError(f"{len(points)} neurons can't be divided into {count} equal experts")
     points, size = points.float(), len(points) // count
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randperm(len(points), generator=generator)[:count]
-    centres = points[first.to(points.device)]
+    centres = _far_apart(points, count, torch.Generator().manual_seed(seed))
     labels = points.new_zeros(len(points), dtype=torch.long)
     for turn in range(rounds):
         cost = centres.square().sum(1) - 2 * points @ centres.T  # [n, count]
@@ -77,6 +75,21 @@ def balanced_clusters(points: Tensor, count: int, *, seed: int, rounds: int = 10
         labels = new
         centres = torch.zeros_like(centres).index_add_(0, labels, points) / size
     return labels
+
+
+def _far_apart(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw `count` of the points, each by its squared distance to those before (k-means++)."""
+    picked = [int(torch.randint(len(points), (1,), generator=generator))]
+    lengths = points.square().sum(1)
+    far = torch.full_like(lengths, torch.inf)
+    for _ in range(count - 1):
+        last = points[picked[-1]]
+        far = torch.minimum(far, (lengths + last.square().sum() - 2 * points @ last).clamp_min(0))
+        far[picked[-1]] = 0
+        upto = far.double().cumsum(0).cpu()
+        place = torch.rand(1, generator=generator, dtype=torch.float64) * upto[-1]
+        picked.append(min(int(torch.searchsorted(upto, place, right=True)), len(points) - 1))
+    return points[torch.tensor(picked, device=points.device)]
 
 
 def _nearest_with_room(cost: Tensor, size: int) -> Tensor:

@@ -383,7 +383,8 @@ def _explain_all(doc: Document, model: type[Model], problems: Sequence[Any]) -> 
     branches: dict[KeyPath, list[str]] = {}
     for problem in problems:
         loc = problem["loc"]
-        if problem["type"] in {"missing", "extra_forbidden"} or _inside(doc.data, loc):
+        whole = problem["type"] in {"missing", "extra_forbidden", "contradiction"}
+        if whole or _inside(doc.data, loc):
             said.append(_explain(doc, model, problem))
             continue
         expected = problem.get("ctx", {}).get("expected") or problem["msg"].partition("be ")[2]
@@ -434,6 +435,7 @@ def _explain(doc: Document, model: type[Model], problem: Any) -> str:
         text = f"`{got}` is not one of {', '.join(allowed)}" + (f"; {close}" if close else "")
         return at(doc, path, text)
     if kind == "contradiction":
+        path = path if not path or _inside(doc.data, problem["loc"]) else path[:-1]
         return at(doc, (*path, ctx["key"]), problem["msg"])
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     if message.startswith("should"):

@@ -158,6 +158,15 @@ class Blocks:
         return hidden[0]
 
     @torch.no_grad()
+    def outputs(self, block: Block) -> Iterator[tuple[int, Tensor]]:
+        """Yield each row's number, and what a block makes of it: [tokens, width].
+
+        What the rows are before this block stays as it is.
+        """
+        for row in range(len(self.hidden)):
+            yield row, self._run(block.number, row)
+
+    @torch.no_grad()
     def observe(self, block: Block, names: Collection[str]) -> dict[str, Seen]:
         """Run the rows through a block; return what went into its linear layers `names`.
 

@@ -17,6 +17,8 @@ from bmkit.compress.layerwise import ZEROS
 from bmkit.compress.options.learning import Distill
 from bmkit.errors import InputError, RecipeError
 from bmkit.report import Reporter, task
+from bmkit.runtime import experts
+from bmkit.runtime.experts import Experts
 from bmkit.runtime.voice import Voice
 from bmkit.train.distil import has_plain_head, likeliest, teaching_loss
 from bmkit.train.trainer import train
@@ -39,6 +41,16 @@ class Lesson:
     """float16 [places, k]."""
     chosen: Tensor
     """int32 [places]: the teacher's likeliest, whatever the head can say."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """A trained model."""
+
+    model: Any
+    metrics: dict[str, float | int | str]
+    experts: Experts | None
+    """How it is divided, with its routers as they are by now."""
 
 
 def lessons(
@@ -138,8 +150,11 @@ def train_student(
     work: Path,
     device: torch.device,
     reporter: Reporter,
-) -> tuple[Any, dict[str, float | int | str]]:
+) -> Student:
     """Train the checkpoint at `path` in float32; return it with what was measured.
+
+    One that is divided into experts computes by them while it learns: neurons that aren't computed
+    for a token learn nothing from it.
 
     Raises RecipeError for modules that aren't there, DivergedError as `train` does.
     """
@@ -153,10 +168,18 @@ def train_student(
             raise RecipeError(f"freeze: no module's name ends in `{pattern}`")
         for module in modules:
             module.requires_grad_(False)
-    if not any(p.requires_grad for p in student.parameters()):
-        raise RecipeError("freeze: nothing is left to train")
     if pruned := keep_zeros(student):
         reporter.info(f"{pruned} matrices were pruned: their zeros stay")
+    divided = experts.read(path)
+    if step.train_routers and divided is None:
+        raise RecipeError(
+            "train_routers: there are no routers", hint="put `moefy` before `distill`"
+        )
+    attached = (
+        None if divided is None else experts.attach(student, divided, learns=step.train_routers)
+    )
+    if not any(p.requires_grad for p in student.parameters()):
+        raise RecipeError("freeze: nothing is left to train")
     held = min(HELD_OUT, len(taught) // 8)
     dev, rest = list(taught[:held]), list(taught[held:])
     if not rest or not dev:
@@ -183,13 +206,14 @@ def train_student(
     )
     after = agreement(student, dev, among)
     reporter.info(f"agrees with its teacher on {before:.1%} of tokens before, {after:.1%} after")
-    return student, {
+    metrics: dict[str, float | int | str] = {
         "train_loss": round(trained.losses[-1] if trained.losses else 0.0, 6),
         "steps": trained.steps,
         "texts": len(rest),
         "agreement_before": round(before, 6),
         "agreement": round(after, 6),
     }
+    return Student(student, metrics, None if attached is None else attached.detach())
 
 
 def keep_zeros(student: nn.Module) -> int:

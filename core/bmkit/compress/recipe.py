@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from bmkit.compress.options.experts import Moefy
 from bmkit.compress.options.learning import Distill
 from bmkit.compress.options.rounding import Gptq, Quantize
 from bmkit.compress.options.sparse import Magnitude, SparseGpt, Wanda
@@ -32,11 +33,13 @@ class Data(Model):
 
 
 Step = Annotated[
-    Quantize | Gptq | Magnitude | Wanda | SparseGpt | DropLayers | Distill | FrequentTokens,
+    Quantize | Gptq | Magnitude | Wanda | SparseGpt | DropLayers | FrequentTokens | Moefy | Distill,
     Field(discriminator="method"),
 ]
 ROUNDING = ("quantize", "gptq")
 """Methods whose result is packed."""
+_DOWN = ("down_proj", "fc2", "dense_4h_to_h", "output.dense", "wo", "c_proj")
+"""What families call the matrix whose inputs are neurons."""
 
 
 class CompressRecipe(Recipe):
@@ -58,6 +61,9 @@ class CompressRecipe(Recipe):
         "agreement_before",
         "train_loss",
         "covered",
+        "active",
+        "energy",
+        "router_recall",
     )
     FILES: ClassVar = ("data.calibration",)
 
@@ -72,4 +78,23 @@ class CompressRecipe(Recipe):
             raise contradiction(
                 "steps", f"`{early}` comes last: what follows would work on rounded weights"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _moefy_comes_before_patterns(self) -> CompressRecipe:
+        kinds = [step.method for step in self.steps]
+        if kinds.count("moefy") > 1:
+            raise contradiction("steps", "`moefy` is there twice: experts are divided once")
+        last = kinds.index("moefy") if "moefy" in kinds else 0
+        for step in self.steps[:last]:
+            pattern = getattr(step, "pattern", "")
+            if ":" in pattern and not any(
+                name.endswith(_DOWN) for name in getattr(step, "exclude_modules", [])
+            ):
+                raise contradiction(
+                    "steps",
+                    f"`moefy` comes before `{step.method}` with {pattern}: it puts neurons in "
+                    "another order, and these are the inputs of down projections, whose neighbours "
+                    f"the pattern counts",
+                )
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import torch
 
 from bmkit import model, plan
 from bmkit.compress import calibrate, perplexity
+from bmkit.compress.options.experts import Moefy
 from bmkit.compress.recipe import ROUNDING, CompressRecipe
-from bmkit.compress.steps import blockwise, learning, rounding, sparse, structure
+from bmkit.compress.steps import blockwise, experts, learning, rounding, sparse, structure
 from bmkit.compress.work import Metrics, Shared, Work
-from bmkit.errors import InputError
+from bmkit.errors import GateError, InputError
 from bmkit.plan import Job, Outcome
 from bmkit.runtime.voice import Voice
 
@@ -61,8 +62,9 @@ def run(job: Job) -> Outcome:
         metrics |= found
         source = out
     kinds = {step.method for step in recipe.steps}
-    if shared.has_rows and shared.generates and "distill" not in kinds:
+    if shared.has_rows and shared.generates and ("distill" not in kinds or "moefy" in kinds):
         metrics |= _perplexities(shared, job.out)
+        _refuse_loss(recipe, metrics)
     loads = "transformers + compressed-tensors" if kinds & set(ROUNDING) else "transformers"
     return Outcome("model", metrics, (loads,))
 
@@ -93,6 +95,19 @@ def _perplexities(shared: Shared, out: Path) -> Metrics:
     }
 
 
+def _refuse_loss(recipe: CompressRecipe, metrics: Mapping[str, float | int | str]) -> None:
+    """Raise GateError if computing by experts costs more than a `moefy` step allows."""
+    for step in recipe.steps:
+        if isinstance(step, Moefy) and float(metrics["perplexity_ratio"]) > step.max_loss:
+            share, ratio = float(metrics["active"]), metrics["perplexity_ratio"]
+            raise GateError(
+                f"moefy: with {share:.0%} of the neurons computed perplexity is {ratio} times as "
+                f"high, {metrics['perplexity']} in the place of {metrics['perplexity_before']}; "
+                f"max_loss is {step.max_loss}, so nothing is written",
+                hint="raise `active`, lower `size`, let a `distill` step follow, or raise max_loss",
+            )
+
+
 METHODS: dict[str, Callable[[Work, Any], Metrics]] = {
     "quantize": rounding.run,
     "gptq": blockwise.run,
@@ -101,5 +116,6 @@ METHODS: dict[str, Callable[[Work, Any], Metrics]] = {
     "sparsegpt": blockwise.run,
     "drop_layers": structure.drop_layers,
     "frequent_tokens": structure.frequent_tokens,
+    "moefy": experts.run,
     "distill": learning.distill,
 }

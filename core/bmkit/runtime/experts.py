@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,11 @@ class Experts:
         """Return how many neurons a block has; None if it is dense, so that no one knows."""
         router = self.routers[block]
         return None if router is None else (self.shared + router.experts) * self.size
+
+    def of(self, blocks: Sequence[int]) -> Experts:
+        """Return the experts of some blocks, which are all that is left."""
+        chosen = tuple(self.chosen[i] for i in blocks)
+        return replace(self, chosen=chosen, routers=tuple(self.routers[i] for i in blocks))
 
     def active(self, block: int) -> int | None:
         """Return how many neurons a token computes in a block; None if it is dense."""

@@ -6,6 +6,7 @@ from bmkit import model
 from bmkit.compress import distill as teaching
 from bmkit.compress.options.learning import Distill
 from bmkit.compress.work import Metrics, Work
+from bmkit.runtime import experts
 from bmkit.runtime.frequent import read as read_frequent
 
 
@@ -22,7 +23,7 @@ def distill(work: Work, step: Distill) -> Metrics:
         reporter=work.job.reporter,
     )
     shared.forget()
-    student, metrics = teaching.train_student(
+    student = teaching.train_student(
         work.source,
         taught,
         step,
@@ -32,5 +33,7 @@ def distill(work: Work, step: Distill) -> Metrics:
         device=shared.device,
         reporter=work.job.reporter,
     )
-    model.save(student, work.source, work.out)
-    return metrics
+    model.save(student.model, work.source, work.out)
+    if student.experts is not None:
+        experts.write(work.out, student.experts)
+    return student.metrics

@@ -45,11 +45,11 @@ def divide(path: Path, size: int, shared: int, chosen: tuple[int, ...]) -> Exper
     return found
 
 
-def masked(path: Path, divided: Experts, dtype: torch.dtype = torch.float32) -> Any:
+def masked(path: Path, divided: Experts, dtype: str = "float32") -> Any:
     """Load the checkpoint in transformers, and write masks into its feed-forwards."""
-    from transformers import AutoModelForCausalLM
+    from bmkit import model as models
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    model = models.load_model(path, device=torch.device("cpu"), dtype=dtype)
     for layer, router, count in zip(
         model.model.layers, divided.routers, divided.chosen, strict=True
     ):
@@ -90,10 +90,24 @@ def test_answers_are_those_of_the_masked_model(
     bmkit: Run, tiny: Path, divided: Experts, dtype: str
 ) -> None:
     plain = tokens_of(bmkit("infer", "-m", "tiny", *ASK, "-s", f"dtype={dtype}"))
-    model = masked(tiny, divided, torch.float32 if dtype == "auto" else torch.bfloat16)
+    model = masked(tiny, divided, "float32" if dtype == "auto" else dtype)
     assert plain == answer(model, tiny)
     (tiny / experts.FILE).unlink()
     assert plain != tokens_of(bmkit("infer", "-m", "tiny", *ASK, "-s", f"dtype={dtype}"))
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int4"])
+def test_rounded_checkpoints_keep_their_experts(
+    bmkit: Run, tiny: Path, tmp_path: Path, divided: Experts, recipe: str
+) -> None:
+    done = bmkit("compress", recipe, "-m", "tiny", "-o", "small")
+    assert done.returncode == 0, done.stderr
+    small = tmp_path / "small"
+    found = tokens_of(bmkit("infer", "-m", "small", *ASK))
+    assert found == answer(masked(small, divided), tiny)
+    (small / "bmkit.json").unlink()  # it knows every file
+    (small / experts.FILE).unlink()
+    assert found != tokens_of(bmkit("infer", "-m", "small", *ASK))
 
 
 @pytest.mark.parametrize("quant", [None, "int8"])

@@ -27,7 +27,7 @@ from bmkit.runtime.cpu.pack import (
 )
 from bmkit.runtime.cpu.source import Source
 from bmkit.runtime.cpu.store import Store
-from bmkit.runtime.cpu.turned import Turned, lay_out_turned, turned, unpack_turned, write_turned
+from bmkit.runtime.cpu.turned import Turned, lay_out_turned, load_turned, turned, unpack_turned
 from bmkit.runtime.cpu.window import Window
 from bmkit.runtime.experts import Experts
 from bmkit.runtime.generate import EVERY
@@ -246,7 +246,7 @@ class Decoder:
             for row, name in enumerate(NAMES):
                 whole, layout = f"model.layers.{unit}.{name}", self.layouts[unit]
                 if isinstance(layout.shapes[row], Turned):
-                    write_turned(layout, row, slab, self.source.packed(whole))
+                    load_turned(self.source, whole, layout, row, slab)
                 elif layout.shapes[row] is not None:
                     self.source.write(whole, layout, row, slab)
             return

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from bmkit.runtime.cpu.dots import BFLOAT16, FLOAT32, INT4, INT8
-from bmkit.runtime.cpu.pack import BITS, Layout, Packed, Shape, integers, lay_out, round_up
+from bmkit.runtime.cpu.pack import (
+    BITS,
+    Layout,
+    Packed,
+    Shape,
+    empty_slab,
+    integers,
+    lay_out,
+    round_up,
+)
+from bmkit.runtime.cpu.source import Source
 
 PART = 2**20
 """Weights that are turned at a time."""
@@ -66,11 +76,27 @@ def lay_out_turned(shapes: Sequence[Shape | None]) -> Layout:
     return layout
 
 
-def write_turned(layout: Layout, row: int, slab: np.ndarray, matrix: Packed) -> None:
-    """Put `matrix`, packed row by row, to its place at `row` of the layout.
+def load_turned(source: Source, name: str, layout: Layout, row: int, slab: np.ndarray) -> None:
+    """Put matrix `name` of a source, turned, to its place at `row` of the layout.
 
-    Takes no memory that grows with the matrix.
+    Peak memory: the matrix once more, as it is stored.
     """
+    shape = source.shape(name)
+    assert shape is not None  # the layout has it from there
+    plain = lay_out([shape])
+    some = empty_slab(plain.bytes)
+    source.write(name, plain, 0, some)
+    data, scales, bias = (plain.part(some, 0, which) for which in range(3))
+    matrix = Packed(
+        shape,
+        data.reshape(shape.rows, shape.row_bytes),
+        scales.view(np.float32).reshape(shape.rows, -1) if shape.groups else None,
+        bias.view(np.float32) if shape.bias else None,
+    )
+    _turn(layout, row, slab, matrix)
+
+
+def _turn(layout: Layout, row: int, slab: np.ndarray, matrix: Packed) -> None:
     shape = layout.shapes[row]
     assert isinstance(shape, Turned)  # the caller has looked
     place = torch.from_numpy(layout.part(slab, row, 0)).view(shape.inputs, shape.row_bytes)
@@ -119,11 +145,7 @@ def unpack_turned(layout: Layout, row: int, slab: np.ndarray, out: Tensor) -> Te
     groups = found.view(shape.groups, -1, shape.rows)
     if shape.kind == INT8:
         values = raw.view(torch.int8)[:, : shape.rows]
-        torch.mul(
-            values.view(groups.shape) if values.is_contiguous() else values.reshape(groups.shape),
-            scales,
-            out=groups,
-        )
+        torch.mul(values.reshape(groups.shape), scales, out=groups)
         return found.T
     step = max(PART // shape.width, 1)
     for low in range(0, shape.inputs, step):

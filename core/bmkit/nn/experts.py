@@ -166,8 +166,8 @@ class Ridge:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Take in tokens: `x` [tokens, hidden], and their targets `y` [tokens, experts]."""
-        x, y = x.double(), y.double()
-        found = [x.sum(0), y.sum(0), x.T @ x, y.T @ x]
+        x, y = x.float(), y.float()
+        found = [t.double() for t in (x.sum(0), y.sum(0), x.T @ x, y.T @ x)]
         before = self._sums or [torch.zeros_like(t) for t in found]
         self._sums = [a + b for a, b in zip(before, found, strict=True)]
         self.count += len(x)

@@ -128,6 +128,18 @@ def test_the_ridge_is_that_of_numpy_whatever_the_parts(seed: int) -> None:
     assert np.allclose(bias.numpy(), b.mean(0) - wanted @ a.mean(0), rtol=1e-4, atol=1e-5)
 
 
+def test_points_are_as_far_apart_as_what_is_foretold() -> None:
+    x, y = drawn(0, 80, 5) @ drawn(2, 5, 5) + 1.0, drawn(1, 80, 4)
+    ridge = experts.Ridge()
+    ridge.add(x, y)
+    weight, bias = ridge.solve()
+    told = x @ weight.T + bias  # [tokens, targets]
+    wanted = (told[:, :, None] - told[:, None]).square().mean(0)
+    points = ridge.foreseen()
+    found = (points[:, None] - points).square().sum(-1)
+    assert torch.allclose(found, wanted, rtol=1e-2, atol=1e-4)
+
+
 def test_two_layers_begin_as_the_linear_router_and_learn_what_it_can_not() -> None:
     x = drawn(0, 2048, 6)
     y = torch.stack((x[:, 0], (2 * x[:, 1]).tanh(), x[:, 2].abs()), 1)

@@ -27,6 +27,8 @@ PROFILED = 4096
 CHUNK = 2048
 USED = 0.25
 """The share of a token's neurons that count as used."""
+FLOOR = 1e-6
+"""Of a single neuron's share of a token's energy: see `division.target`."""
 
 
 @dataclass(frozen=True)
@@ -242,10 +244,17 @@ def _order(
     """Return an order of a block's neurons in which experts are slices."""
     stride = -(-seen.fitted // PROFILED)
     use = division.used(seen.important[: seen.fitted : stride], USED)
-    points = use.T.float()
     if step.cluster == "weights":
-        points = block.module.get_submodule(one.rows[0]).get_parameter("weight").float()
-    points = functional.normalize(points, dim=1)
+        rows = block.module.get_submodule(one.rows[0]).get_parameter("weight")
+        points = functional.normalize(rows.float(), dim=1)
+    elif step.cluster == "coactivation":
+        points = functional.normalize(use.T.float(), dim=1)
+    else:
+        ridge = division.Ridge()
+        for x, important in seen.parts:
+            energy, whole = division.energies(important, 0, 1)
+            ridge.add(x, division.target(energy, whole, FLOOR))
+        points = ridge.foreseen()
     return division.divide(points, use.sum(0), shape.shared, shape.size, seed=seed).cpu()
 
 

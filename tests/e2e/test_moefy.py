@@ -273,3 +273,22 @@ def test_an_encoder_is_divided_with_a_warning_that_nothing_bounds_its_loss(
         by_experts = divided(input_ids=ids).last_hidden_state
     assert torch.allclose(before, dense, atol=1e-5)
     assert not torch.allclose(before, by_experts, atol=1e-4)
+
+
+def test_tune_trains_what_infer_will_compute(
+    bmkit: Run, tiny: Path, chats: Path, tmp_path: Path
+) -> None:
+    """The loss before training is that of the model by experts, with its adapter at zero."""
+    torch.manual_seed(0)
+    routers = tuple(experts.Router(torch.randn(15, 32), torch.randn(15)) for _ in range(2))
+    found = {}
+    for name in ("dense", "divided"):
+        if name == "divided":
+            experts.write(tiny, experts.Experts(4, 1, (3, 3), routers))
+        done = bmkit(
+            *("tune", "lora", "-m", tiny, "-o", name, "--json", "-s", f"data.train={chats}"),
+            *("-s", f"data.dev={chats}", "-s", "train.max_steps=2", "-s", "data.max_length=64"),
+        )
+        assert done.returncode == 0, done.stderr
+        found[name] = json.loads(done.stdout)["metrics"]["dev_loss_before"]
+    assert found["dense"] != pytest.approx(found["divided"], rel=1e-3)

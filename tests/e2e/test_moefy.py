@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, OPTConfig
 
 from bmkit.runtime import experts
 
@@ -244,3 +244,51 @@ def test_infer_computes_by_experts_what_is_not_run_on_packed_weights(
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["token_ids"] == wanted
+
+
+def test_an_encoder_is_divided_with_a_warning_that_nothing_bounds_its_loss(
+    bmkit: Run, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    model = BertModel(BertConfig(**sizes, num_hidden_layers=2, vocab_size=259)).eval()
+    path = tmp_path / "bert"
+    model.save_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.save_pretrained(path)
+    done = bmkit(
+        *("compress", "moefy", "-m", path, "-o", "out", "-s", f"data.calibration={text}", *SHORT),
+        *("-s", "steps.0.active=0.3"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "max_loss bounds nothing" in done.stderr
+    ids = tokenizer("Hello there", return_tensors="pt").input_ids
+    divided = BertModel.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        before = model(input_ids=ids).last_hidden_state
+        dense = divided(input_ids=ids).last_hidden_state
+        found = experts.read(tmp_path / "out")
+        assert found is not None
+        experts.attach(divided, found)
+        by_experts = divided(input_ids=ids).last_hidden_state
+    assert torch.allclose(before, dense, atol=1e-5)
+    assert not torch.allclose(before, by_experts, atol=1e-4)
+
+
+def test_tune_trains_what_infer_will_compute(
+    bmkit: Run, tiny: Path, chats: Path, tmp_path: Path
+) -> None:
+    """The loss before training is that of the model by experts, with its adapter at zero."""
+    torch.manual_seed(0)
+    routers = tuple(experts.Router(torch.randn(15, 32), torch.randn(15)) for _ in range(2))
+    found = {}
+    for name in ("dense", "divided"):
+        if name == "divided":
+            experts.write(tiny, experts.Experts(4, 1, (3, 3), routers))
+        done = bmkit(
+            *("tune", "lora", "-m", tiny, "-o", name, "--json", "-s", f"data.train={chats}"),
+            *("-s", f"data.dev={chats}", "-s", "train.max_steps=2", "-s", "data.max_length=64"),
+        )
+        assert done.returncode == 0, done.stderr
+        found[name] = json.loads(done.stdout)["metrics"]["dev_loss_before"]
+    assert found["dense"] != pytest.approx(found["divided"], rel=1e-3)

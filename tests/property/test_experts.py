@@ -46,22 +46,26 @@ def test_clusters_have_equal_sizes_and_no_exchange_makes_them_better(
     assert labels.bincount(minlength=count).tolist() == [n // count] * count
     assert torch.equal(labels, experts.balanced_clusters(points, count, seed=1))
     centres = torch.stack([points[labels == c].mean(0) for c in range(count)])
-    random = torch.arange(n) % count
-    assert inner_cost(points, labels) <= inner_cost(points, random) + 1e-4 or n < 10
-    assert len(centres) == count
+    cost = (points[:, None] - centres).square().sum(-1)
+    for i, j in combinations(range(n), 2):
+        now = cost[i, labels[i]] + cost[j, labels[j]]
+        assert now <= cost[i, labels[j]] + cost[j, labels[i]] + 1e-3 * float(cost.max())
 
 
-@given(SEEDS)
-@settings(max_examples=20, deadline=None)
-def test_two_clusters_of_few_points_are_nearly_the_best_of_all(seed: int) -> None:
-    points = drawn(seed, 8, 3)
-    costs = []
-    for some in combinations(range(8), 4):
-        labels = torch.zeros(8, dtype=torch.long)
-        labels[list(some)] = 1
-        costs.append(inner_cost(points, labels))
-    found = inner_cost(points, experts.balanced_clusters(points, 2, seed=0))
-    assert found <= sorted(costs)[len(costs) // 4] + 1e-4
+def test_two_clusters_of_few_points_are_nearly_the_best_of_all() -> None:
+    over = []
+    for seed in range(40):
+        points = drawn(seed, 8, 3)
+        costs = []
+        for some in combinations(range(8), 4):
+            labels = torch.zeros(8, dtype=torch.long)
+            labels[list(some)] = 1
+            costs.append(inner_cost(points, labels))
+        found = inner_cost(points, experts.balanced_clusters(points, 2, seed=0))
+        over.append(found / min(costs))
+        assert found < max(costs)
+    assert np.mean(over) < 1.1
+    assert np.median(over) < 1.02
 
 
 def test_neurons_that_are_used_together_come_together() -> None:
@@ -122,6 +126,18 @@ def test_the_ridge_is_that_of_numpy_whatever_the_parts(seed: int) -> None:
     wanted = np.linalg.solve(curvature, centred.T @ (b - b.mean(0)) / 60).T
     assert np.allclose(weight.numpy(), wanted, rtol=1e-4, atol=1e-5)
     assert np.allclose(bias.numpy(), b.mean(0) - wanted @ a.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_points_are_as_far_apart_as_what_is_foretold() -> None:
+    x, y = drawn(0, 80, 5) @ drawn(2, 5, 5) + 1.0, drawn(1, 80, 4)
+    ridge = experts.Ridge()
+    ridge.add(x, y)
+    weight, bias = ridge.solve()
+    told = x @ weight.T + bias  # [tokens, targets]
+    wanted = (told[:, :, None] - told[:, None]).square().mean(0)
+    points = ridge.foreseen()
+    found = (points[:, None] - points).square().sum(-1)
+    assert torch.allclose(found, wanted, rtol=1e-2, atol=1e-4)
 
 
 def test_two_layers_begin_as_the_linear_router_and_learn_what_it_can_not() -> None:

@@ -132,7 +132,14 @@ def brute_force(block: Any, one: Any, found: Experts, i: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"router": "mlp"}, {"router": "similarity"}, {"cluster": "weights"}]
+    "options",
+    [
+        {},
+        {"router": "mlp"},
+        {"router": "similarity"},
+        {"cluster": "weights"},
+        {"cluster": "coactivation"},
+    ],
 )
 def test_a_stopped_walk_goes_on_and_ends_the_same(options: dict[str, Any], tmp_path: Path) -> None:
     saved(FAMILIES["llama"], tmp_path / "m")

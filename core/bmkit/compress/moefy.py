@@ -27,6 +27,8 @@ PROFILED = 4096
 CHUNK = 2048
 USED = 0.25
 """The share of a token's neurons that count as used."""
+FLOOR = 1e-6
+"""Of a single neuron's share of a token's energy: see `division.target`."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def _divide(
             file = folder / f"order-{block.number:05}.safetensors"
             if not file.is_file():
                 one = found[block.number]
-                seen = _look(blocks, block, one)
+                seen = _look(blocks, block, one, go_on=True)
                 order = _order(step, shape, block, one, seen, seed)
                 curve = _worth(shape, replace(seen, important=seen.important[:, order]))
                 _keep(file, {"order": order, "curve": curve})
@@ -210,8 +212,8 @@ def _divide(
     return orders, curves
 
 
-def _look(blocks: Blocks, block: Block, one: FeedForward) -> Seen:
-    """Run all rows through a block."""
+def _look(blocks: Blocks, block: Block, one: FeedForward, *, go_on: bool = False) -> Seen:
+    """Run all rows through a block; with `go_on` for good."""
     up, down = (block.module.get_submodule(name) for name in (one.up, one.down))
     matrix = down.get_parameter("weight")
     held = held_out(len(blocks.hidden)) or {len(blocks.hidden) - 1}
@@ -221,7 +223,7 @@ def _look(blocks: Blocks, block: Block, one: FeedForward) -> Seen:
     now: list[Tensor] = []
     note = [m.register_forward_pre_hook(lambda _, args: now.append(args[0])) for m in (up, down)]
     try:
-        for row, out in blocks.outputs(block):
+        for row, out in blocks.outputs(block, go_on=go_on):
             x, activations = (t.reshape(-1, t.shape[-1]).float() for t in now)
             inputs[row] = x
             important[row] = division.importance(activations, matrix).bfloat16()
@@ -240,16 +242,20 @@ def _order(
     step: Moefy, shape: Shape, block: Block, one: FeedForward, seen: Seen, seed: int
 ) -> Tensor:
     """Return an order of a block's neurons in which experts are slices."""
-    often = torch.zeros(one.width, dtype=torch.long, device=seen.x.device)
-    for _, important in seen.parts:
-        often += division.used(important, USED).sum(0)
+    stride = -(-seen.fitted // PROFILED)
+    use = division.used(seen.important[: seen.fitted : stride], USED)
     if step.cluster == "weights":
-        points = block.module.get_submodule(one.rows[0]).get_parameter("weight").float()
+        rows = block.module.get_submodule(one.rows[0]).get_parameter("weight")
+        points = functional.normalize(rows.float(), dim=1)
+    elif step.cluster == "coactivation":
+        points = functional.normalize(use.T.float(), dim=1)
     else:
-        stride = -(-seen.fitted // PROFILED)
-        points = division.used(seen.important[: seen.fitted : stride], USED).T.float()
-    points = functional.normalize(points, dim=1)
-    return division.divide(points, often, shape.shared, shape.size, seed=seed).cpu()
+        ridge = division.Ridge()
+        for x, important in seen.parts:
+            energy, whole = division.energies(important, 0, 1)
+            ridge.add(x, division.target(energy, whole, FLOOR))
+        points = ridge.foreseen()
+    return division.divide(points, use.sum(0), shape.shared, shape.size, seed=seed).cpu()
 
 
 def _worth(shape: Shape, seen: Seen) -> Tensor:

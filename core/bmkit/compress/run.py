@@ -65,6 +65,8 @@ def run(job: Job) -> Outcome:
     if shared.has_rows and shared.generates and ("distill" not in kinds or "moefy" in kinds):
         metrics |= _perplexities(shared, job.out)
         _refuse_loss(recipe, metrics)
+    elif "moefy" in kinds:
+        job.reporter.warn("this model has no perplexity: max_loss bounds nothing, look at `energy`")
     loads = "transformers + compressed-tensors" if kinds & set(ROUNDING) else "transformers"
     return Outcome("model", metrics, (loads,))
 

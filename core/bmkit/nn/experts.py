@@ -149,12 +149,12 @@ def energies(important: Tensor, shared: int, size: int) -> tuple[Tensor, Tensor]
     return squared[:, shared:], squared.sum(1)
 
 
-def target(energy: Tensor, whole: Tensor) -> Tensor:
+def target(energy: Tensor, whole: Tensor, floor: float = FLOOR) -> Tensor:
     """Return what routers learn: the logarithm of each expert's share of a token's energy.
 
     Which experts are best is told better by it than by the share, which a few large values rule.
     """
-    return (energy / whole.clamp_min(1e-30)[:, None] + FLOOR).log()
+    return (energy / whole.clamp_min(1e-30)[:, None] + floor).log()
 
 
 @dataclass
@@ -163,23 +163,41 @@ class Ridge:
 
     count: int = 0
     _sums: list[Tensor] = field(default_factory=list)
+    _shift: Tensor | None = None
+    """Taken from inputs, so that little is lost where they differ little from their mean."""
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Take in tokens: `x` [tokens, hidden], and their targets `y` [tokens, experts]."""
-        x, y = x.double(), y.double()
-        found = [x.sum(0), y.sum(0), x.T @ x, y.T @ x]
+        """Take in tokens: `x` [tokens, hidden], and their targets `y` [tokens, targets]."""
+        x, y = x.float(), y.float()
+        if self._shift is None:
+            self._shift = x.mean(0)
+        x = x - self._shift
+        found = [t.double() for t in (x.sum(0), y.sum(0), x.T @ x, y.T @ x)]
         before = self._sums or [torch.zeros_like(t) for t in found]
         self._sums = [a + b for a, b in zip(before, found, strict=True)]
         self.count += len(x)
 
     def solve(self) -> tuple[Tensor, Tensor]:
-        """Return weight [experts, hidden] and bias [experts], float32."""
+        """Return weight [targets, hidden] and bias [targets], float32."""
+        weight, _, level, mean = self._solve()
+        return weight.float(), (level - weight @ mean).float()
+
+    def foreseen(self) -> Tensor:
+        """Return points [targets, hidden + 1] as far apart as what is foretold of two targets.
+
+        Their squared distances are the mean of (difference of the two fits)² over all tokens.
+        """
+        weight, curvature, level, _ = self._solve()
+        return torch.cat((weight @ torch.linalg.cholesky(curvature), level[:, None]), 1).float()
+
+    def _solve(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the weight, the damped curvature, and the means of targets and of inputs."""
         mean_x, mean_y, xx, yx = (t / self.count for t in self._sums)
         xx = xx - mean_x[:, None] * mean_x
         yx = yx - mean_y[:, None] * mean_x
-        xx.diagonal().add_(DAMP * xx.diagonal().mean() + 1e-30)
-        weight = torch.linalg.solve(xx, yx.T).T
-        return weight.float(), (mean_y - weight @ mean_x).float()
+        xx.diagonal().add_(DAMP * xx.diagonal().mean() + 1e-12)
+        assert self._shift is not None  # tokens have come
+        return torch.linalg.solve(xx, yx.T).T, xx, mean_y, mean_x + self._shift.double()
 
 
 def similarity(rows: Tensor, x: Tensor, shared: int, size: int) -> tuple[Tensor, Tensor]:

@@ -30,10 +30,10 @@ class Moefy(Model):
         description="The share of neurons that a token computes, of all blocks together; shared "
         "ones count. Each block gets as many experts as pay there.",
     )
-    cluster: Literal["coactivation", "weights"] = Field(
-        default="coactivation",
-        description="Which neurons make up an expert: those that the same tokens use, or those "
-        "whose weights are alike.",
+    cluster: Literal["foreseen", "coactivation", "weights"] = Field(
+        default="foreseen",
+        description="Which neurons make up an expert: those whose use inputs foretell alike, those "
+        "that the same tokens use, or those whose weights are alike.",
     )
     router: Literal["linear", "mlp", "similarity"] = Field(
         default="linear",

@@ -26,6 +26,8 @@ Kind = Literal["model", "delta", "prompt", "data", "phrases", "report", "transcr
 
 # What belongs to a checkpoint or adapter that has no manifest; all else in the folder is ignored.
 CONTENT = {".safetensors", ".json", ".jinja", ".model", ".txt", ".gguf", ".tiktoken"}
+EXPERTS = "experts.safetensors"
+"""Which of its neurons a token needs: beside the weights of a model that is divided so."""
 # What a loader looks for beside the weights; a checkpoint's copy takes these along.
 SIDE_FILES = (
     "config.json",
@@ -41,6 +43,7 @@ SIDE_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
     "frequent_tokens.json",  # the rows of its head that a draft uses
+    EXPERTS,
 )
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 """Either holds or names a model's weights; the first wins, as in transformers."""

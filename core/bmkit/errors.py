@@ -6,7 +6,7 @@
   + InputError               exit code 3   an input is missing, damaged or of the wrong kind
     - OutputTaken            exit code 3   OUT holds something else, or another run is writing it
   + ResourceError            exit code 4   this machine cannot: memory, disk, device
-  + GateError                exit code 5   built, but a bound of `gates:` is not met
+  + GateError                exit code 5   built, but a bound on the result is not met
   + DivergedError            exit code 5   training left the numbers that make sense
 """
 
@@ -59,7 +59,7 @@ class ResourceError(BmkitError):
 
 
 class GateError(BmkitError):
-    """The result was built, but a bound of `gates:` is not met."""
+    """The result was built, but a bound is not met: of `gates:`, or a step's own."""
 
     exit_code = 5
 

@@ -175,6 +175,14 @@ METHODS = (
     ),
     Method(
         "compress",
+        "moefy",
+        "bmkit.nn.experts:divide",
+        "moefy",
+        "Divide the neurons of feed-forwards into experts, of which each token computes some.",
+        "MoEfication: Transformer Feed-forward Layers are Mixtures of Experts, arXiv 2110.01786",
+    ),
+    Method(
+        "compress",
         "distill",
         "bmkit.train.distil:divergence",
         "draft",

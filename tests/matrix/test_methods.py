@@ -52,6 +52,9 @@ MATRIX = {
     ("compress", "magnitude"): Line("model", another=True),
     ("compress", "wanda"): Line("model", SHORT, another=True),
     ("compress", "sparsegpt"): Line("model", SHORT, another=True),
+    ("compress", "moefy"): Line(
+        "model", (*SHORT, "steps.0.size=4", "steps.0.max_loss=100"), another=True
+    ),
     ("compress", "drop_layers"): DRAFT,
     ("compress", "shrink"): Line("model", SHORT, another=True),
     ("compress", "gates"): Line(

@@ -124,6 +124,26 @@ def test_blocks_give_what_the_model_gives_and_see_what_it_sees(name: str, tmp_pa
     assert torch.allclose(blocks.hidden, torch.cat(last), rtol=1e-3, atol=1e-3)
 
 
+def test_rows_that_went_through_a_block_for_good_are_not_run_again(tmp_path: Path) -> None:
+    saved(DECODERS["llama"], tmp_path)
+    found = []
+    for go_on in (False, True):
+        blocks = Blocks(tmp_path, rows_of(), device=CPU)
+        runs = 0
+
+        def count(*_: Any) -> None:
+            nonlocal runs
+            runs += 1
+
+        for block in blocks.visit():
+            block.module.register_forward_hook(count)
+            made = torch.stack([out for _, out in blocks.outputs(block, go_on=go_on)])
+        assert torch.equal(made, blocks.hidden)
+        found.append((blocks.hidden, runs))
+    assert torch.equal(found[0][0], found[1][0])
+    assert [runs for _, runs in found] == [3 * 2 * 9, 3 * 9]  # blocks, times, rows
+
+
 def test_models_with_two_stacks_are_refused(tmp_path: Path) -> None:
     config = T5Config(vocab_size=300, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2)
     saved(config, tmp_path)

@@ -68,6 +68,8 @@ class Blocks:
                     owner._buffers[key] = buffer.to(device)
         self.model.eval().requires_grad_(False)
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.behind: int | None = None
+        """The block that all rows have gone through already."""
         self.hidden = self._enter()
 
     def stored(self, name: str) -> str | None:
@@ -147,7 +149,7 @@ class Blocks:
                 if isinstance(m, nn.Linear)
             }
             yield Block(number, module, linears)
-            for i in range(len(self.hidden)):
+            for i in range(len(self.hidden) if self.behind != number else 0):
                 self.hidden[i] = self._run(number, i)
             for name in names:
                 owner, _, key = name.rpartition(".")
@@ -187,6 +189,19 @@ class Blocks:
             for handle in hooks:
                 handle.remove()
         return found
+
+    @torch.no_grad()
+    def outputs(self, block: Block, *, go_on: bool = False) -> Iterator[tuple[int, Tensor]]:
+        """Yield each row's number, and what a block makes of it: [tokens, width].
+
+        With `go_on` the rows are behind this block then, and `visit` needn't run them again.
+        """
+        self.behind = block.number if go_on else None
+        for row in range(len(self.hidden)):
+            found = self._run(block.number, row)
+            yield row, found
+            if go_on:
+                self.hidden[row] = found
 
     @torch.no_grad()
     def observe(self, block: Block, names: Collection[str]) -> dict[str, Seen]:

@@ -21,6 +21,8 @@ from bmkit.compress.options.learning import Distill
 from bmkit.compress.qat import Rounding
 from bmkit.errors import InputError, RecipeError
 from bmkit.report import Reporter, task
+from bmkit.runtime import experts
+from bmkit.runtime.experts import Experts
 from bmkit.runtime.voice import Voice
 from bmkit.train.distil import Aim, has_plain_head, likeliest, teaching_loss
 from bmkit.train.trainer import train
@@ -45,6 +47,16 @@ class Lesson:
     """int32 [places]: the teacher's likeliest, whatever the head can say."""
     said: Tensor
     """int32 [places]: the text's own tokens there; -1 for what the student's head can't say."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """A trained model."""
+
+    model: Any
+    metrics: dict[str, float | int | str]
+    experts: Experts | None
+    """How it is divided, with its routers as they are by now."""
 
 
 def lessons(
@@ -171,17 +183,28 @@ def train_student(
     work: Path,
     device: torch.device,
     reporter: Reporter,
-) -> tuple[Any, dict[str, float | int | str]]:
+) -> Student:
     """Train the checkpoint at `path` in float32; return it with what was measured.
 
-    What comes back is in float32, but as exact as the checkpoint's dtype. Raises RecipeError for
-    modules that aren't there, DivergedError as `train` does.
+    What comes back is in float32, but as exact as the checkpoint's dtype. One that is divided into
+    experts computes by them while it learns: neurons that aren't computed for a token learn nothing
+    from it. Raises RecipeError for modules that aren't there, DivergedError as `train` does.
     """
     student = models.load_model(path, device=device, dtype="float32")
     student.requires_grad_(True)
     _freeze(student, step.freeze)
     if pruned := keep_zeros(student):
         reporter.info(f"{pruned} matrices were pruned: their zeros stay")
+    divided = experts.read(path)
+    if step.train_routers and divided is None:
+        raise RecipeError(
+            "train_routers: there are no routers", hint="put `moefy` before `distill`"
+        )
+    attached = (
+        None if divided is None else experts.attach(student, divided, learns=step.train_routers)
+    )
+    if not any(p.requires_grad for p in student.parameters()):
+        raise RecipeError("freeze: nothing is left to train")
     apart = set(dev_of(len(lesson.taught)))
     dev: list[Lesson] = []
     rest: list[Lesson] = []
@@ -220,13 +243,14 @@ def train_student(
         settle(student, models.stored_dtype(models.load_config(path)))
         after = agreement(student, dev, among)
     reporter.info(f"agrees with its teacher on {before:.1%} of tokens before, {after:.1%} after")
-    return student, {
+    metrics: dict[str, float | int | str] = {
         "train_loss": round(trained.losses[-1] if trained.losses else 0.0, 6),
         "steps": trained.steps,
         "texts": len(rest),
         "agreement_before": round(before, 6),
         "agreement": round(after, 6),
     }
+    return Student(student, metrics, None if attached is None else attached.detach())
 
 
 def _freeze(student: nn.Module, patterns: Sequence[str]) -> None:
@@ -239,8 +263,6 @@ def _freeze(student: nn.Module, patterns: Sequence[str]) -> None:
             raise RecipeError(f"freeze: no module's name ends in `{pattern}`")
         for module in modules:
             module.requires_grad_(False)
-    if not any(p.requires_grad for p in student.parameters()):
-        raise RecipeError("freeze: nothing is left to train")
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bmkit import env
+from bmkit.compress.options.experts import Moefy
 from bmkit.compress.options.learning import Distill
 from bmkit.compress.options.rounding import Gptq, Quantize
 from bmkit.compress.options.scaling import Awq, SmoothQuant
@@ -179,6 +180,22 @@ def _scaled(state: State, step: Awq | SmoothQuant) -> Need:
     return Need(f"scale inputs and weights by {step.method}", ram, through, work)
 
 
+def _divided(state: State, step: Moefy) -> Need:
+    now, tokens, sizes = state.now, state.recipe.data.tokens, state.sizes
+    size = step.size if step.experts is None else max(sizes.inner // step.experts, 1)
+    text = (
+        f"divide feed-forwards into experts of {size} neurons, and let {step.active:.0%} of the "
+        "neurons be computed"
+    )
+    seen = tokens * (2 * 4 * sizes.hidden + 4 * sizes.inner + 16 * sizes.inner // max(size, 1))
+    clusters = 4 * sizes.inner * (4096 + 4 * 1024 + sizes.inner // max(size, 1))
+    through = _through(now, sizes, state.recipe, state.largest) + 2 * seen + clusters
+    speaking = _speaking(state.headers, sizes, state.recipe)
+    routers = 2 * 4 * now.layers * (sizes.hidden + 1) * (sizes.inner // max(size, 1))
+    state.written += routers
+    return Need(text, max(speaking, through), through, routers + 16 * now.layers * sizes.inner)
+
+
 def _distilled(state: State, step: Distill) -> Need:
     tokens, now = state.recipe.data.tokens, state.now
     learning = _learning(step, now, state.sizes, state.recipe)
@@ -227,6 +244,7 @@ NEEDS: dict[str, Callable[[State, Any], Need]] = {
     "shrink": _shrunk,
     "gates": _gated,
     "frequent_tokens": _fewer_tokens,
+    "moefy": _divided,
     "distill": _distilled,
 }
 

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from bmkit.compress.options.experts import Moefy
 from bmkit.compress.options.learning import Distill
 from bmkit.compress.options.rounding import Gptq, Quantize
 from bmkit.compress.options.scaling import Awq, SmoothQuant
@@ -43,6 +44,7 @@ Step = Annotated[
     | DropLayers
     | Shrink
     | Gates
+    | Moefy
     | Distill
     | FrequentTokens,
     Field(discriminator="method"),
@@ -53,6 +55,8 @@ SPARSE = ("magnitude", "wanda", "sparsegpt")
 """Methods that set weights to zero."""
 STRUCTURE = ("drop_layers", "shrink", "gates")
 """Methods that leave parts out."""
+_DOWN = ("down_proj", "fc2", "dense_4h_to_h", "output.dense", "wo", "c_proj")
+"""What families call the matrix whose inputs are neurons."""
 
 
 class CompressRecipe(Recipe):
@@ -88,6 +92,9 @@ class CompressRecipe(Recipe):
         "agreement_before",
         "train_loss",
         "covered",
+        "active",
+        "energy",
+        "router_recall",
     )
     FILES: ClassVar = ("data.calibration",)
     MODELS: ClassVar = ("steps.*.teacher",)
@@ -146,4 +153,23 @@ class CompressRecipe(Recipe):
                 f"`{late}` comes before `{kinds[sparse]}`: what is cut away needs no zeros, and "
                 "what makes up for it would fill them",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _moefy_comes_before_patterns(self) -> CompressRecipe:
+        kinds = [step.method for step in self.steps]
+        if kinds.count("moefy") > 1:
+            raise contradiction("steps", "`moefy` is there twice: experts are divided once")
+        last = kinds.index("moefy") if "moefy" in kinds else 0
+        for step in self.steps[:last]:
+            pattern = getattr(step, "pattern", "")
+            if ":" in pattern and not any(
+                name.endswith(_DOWN) for name in getattr(step, "exclude_modules", [])
+            ):
+                raise contradiction(
+                    "steps",
+                    f"`moefy` comes before `{step.method}` with {pattern}: it puts neurons in "
+                    "another order, and these are the inputs of down projections, whose neighbours "
+                    f"the pattern counts",
+                )
         return self

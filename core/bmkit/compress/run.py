@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 
 from bmkit import model, plan, tables
 from bmkit.compress import account, calibrate, distill, pack, perplexity
+from bmkit.compress.options.experts import Moefy
 from bmkit.compress.recipe import CompressRecipe
 from bmkit.compress.steps import (
     blockwise,
+    experts,
     gates,
     learning,
     rounding,
@@ -24,7 +26,7 @@ from bmkit.compress.steps import (
     structure,
 )
 from bmkit.compress.work import Metrics, Shared, Work
-from bmkit.errors import InputError
+from bmkit.errors import GateError, InputError
 from bmkit.plan import Job, Outcome
 from bmkit.report import task
 from bmkit.runtime.voice import Voice
@@ -76,6 +78,10 @@ def run(job: Job) -> Outcome:
     for text in tables.lines(lines):
         job.reporter.info(text)
     metrics |= _summary(lines)
+    if "perplexity_ratio" in metrics:
+        _refuse_loss(recipe, metrics)
+    elif any(isinstance(step, Moefy) for step in recipe.steps):
+        job.reporter.warn("this model has no perplexity: max_loss bounds nothing, look at `energy`")
     return Outcome("model", metrics, _loads_in(job.out), table=lines)
 
 
@@ -142,7 +148,7 @@ def _held_out(shared: Shared) -> list[list[int]]:
     if not shared.generates or "frequent_tokens" in kinds:
         return []
     if kinds & {"distill", "gates"}:
-        given = "data.calibration" in shared.job.files
+        given = "data.calibration" in shared.job.files or "moefy" in kinds
         texts = shared.texts if given else []
         return [texts[i].ids for i in distill.dev_of(len(texts))]
     if not shared.has_rows:
@@ -150,6 +156,19 @@ def _held_out(shared: Shared) -> list[list[int]]:
     rows = shared.rows
     held = sorted(calibrate.held_out(len(rows))) or [len(rows) - 1]
     return [rows[i].tolist() for i in held[:EVALUATED]]
+
+
+def _refuse_loss(recipe: CompressRecipe, metrics: Mapping[str, float | int | str]) -> None:
+    """Raise GateError if computing by experts costs more than a `moefy` step allows."""
+    for step in recipe.steps:
+        if isinstance(step, Moefy) and float(metrics["perplexity_ratio"]) > step.max_loss:
+            share, ratio = float(metrics["active"]), metrics["perplexity_ratio"]
+            raise GateError(
+                f"moefy: with {share:.0%} of the neurons computed perplexity is {ratio} times as "
+                f"high, {metrics['perplexity']} in the place of {metrics['perplexity_before']}; "
+                f"max_loss is {step.max_loss}, so nothing is written",
+                hint="raise `active`, lower `size`, let a `distill` step follow, or raise max_loss",
+            )
 
 
 METHODS: dict[str, Callable[[Work, Any], Metrics]] = {
@@ -164,5 +183,6 @@ METHODS: dict[str, Callable[[Work, Any], Metrics]] = {
     "shrink": shrink.run,
     "gates": gates.run,
     "frequent_tokens": structure.frequent_tokens,
+    "moefy": experts.run,
     "distill": learning.distill,
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bmkit import env
+from bmkit.artifact import EXPERTS
 from bmkit.errors import ResourceError
 from bmkit.plan import Headers, TensorHeader
 
@@ -181,6 +182,23 @@ def lora_bytes(adapters: Sequence[Headers]) -> int:
         else:
             joined += 4 * shapes[0][0] * _round_up(sum(rank for _, rank in shapes))
     return copied + joined + (alone if len(adapters) > 1 else 0)
+
+
+def experts_bytes(headers: Headers, quant: str | None) -> int:
+    """Return what a model that is divided into experts takes beside its weights.
+
+    These are its routers, what tokens choose, and the matrix that is turned while it is loaded.
+    """
+    file = headers.path / EXPERTS
+    if not file.is_file():
+        return 0
+    largest = 0
+    for tensor in headers.tensors:
+        if tensor.name.split(".")[:2] == ["model", "layers"] and len(tensor.shape) == 2:
+            largest = max(largest, tensor.bytes, _bytes(tensor, headers, quant))
+    inner = int(headers.config.get("intermediate_size") or 0)
+    hidden = int(headers.config.get("hidden_size") or 0)
+    return 2 * file.stat().st_size + 2 * largest + 4 * FEW * (2 * inner + 2 * hidden)
 
 
 def spread(sizes: tuple[int, ...], room: int) -> set[int]:

@@ -69,6 +69,7 @@ def choose(job: Job, headers: Headers, *, tokens: int | None = None) -> Chosen:
     guesses = recipe.guesses if answer else 0
     tokens = tokens or min(answer + prompt, context) + guesses
     besides = budget.lora_bytes([read_headers(delta.path) for delta in job.deltas])
+    besides += budget.experts_bytes(headers, quant)
     if recipe.scores:
         besides += 4 * budget.SCORE_BYTES
     besides += 8 * guesses * int(headers.config.get("vocab_size") or 0)

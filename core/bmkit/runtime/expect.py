@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from bmkit.artifact import EXPERTS
+from bmkit.errors import InputError
 from bmkit.plan import Headers
-from bmkit.runtime.budget import Sizes
+from bmkit.runtime.budget import Placement, Sizes
 from bmkit.runtime.choose import Chosen
 
 SAMPLE_BYTES = 64 * 2**20
@@ -51,6 +54,8 @@ def expect(chosen: Chosen, headers: Headers, machine: Rates, *, width: int = 4) 
     else:
         brought, chunk = place.streamed_bytes, place.chunk
         here = max(sum(place.units) - brought - _unused(headers), 0)
+        if chosen.way == "packed":
+            here -= _passed_over(headers, place)
     fixed = sizes.layers * BLOCK_SECONDS[chosen.way]
     seconds = here / machine.memory + brought / machine.link + fixed
     tables = 2 if "lm_head.weight" in {t.name for t in headers.tensors} else 1
@@ -77,6 +82,32 @@ def _unused(headers: Headers) -> int:
         return 0
     total = sum(t.bytes for t in headers.tensors if ".experts." in t.name)
     return total * max(count - chosen, 0) // count
+
+
+def _passed_over(headers: Headers, place: Placement) -> int:
+    """Return the bytes of resident blocks that a token's choice of experts leaves out.
+
+    Raises InputError if the file of experts is damaged.
+    """
+    file = headers.path / EXPERTS
+    if not file.is_file():
+        return 0
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            said = json.loads(stream.read(min(length, 2**26)))["__metadata__"]
+        size, shared = int(said["size"]), int(said["shared"])
+        counts = [int(n) for n in json.loads(said["chosen"])]
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise InputError(f"{file} is damaged: {exc}") from None
+    inner = Sizes.of(headers.config).inner
+    found = 0.0
+    for i in place.resident.intersection(range(len(counts))):
+        own = [t for t in headers.tensors if t.name.startswith(f"model.layers.{i}.")]
+        neurons = sum(t.bytes for t in own if ".mlp." in t.name) / max(sum(t.bytes for t in own), 1)
+        active = (shared + counts[i]) * size / inner if counts[i] >= 0 else 1.0
+        found += place.units[i] * neurons * max(1 - active, 0.0)
+    return int(found)
 
 
 def _best(run: Callable[[], object], times: int = 3) -> float:

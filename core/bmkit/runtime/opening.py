@@ -13,7 +13,7 @@ from bmkit import env
 from bmkit import model as models
 from bmkit.errors import ResourceError
 from bmkit.plan import Job, read_headers
-from bmkit.runtime import budget
+from bmkit.runtime import budget, experts
 from bmkit.runtime.choose import Chosen, choose
 from bmkit.runtime.generate import plain_defaults
 from bmkit.runtime.recipe import GenerateRecipe
@@ -92,6 +92,7 @@ def open_engine(job: Job, config: Any, *, said: Sequence[int] | None = None) -> 
             plain_defaults(found.model)
         paths = [delta.path for delta in job.deltas]
         found.model = models.attach(found.model, dict(zip(names(paths), paths, strict=True)))
+        experts.attach_stored(found.model, job.checkpoint)
     return found
 
 
@@ -117,10 +118,11 @@ def _packed(
     from bmkit.runtime import cpu
     from bmkit.runtime.cpu import load
 
-    if not cpu.compiled():
+    divided = (job.checkpoint / experts.FILE).is_file()
+    if not cpu.compiled(divided=divided):
         job.reporter.info("compiling kernels for this machine, once (some 15 seconds)")
     threads = torch.get_num_threads()
-    load.warm(threads)
+    load.warm(threads, divided=divided)
     before = _begin(job)
     assert chosen.placement is not None  # this way has one
     decoder = load.load_decoder(

@@ -13,7 +13,7 @@ from torch import Tensor
 from bmkit import model as models
 from bmkit.plan import read_headers
 from bmkit.report import Reporter
-from bmkit.runtime import family
+from bmkit.runtime import experts, family
 from bmkit.runtime.generate import Answer, Generation, eos_ids, generate, plain_defaults
 
 
@@ -72,9 +72,10 @@ class Voice:
             from bmkit.runtime.cpu import load
 
             threads = torch.get_num_threads()
-            if not cpu.compiled():
+            divided = (path / experts.FILE).is_file()
+            if not cpu.compiled(divided=divided):
                 reporter.info("compiling kernels for this machine, once (some 15 seconds)")
-            load.warm(threads)
+            load.warm(threads, divided=divided)
             decoder = load.load_decoder(path, threads=threads, quant=quant)
             if load.largest_difference(decoder) <= load.TOLERANCE:
                 self.decoder = decoder
@@ -87,6 +88,7 @@ class Voice:
         else:
             self.model = models.load_model(path, device=device, dtype=dtype)
         plain_defaults(self.model)
+        experts.attach_stored(self.model, path)
 
     def answer(self, prompts: Iterable[Any], how: Generation) -> Iterator[tuple[Any, Answer]]:
         """Answer prompts (with `number`, `ids`, `adapter`), in the order that they get done."""

@@ -11,6 +11,7 @@ import torch
 
 from bmkit import model as models
 from bmkit.plan import Job
+from bmkit.runtime import experts
 from bmkit.runtime.generate import Generation, generate, plain_defaults
 from bmkit.runtime.opening import names
 from bmkit.specdec.recipe import SpecDecodeRecipe
@@ -137,10 +138,11 @@ class Transformers:
     def _load(self, job: Job, path: Any, device: torch.device) -> Any:
         model = models.load_model(path, device=device, dtype=job.recipe.dtype)
         plain_defaults(model)
-        if path != job.checkpoint:
-            return model
-        paths = [delta.path for delta in job.deltas]
-        return models.attach(model, dict(zip(names(paths), paths, strict=True)))
+        if path == job.checkpoint:
+            paths = [delta.path for delta in job.deltas]
+            model = models.attach(model, dict(zip(names(paths), paths, strict=True)))
+        experts.attach_stored(model, path)
+        return model
 
     def _answer(self, prompt: Any, **more: Any) -> list[int]:
         with models.adapter(self.model, prompt.adapter):

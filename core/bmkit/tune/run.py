@@ -17,6 +17,7 @@ from bmkit.deltas import address, lora
 from bmkit.errors import InputError
 from bmkit.nn import walk
 from bmkit.plan import Job, Outcome
+from bmkit.runtime import experts
 from bmkit.runtime.budget import room_in_ram
 from bmkit.train.loss import mean_loss
 from bmkit.train.trainer import train
@@ -56,6 +57,7 @@ def run(job: Job) -> Outcome:
     torch.manual_seed(recipe.seed)
     config = METHODS[delta.type](delta, modules)
     peft_model = get_peft_model(base, config)
+    experts.attach_stored(peft_model, job.checkpoint)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     collate = Padding(pad)
     batches = _batches(dev, collate, recipe.train.per_device_eval_batch_size)

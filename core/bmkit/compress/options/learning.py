@@ -100,6 +100,10 @@ class Distill(Model):
     freeze: list[str] = Field(
         default=[], description="Modules that are not trained, by the end of their name."
     )
+    train_routers: bool = Field(
+        default=False,
+        description="After `moefy`: whether routers learn too, or choose as they did.",
+    )
     train: Train = Train()
 
     @field_validator("teacher_memory")

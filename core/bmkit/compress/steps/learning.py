@@ -12,6 +12,7 @@ from bmkit.compress.options.rounding import Quantize
 from bmkit.compress.qat import Rounding
 from bmkit.compress.work import Metrics, Work
 from bmkit.errors import InputError, ResourceError
+from bmkit.runtime import experts
 from bmkit.runtime.frequent import read as read_frequent
 from bmkit.runtime.voice import Voice
 
@@ -31,7 +32,7 @@ def distill(work: Work, step: Distill) -> Metrics:
     beside = hints.of_step(
         step, _teacher(work), device=shared.device, memory=memory, seed=shared.recipe.seed
     )
-    student, metrics = teaching.train_student(
+    student = teaching.train_student(
         work.source,
         teaching.Curriculum(taught, tokens, _rounding(work, step), beside),
         step,
@@ -40,8 +41,10 @@ def distill(work: Work, step: Distill) -> Metrics:
         device=shared.device,
         reporter=work.job.reporter,
     )
-    model.save(student, work.source, work.out)
-    return metrics
+    model.save(student.model, work.source, work.out)
+    if student.experts is not None:
+        experts.write(work.out, student.experts)
+    return student.metrics
 
 
 def _teacher(work: Work) -> Path:

@@ -8,6 +8,7 @@ from bmkit.compress.options.structure import DropLayers, FrequentTokens
 from bmkit.compress.work import Metrics, Work, copy, write_config
 from bmkit.errors import InputError, RecipeError
 from bmkit.nn import walk
+from bmkit.runtime import experts
 from bmkit.runtime.frequent import write as write_frequent
 
 
@@ -38,6 +39,8 @@ def drop_layers(work: Work, step: DropLayers) -> Metrics:
     writer.close()
     model.copy_side_files(work.source, work.out)
     write_config(work.out, config)
+    if (divided := experts.read(work.source)) is not None:
+        experts.write(work.out, divided.of(kept))
     return {"layers": len(kept), "parameters": parameters}
 
 

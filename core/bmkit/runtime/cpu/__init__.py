@@ -19,7 +19,7 @@ def _prepare() -> bool:
     """
     os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "omp tbb workqueue")
     here = Path(__file__).parent
-    source = b"".join((here / name).read_bytes() for name in ("dots.py", "block.py"))
+    source = b"".join((here / name).read_bytes() for name in ("dots.py", "block.py", "experts.py"))
     version = importlib.metadata.version("numba")
     name = hashlib.sha256(source + version.encode()).hexdigest()[:12]
     given = os.environ.get("NUMBA_CACHE_DIR")
@@ -41,6 +41,10 @@ KEPT = _prepare()
 """Whether compiled kernels can be kept for the next process."""
 
 
-def compiled() -> bool:
-    """Tell whether the kernels were compiled before, for whatever processor."""
-    return KEPT and any(Path(os.environ["NUMBA_CACHE_DIR"]).rglob("*.nbc"))
+def compiled(*, divided: bool = False) -> bool:
+    """Tell whether the kernels were compiled before, for whatever processor.
+
+    Those of feed-forwards that are `divided` into experts are compiled apart.
+    """
+    kernel = "experts.feed_forward*.nbc" if divided else "*.nbc"
+    return KEPT and any(Path(os.environ["NUMBA_CACHE_DIR"]).rglob(kernel))

@@ -16,6 +16,7 @@ from numba import carray, cfunc, float32, njit, prange
 
 from bmkit.runtime.cpu import KEPT
 from bmkit.runtime.cpu.dots import (
+    AHEAD,
     BFLOAT16,
     FLOAT32,
     INT4_ZERO,
@@ -62,10 +63,12 @@ def _rows(
     stride: int,
     column: int,
     add: int,
+    then: int,
 ) -> None:
     """Put x · Wᵀ into `y` [tokens, stride], or add it, for the rows from `low` to `high`.
 
     All arrays are pointers; `x` is [tokens, M_WIDTH], and the matrix's first row goes to `column`.
+    The rows from `then` on are needed next.
     """
     kind, weights, scales, group = m[M_KIND], m[M_WEIGHTS], m[M_SCALES], m[M_GROUP]
     width = m[M_WIDTH]
@@ -75,23 +78,34 @@ def _rows(
     whole = low + (high - low) // 4 * 4
     for i in range(low, whole, 4):
         w, s = weights + i * one, scales + i * scale
+        ahead = (AHEAD if i + AHEAD < high else then - high + AHEAD) * one
         t = 0
         while t < tokens:
             rest = tokens - t
             if rest == 1:
-                d1 = dot_4x1(kind, slab, w, one, s, scale, x, width, t, group)
+                d1 = dot_4x1(kind, slab, w, one, s, scale, x, width, t, group, ahead)
                 for u in range(4):
                     _put(y, t * stride + column + i + u, d1[u], add)
                 t += 1
             elif rest == 2:
-                d2 = dot_4x2(kind, slab, w, one, s, scale, x, width, t, group)
+                d2 = dot_4x2(kind, slab, w, one, s, scale, x, width, t, group, ahead)
                 for u in range(8):
                     _put(y, (t + u % 2) * stride + column + i + u // 2, d2[u], add)
                 t += 2
             elif rest == 3:
                 for r in range(0, 4, 2):
                     d3 = dot_2x3(
-                        kind, slab, w + r * one, one, s + r * scale, scale, x, width, t, group
+                        kind,
+                        slab,
+                        w + r * one,
+                        one,
+                        s + r * scale,
+                        scale,
+                        x,
+                        width,
+                        t,
+                        group,
+                        ahead,
                     )
                     for u in range(6):
                         _put(y, (t + u % 3) * stride + column + i + r + u // 3, d3[u], add)
@@ -99,7 +113,17 @@ def _rows(
             else:  # more than eight sums at a time don't stay in registers
                 for r in range(0, 4, 2):
                     d4 = dot_2x4(
-                        kind, slab, w + r * one, one, s + r * scale, scale, x, width, t, group
+                        kind,
+                        slab,
+                        w + r * one,
+                        one,
+                        s + r * scale,
+                        scale,
+                        x,
+                        width,
+                        t,
+                        group,
+                        ahead,
                     )
                     for u in range(8):
                         _put(y, (t + u % 4) * stride + column + i + r + u // 4, d4[u], add)
@@ -107,7 +131,7 @@ def _rows(
     for i in range(whole, high):
         w, s = weights + i * one, scales + i * scale
         for t in range(tokens):
-            d = dot_1x1(kind, slab, w, one, s, scale, x, width, t, group)
+            d = dot_1x1(kind, slab, w, one, s, scale, x, width, t, group, 0)
             _put(y, t * stride + column + i, d[0], add)
     if m[M_BIAS] >= 0:
         for i in range(low, high):
@@ -248,9 +272,10 @@ def normalise(x: Any, slab: Any, m: Any, eps: float, out: Any) -> None:
 
 Q, K, V, OUT, GATE, UP, DOWN, NORM_1, NORM_2, NORM_Q, NORM_K = range(11)
 """The matrices of a block, in the order of its table; the norms are FLOAT32 with one row."""
-N_HEADS, N_KV, N_DIM, N_ROTARY, N_WINDOW, N_ACTIVATION = range(6)
+N_HEADS, N_KV, N_DIM, N_ROTARY, N_WINDOW, N_ACTIVATION, N_EXPERTS = range(7)
 """The numbers of a block: heads, key-value heads, their width, how much of it is rotated, the
-sliding window (0: none), and the activation."""
+sliding window (0: none), the activation, and whether the feed-forward is divided into experts: then
+what goes into it is left in `x`."""
 
 
 @njit(**_serial)
@@ -400,7 +425,7 @@ def _merge(parts: Any, peaks: Any, sums: Any, out: Any, dim: int) -> None:
 
 
 @njit(**_serial)
-def _shrink(address: int, delta: Any, pairs: Any, which: int, x: Any, low: Any) -> None:
+def shrink(address: int, delta: Any, pairs: Any, which: int, x: Any, low: Any) -> None:
     """Put A · x of a projection's low-rank update into `low[which]`, if it has one."""
     m = pairs[2 * which]
     if m[M_KIND] >= 0:
@@ -408,7 +433,7 @@ def _shrink(address: int, delta: Any, pairs: Any, which: int, x: Any, low: Any) 
 
 
 @njit(**_serial)
-def _grow(
+def grow(
     address: int,
     delta: Any,
     pairs: Any,
@@ -482,14 +507,14 @@ def block(
     for t in range(tokens):
         normalise(h[t], small, norms[NORM_1], eps, x[t, :hidden])
     for which in range(3):
-        _shrink(address, delta, pairs, which, x, low_rank)
+        shrink(address, delta, pairs, which, x, low_rank)
     for c in prange(running):
         at = 0
         for which in range(3):
             m = table[which]
             low, high = c * m[M_ROWS] // running, (c + 1) * m[M_ROWS] // running
             call_rows(address, slab, m, low, high, x, heads, at, 0)
-            _grow(address, delta, pairs, which, low, high, low_rank, heads, at)
+            grow(address, delta, pairs, which, low, high, low_rank, heads, at)
             at += m[M_ROWS]
     for t in range(tokens):
         for i in range(count + kv):
@@ -561,27 +586,29 @@ def block(
                     mixed[members[r // per], (g * per + r % per) * dim :],
                     dim,
                 )
-    _shrink(address, delta, pairs, OUT, mixed, low_rank)
+    shrink(address, delta, pairs, OUT, mixed, low_rank)
     for c in prange(running):
         low, high = c * hidden // running, (c + 1) * hidden // running
         call_rows(address, slab, table[OUT], low, high, mixed, h, 0, 1)
-        _grow(address, delta, pairs, OUT, low, high, low_rank, h, 0)
+        grow(address, delta, pairs, OUT, low, high, low_rank, h, 0)
     for t in range(tokens):
         normalise(h[t], small, norms[NORM_2], eps, x[t, :hidden])
-    _shrink(address, delta, pairs, GATE, x, low_rank)
-    _shrink(address, delta, pairs, UP, x, low_rank)
+    if n[N_EXPERTS]:
+        return
+    shrink(address, delta, pairs, GATE, x, low_rank)
+    shrink(address, delta, pairs, UP, x, low_rank)
     width = table[UP, M_ROWS]
     for c in prange(running):
         low, high = c * width // running, (c + 1) * width // running
         call_rows(address, slab, table[GATE], low, high, x, inner[0], 0, 0)
         call_rows(address, slab, table[UP], low, high, x, inner[1], 0, 0)
-        _grow(address, delta, pairs, GATE, low, high, low_rank, inner[0], 0)
-        _grow(address, delta, pairs, UP, low, high, low_rank, inner[1], 0)
+        grow(address, delta, pairs, GATE, low, high, low_rank, inner[0], 0)
+        grow(address, delta, pairs, UP, low, high, low_rank, inner[1], 0)
         for t in range(tokens):
             for i in range(low, high):
                 inner[0, t, i] = activate(inner[0, t, i], n[N_ACTIVATION]) * inner[1, t, i]
-    _shrink(address, delta, pairs, DOWN, inner[0], low_rank)
+    shrink(address, delta, pairs, DOWN, inner[0], low_rank)
     for c in prange(running):
         low, high = c * hidden // running, (c + 1) * hidden // running
         call_rows(address, slab, table[DOWN], low, high, inner[0], h, 0, 1)
-        _grow(address, delta, pairs, DOWN, low, high, low_rank, h, 0)
+        grow(address, delta, pairs, DOWN, low, high, low_rank, h, 0)

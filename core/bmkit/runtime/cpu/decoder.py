@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bmkit.runtime.cpu import block as kernels
+from bmkit.runtime.cpu.divided import Divided
 from bmkit.runtime.cpu.dots import BFLOAT16, FLOAT32, INT8
 from bmkit.runtime.cpu.pack import (
     ALIGN,
@@ -26,7 +27,9 @@ from bmkit.runtime.cpu.pack import (
 )
 from bmkit.runtime.cpu.source import Source
 from bmkit.runtime.cpu.store import Store
+from bmkit.runtime.cpu.turned import Turned, lay_out_turned, load_turned, turned, unpack_turned
 from bmkit.runtime.cpu.window import Window
+from bmkit.runtime.experts import Experts
 from bmkit.runtime.generate import EVERY
 
 ACTIVATIONS = {
@@ -142,7 +145,8 @@ class Decoder:
 
     Its units are its blocks, then its head in `head_parts` parts. `resident` are the units to keep;
     all if not given. `chunk` tokens of a prompt go through the blocks together. With `said`,
-    ascending, logits are those of these tokens alone, in their order.
+    ascending, logits are those of these tokens alone, in their order. With `experts`, a token
+    computes only the neurons that it chooses.
     """
 
     def __init__(
@@ -155,6 +159,7 @@ class Decoder:
         head_parts: int = 1,
         chunk: int = 512,
         said: Sequence[int] | None = None,
+        experts: Experts | None = None,
     ) -> None:
         self.chunk, self.said = chunk, said
         self.config, self.source, self.threads = config, source, threads
@@ -170,11 +175,13 @@ class Decoder:
         self.tied = bool(getattr(config, "tie_word_embeddings", False))
         self.blocks = config.num_hidden_layers
         self.depth = self.blocks  # how many of them a pass goes through: fewer in the self-test
+        self.divided = None if experts is None else Divided(experts, ACTIVATIONS[config.hidden_act])
         self.numbers = [self._numbers(i) for i in range(self.blocks)]
         self.last_norm = lay_out([source.shape("model.norm")])
         self.norm_slab = empty_slab(self.last_norm.bytes)
         source.write("model.norm", self.last_norm, 0, self.norm_slab)
-        self.layouts = layouts(config, source, head_parts, None if said is None else len(said))
+        number = None if said is None else len(said)
+        self.layouts = layouts(config, source, head_parts, number, self.divided or ())
         self.vocabulary = sum(layout.rows for layout in self.layouts[self.blocks :])
         chosen = set(range(len(self.layouts))) if resident is None else resident
         self.small: dict[int, tuple[np.ndarray, Layout]] = {}  # norms of units that are mapped
@@ -198,6 +205,8 @@ class Decoder:
                 window = self.source.row_window(head_name(self.config), shapes[0], low)
                 if window is not None:
                     found[unit] = window
+                continue
+            if isinstance(shapes[kernels.DOWN], Turned):
                 continue
             prefix = f"model.layers.{unit}."
             rows = [(row, name) for name, row in NAMES.items() if shapes[row] is not None]
@@ -235,9 +244,11 @@ class Decoder:
     def _load(self, unit: int, slab: np.ndarray) -> None:
         if unit < self.blocks:
             for row, name in enumerate(NAMES):
-                if self.layouts[unit].shapes[row] is not None:
-                    whole = f"model.layers.{unit}.{name}"
-                    self.source.write(whole, self.layouts[unit], row, slab)
+                whole, layout = f"model.layers.{unit}.{name}", self.layouts[unit]
+                if isinstance(layout.shapes[row], Turned):
+                    load_turned(self.source, whole, layout, row, slab)
+                elif layout.shapes[row] is not None:
+                    self.source.write(whole, layout, row, slab)
             return
         low = sum(layout.rows for layout in self.layouts[self.blocks : unit])
         if self.said is not None:
@@ -255,7 +266,8 @@ class Decoder:
         if not getattr(self.config, "use_sliding_window", True):
             window = None
         activation = ACTIVATIONS[self.config.hidden_act]
-        numbers = (self.heads, self.kv, self.dim, self.dim, window or 0, activation)
+        divided = int(self.divided is not None and i in self.divided)
+        numbers = (self.heads, self.kv, self.dim, self.dim, window or 0, activation, divided)
         return np.array(numbers, np.int64)
 
     @property
@@ -380,6 +392,7 @@ class Decoder:
         queries, scores, branch, parts, peaks = self._attention_space(len(h))
         for i in range(self.depth):
             delta = self.deltas[i] if self.deltas else NO_DELTA
+            low_rank = delta.scratch(self._scratch, len(h))
             with self.store.use(i) as slab:
                 small, norms = self._norms(i, slab)
                 kernels.block(
@@ -412,10 +425,22 @@ class Decoder:
                     peaks,
                     delta.slab,
                     delta.table,
-                    delta.scratch(self._scratch, len(h)),
+                    low_rank,
                     self.threads,
                     self.running,
                 )
+                if self.divided is not None and i in self.divided:
+                    self.divided.feed_forward(
+                        i,
+                        h,
+                        slab,
+                        self.layouts[i],
+                        x,
+                        inner,
+                        self._expert_space(i, len(h)),
+                        (delta.slab, delta.table, low_rank),
+                        self.running,
+                    )
         return h
 
     @property
@@ -461,6 +486,11 @@ class Decoder:
         ]
         return self._scratch.take("attention", tokens, shapes, clear=self.dim % PAD > 0)
 
+    def _expert_space(self, block: int, tokens: int) -> list[np.ndarray]:
+        assert self.divided is not None  # the caller has looked
+        shapes = self.divided.shapes(block, tokens, round_up(self.hidden))
+        return self._scratch.take(f"experts {shapes[0][1]}", tokens, shapes, clear=True)
+
     def _dense(self, unit: int, slab: np.ndarray, which: int, inputs: int) -> Tensor:
         """Unpack a matrix into scratch, where it lasts until the next one comes."""
         m = self.layouts[unit].table[which]
@@ -469,6 +499,8 @@ class Decoder:
             self.unpacked = np.empty(count, np.float32)
         out = self.unpacked[:count].reshape(-1, inputs)
         found = torch.from_numpy(out)
+        if isinstance(self.layouts[unit].shapes[which], Turned):
+            return unpack_turned(self.layouts[unit], which, slab, found)
         layout, kind = self.layouts[unit], int(m[kernels.M_KIND])
         raw = torch.from_numpy(layout.part(slab, which, 0)).view(len(out), -1)
         # torch's own threads where it can: two thread pools that take turns wait for each other.
@@ -566,6 +598,8 @@ class Decoder:
         gate = self._linear(i, slab, kernels.GATE, x)
         inner = _ACTIVATE[int(self.numbers[i][kernels.N_ACTIVATION])](gate)
         inner = inner * self._linear(i, slab, kernels.UP, x)
+        if self.divided is not None and i in self.divided:
+            inner *= self.divided.mask(i, x)
         return h + self._linear(i, slab, kernels.DOWN, inner)
 
     def _sdpa(self, q: Tensor, keys: Tensor, values: Tensor, start: int, window: int) -> Tensor:
@@ -618,12 +652,23 @@ def head_name(config: Any) -> str:
 
 
 def layouts(
-    config: Any, source: Source, head_parts: int = 1, said: int | None = None
+    config: Any,
+    source: Source,
+    head_parts: int = 1,
+    said: int | None = None,
+    divided: Container[object] = (),
 ) -> list[Layout]:
-    """Lay out the units of a model: its blocks, then its head, all or `said` rows, in parts."""
+    """Lay out the units of a model: its blocks, then its head, all or `said` rows, in parts.
+
+    In the blocks `divided` into experts, the matrix that goes down is turned if it can be.
+    """
     found = []
     for i in range(config.num_hidden_layers):
-        found.append(lay_out([source.shape(f"model.layers.{i}.{name}") for name in NAMES]))
+        shapes = [source.shape(f"model.layers.{i}.{name}") for name in NAMES]
+        down = shapes[kernels.DOWN]
+        if i in divided and down is not None:
+            shapes[kernels.DOWN] = turned(down)
+        found.append(lay_out_turned(shapes))
     whole = source.shape(head_name(config))
     assert whole is not None  # `load` has looked
     if said is not None:

@@ -3,7 +3,8 @@
 numba's own loops leave half of the memory bus unused for bytes, and more for nibbles; these are
 built instruction by instruction through its IR, for the vector width of AVX2. `dot_RxT` multiplies
 R weight rows with T activation rows at a time, so that one token or four cost about the same: what
-is read from memory. `mix_1` and `mix_2` add up the values that attention weighs.
+is read from memory. `mix_1` and `mix_2` add up the values that attention weighs, `spread_1` and
+`spread_8` what single inputs of a matrix add to its outputs.
 
 Every sum is taken in one order, the inputs', whatever R and T are: a token's numbers are the same
 bits alone, beside others, and in a tree of guesses.
@@ -124,7 +125,7 @@ def _product(
     inputs: list[Any],
     width: Any,
     group: Any,
-    row_bytes: Any,
+    ahead: Any,
 ) -> list[Any]:
     """Emit the code of one kind: return the products of `weights` rows with each of `inputs`.
 
@@ -155,9 +156,8 @@ def _product(
             at = b.add(begin, b.mul(inner.index, ir.Constant(_I64, step)))
             if rows > 1:
                 byte = b.lshr(b.mul(at, ir.Constant(_I64, BITS[kind])), ir.Constant(_I64, 3))
-                ahead = b.add(byte, b.mul(row_bytes, ir.Constant(_I64, AHEAD)))
                 for base in bases:
-                    _prefetch(b, base, ahead)
+                    _prefetch(b, base, b.add(byte, ahead))
             if kind in FOURS:
                 pairs_of = zip(bases, zeros, strict=True)
                 four = [_nibbles(b, base, at, zero) for base, zero in pairs_of]
@@ -218,10 +218,11 @@ def _make(rows: int, tokens: int) -> Callable[..., Any]:
     """Build `dot` for `rows` weight rows and `tokens` rows of `x`.
 
     It is called as dot(kind, slab, weights, row_bytes, scales, scale_bytes, x, width, first,
-    group). `weights` and `scales` are byte offsets of the first weight row from the pointer `slab`,
-    `row_bytes` and `scale_bytes` what leads to the next one; `x` points to float32 [.., width], its
-    rows from `first` on are taken; `group` inputs share a scale. Width and group are multiples of
-    32. Returns the products as a tuple of float32, all tokens of the first weight row first.
+    group, ahead). `weights` and `scales` are byte offsets of the first weight row from the pointer
+    `slab`, `row_bytes` and `scale_bytes` what leads to the next one; `x` points to float32 [..,
+    width], its rows from `first` on are taken; `group` inputs share a scale; what lies `ahead`
+    bytes behind a weight is asked for. Width and group are multiples of 32. Returns the products
+    as a tuple of float32, all tokens of the first weight row first.
     """
 
     @intrinsic
@@ -237,13 +238,15 @@ def _make(rows: int, tokens: int) -> Callable[..., Any]:
         width: Any,
         first: Any,
         group: Any,
+        ahead: Any,
     ) -> Any:
         result = types.UniTuple(types.float32, rows * tokens)
         whole = types.int64
-        signature = result(whole, BYTES, *4 * (whole,), FLOATS, *3 * (whole,))
+        signature = result(whole, BYTES, *4 * (whole,), FLOATS, *4 * (whole,))
 
         def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            kind, data, weights, row_bytes, scales, scale_bytes, x, width, first, group = args
+            kind, data, weights, row_bytes, scales, scale_bytes, x, width, first = args[:9]
+            group, ahead = args[9:]
             start = b.gep(x, [b.mul(first, width)])
             inputs = [b.gep(start, [b.mul(ir.Constant(_I64, t), width)]) for t in range(tokens)]
             firsts, first_scales = [weights], [scales]
@@ -257,9 +260,7 @@ def _make(rows: int, tokens: int) -> Callable[..., Any]:
                 block = b.append_basic_block(f"kind{each}")
                 switch.add_case(ir.Constant(_I64, each), block)
                 b.position_at_end(block)
-                values = _product(
-                    b, each, data, firsts, first_scales, inputs, width, group, row_bytes
-                )
+                values = _product(b, each, data, firsts, first_scales, inputs, width, group, ahead)
                 for value, place in zip(values, found, strict=True):
                     b.store(value, place)
                 b.branch(done)
@@ -340,8 +341,95 @@ def _make_mix(rows: int) -> Callable[..., Any]:
 
 mix_1, mix_2 = (_make_mix(rows) for rows in (1, 2))
 
+
+def _make_spread(rows: int) -> Callable[..., Any]:
+    """Build `spread` for `rows` packed weight rows: what that many inputs add to all outputs.
+
+    It is called as spread(kind, slab, weights, row_bytes, ahead, shares, first, out, low, high):
+    adds to the columns of `out` from `low` to `high`, multiples of 32, the weight rows that begin
+    `weights` bytes behind the start of `slab`, each times its share: `shares` from `first` on.
+    Integers are added as they are, unscaled. What lies `ahead` bytes behind is asked for. `slab` is
+    uint8, `shares` and `out` are float32, all of one dimension and contiguous.
+    """
+
+    @intrinsic
+    def spread(
+        typingctx: Any,
+        kind: Any,
+        slab: Any,
+        weights: Any,
+        row_bytes: Any,
+        ahead: Any,
+        shares: Any,
+        first: Any,
+        out: Any,
+        low: Any,
+        high: Any,
+    ) -> Any:
+        whole = types.int64
+        signature = types.void(whole, slab, *3 * (whole,), shares, whole, out, *2 * (whole,))
+
+        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            kind, _, weights, row_bytes, ahead, _, first, _, low, high = args
+            kinds = signature.args
+            arrays = [context.make_array(kinds[i])(context, b, args[i]).data for i in (1, 5, 7)]
+            data, shares, out = arrays
+            numbers = [b.add(first, ir.Constant(_I64, r)) for r in range(rows)]
+            mine = [_everywhere(b, b.load(b.gep(shares, [n]))) for n in numbers]
+            bases = [b.gep(data, [weights])]
+            for _ in range(rows - 1):
+                bases.append(b.gep(bases[-1], [row_bytes]))
+            done = b.append_basic_block("done")
+            switch = b.switch(kind, done)
+            for each in (FLOAT32, BFLOAT16, INT8, INT4):
+                block = b.append_basic_block(f"kind{each}")
+                switch.add_case(ir.Constant(_I64, each), block)
+                b.position_at_end(block)
+                _spread(b, each, bases, ahead, mine, out, low, high)
+                b.branch(done)
+            b.position_at_end(done)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return spread  # type: ignore[no-any-return]
+
+
+def _spread(
+    b: Any,
+    kind: int,
+    bases: list[Any],
+    ahead: Any,
+    shares: list[Any],
+    out: Any,
+    low: Any,
+    high: Any,
+) -> None:
+    """Emit the code of one kind: 32 columns at a time, sums in registers, rows in their order."""
+    parts = range(4)
+    with cgutils.for_range_slice(b, low, high, ir.Constant(_I64, 4 * LANES)) as (at, _):
+        byte = b.lshr(b.mul(at, ir.Constant(_I64, BITS[kind])), ir.Constant(_I64, 3))
+        columns = [b.add(at, ir.Constant(_I64, c * LANES)) for c in parts]
+        places = [b.bitcast(b.gep(out, [column]), _V.as_pointer()) for column in columns]
+        sums = [b.load(place, align=4) for place in places]
+        for base, share in zip(bases, shares, strict=True):
+            _prefetch(b, base, b.add(byte, ahead))
+            if kind == INT4:
+                w = _nibbles(b, base, at, ir.Constant(_I8, 8))
+            elif kind == BFLOAT16:
+                w = [_halves(b, base, column) for column in columns]
+            else:
+                w = [_floats(b, base, column, 1 if kind == INT8 else 4) for column in columns]
+            for c in parts:
+                sums[c] = b.fadd(b.fmul(w[c], share, flags=_FUSED), sums[c], flags=_FUSED)
+        for place, found in zip(places, sums, strict=True):
+            b.store(found, place, align=4)
+
+
+spread_1, spread_8 = (_make_spread(rows) for rows in (1, 8))
+
 ROWS = types.void(
-    BYTES, WHOLES, types.int64, types.int64, FLOATS, types.int64, FLOATS, *3 * (types.int64,)
+    BYTES, WHOLES, types.int64, types.int64, FLOATS, types.int64, FLOATS, *4 * (types.int64,)
 )
 """The C signature of the function that `call_rows` calls."""
 
@@ -368,18 +456,42 @@ def call_rows(
     signature = types.void(whole, slab, matrix, whole, whole, x, y, whole, whole)
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        address, _, _, low, high, _, _, column, add = args
-        kinds = signature.args
-        arrays = [context.make_array(kinds[i])(context, b, args[i]) for i in (1, 2, 5, 6)]
-        tokens = cgutils.unpack_tuple(b, arrays[2].shape)[0]
-        stride = cgutils.unpack_tuple(b, arrays[3].shape)[1]
-        given = [arrays[0].data, arrays[1].data, low, high, arrays[2].data, tokens]
-        given += [arrays[3].data, stride, column, add]
-        kind = ir.FunctionType(ir.VoidType(), [value.type for value in given])
-        b.call(b.inttoptr(address, kind.as_pointer()), given)
-        return context.get_dummy_value()
+        return _call_rows(context, b, signature, (*args, args[4]))
 
     return signature, generate
+
+
+@intrinsic
+def call_rows_then(
+    typingctx: Any,
+    address: Any,
+    slab: Any,
+    matrix: Any,
+    low: Any,
+    high: Any,
+    x: Any,
+    y: Any,
+    column: Any,
+    add: Any,
+    then: Any,
+) -> Any:
+    """Do as `call_rows` does, where the rows from `then` on, not those behind, are needed next."""
+    whole = types.int64
+    signature = types.void(whole, slab, matrix, whole, whole, x, y, whole, whole, whole)
+    return signature, _call_rows
+
+
+def _call_rows(context: Any, b: Any, signature: Any, args: Any) -> Any:
+    address, _, _, low, high, _, _, column, add, then = args
+    kinds = signature.args
+    arrays = [context.make_array(kinds[i])(context, b, args[i]) for i in (1, 2, 5, 6)]
+    tokens = cgutils.unpack_tuple(b, arrays[2].shape)[0]
+    stride = cgutils.unpack_tuple(b, arrays[3].shape)[1]
+    given = [arrays[0].data, arrays[1].data, low, high, arrays[2].data, tokens]
+    given += [arrays[3].data, stride, column, add, then]
+    kind = ir.FunctionType(ir.VoidType(), [value.type for value in given])
+    b.call(b.inttoptr(address, kind.as_pointer()), given)
+    return context.get_dummy_value()
 
 
 @intrinsic

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from bmkit import model as models
 from bmkit.errors import InputError
 from bmkit.plan import read_json
+from bmkit.runtime import experts
 from bmkit.runtime.budget import Placement
 from bmkit.runtime.cpu.decoder import FEW, NAMES, Decoder, Delta, head_name
 from bmkit.runtime.cpu.source import Files, Source, plain
@@ -45,8 +47,11 @@ def load_decoder(
             hint="the weights belong to another config.json; fetch the checkpoint again",
         )
     _require_shapes(path, config, source)
+    divided = experts.read(path)
+    if divided is not None:
+        _require_experts(path, config, divided)
     if placement is None:
-        return Decoder(config, source, threads=threads, said=said)
+        return Decoder(config, source, threads=threads, said=said, experts=divided)
     return Decoder(
         config,
         source,
@@ -55,6 +60,7 @@ def load_decoder(
         head_parts=placement.head_parts,
         chunk=placement.chunk,
         said=said,
+        experts=divided,
     )
 
 
@@ -98,8 +104,23 @@ def _require_shapes(path: Path, config: Any, source: Source) -> None:
             )
 
 
-def warm(threads: int) -> None:
-    """Compile the kernels, or read them from where they are kept, before any model is opened."""
+def _require_experts(path: Path, config: Any, divided: experts.Experts) -> None:
+    """Raise InputError for experts of another model."""
+    wanted = (config.num_hidden_layers, config.hidden_size, config.intermediate_size)
+    blocks = range(len(divided.routers))
+    found = {(r.hidden, divided.width(i)) for i in blocks if (r := divided.routers[i]) is not None}
+    if len(divided.routers) != wanted[0] or found - {wanted[1:]}:
+        raise InputError(
+            f"{path / experts.FILE} belongs to another model than its config.json",
+            hint="build it again; without the file the checkpoint is an ordinary dense one",
+        )
+
+
+def warm(threads: int, *, divided: bool = False) -> None:
+    """Compile the kernels, or read them from where they are kept, before any model is opened.
+
+    Those of feed-forwards that are `divided` into experts take some seconds more.
+    """
     from transformers import LlamaConfig
 
     config = LlamaConfig(
@@ -115,7 +136,9 @@ def warm(threads: int) -> None:
     for name in NAMES:
         shape = (8,) if "norm" in name else (8, 8)
         tensors[f"model.layers.0.{name}.weight"] = torch.zeros(shape)
-    decoder = Decoder(config, plain(tensors), threads=threads)
+    one = experts.Router(torch.zeros(1, 8), torch.zeros(1))
+    only = experts.Experts(8, 0, (1,), (one,)) if divided else None
+    decoder = Decoder(config, plain(tensors), threads=threads, experts=only)
     decoder.chain(decoder.cache(1, FEW + 1), 0, [0] * (FEW + 1))
     decoder.step(decoder.cache(1, 64), [0])
     tiny_difference(config)  # imports what the self-test needs
@@ -167,7 +190,7 @@ def largest_difference(decoder: Decoder, *, layers: int = 2, tokens: int = 20) -
 
     Returns the largest difference of the hidden states, relative to their largest value; float32
     leaves some 1e-6. Weights are the same on both sides, so it measures whether the blocks compute
-    what the model's own code does.
+    what the model's own code does; of experts, all are computed.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModel
@@ -188,9 +211,10 @@ def largest_difference(decoder: Decoder, *, layers: int = 2, tokens: int = 20) -
         wanted = model(inputs_embeds=h[None], use_cache=False).last_hidden_state[0].numpy()
     whole, decoder.depth = decoder.depth, layers
     try:
-        cache = decoder.cache(2, tokens)
-        many = decoder.many(h.numpy().copy(), cache, 0)
-        few = decoder.few_in_a_row(h.numpy().copy(), cache, 1)
+        with decoder.divided.whole() if decoder.divided is not None else nullcontext():
+            cache = decoder.cache(2, tokens)
+            many = decoder.many(h.numpy().copy(), cache, 0)
+            few = decoder.few_in_a_row(h.numpy().copy(), cache, 1)
     finally:
         decoder.depth = whole
     scale = abs(wanted).max()

@@ -22,8 +22,8 @@ def draw(seed: int, rows: int = 5, inputs: int = 12, tokens: int = 64) -> tuple[
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, inputs, generator=generator)
     mix = torch.randn(inputs, inputs, generator=generator) / inputs**0.5
-    x = torch.randn(tokens, inputs, generator=generator) @ (mix + 0.5 * torch.eye(inputs))
-    return weight, x
+    x = torch.randn(tokens, inputs, generator=generator) @ mix
+    return weight, x + 0.5 * torch.randn(tokens, inputs, generator=generator)
 
 
 def gram(x: Tensor) -> Tensor:

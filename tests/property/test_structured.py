@@ -22,8 +22,8 @@ def draw(seed: int, rows: int = 5, inputs: int = 12, tokens: int = 64) -> tuple[
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, inputs, generator=generator)
     mix = torch.randn(inputs, inputs, generator=generator) / inputs**0.5
-    x = torch.randn(tokens, inputs, generator=generator) @ (mix + 0.5 * torch.eye(inputs))
-    return weight, x
+    x = torch.randn(tokens, inputs, generator=generator) @ mix
+    return weight, x + 0.5 * torch.randn(tokens, inputs, generator=generator)
 
 
 def gram(x: Tensor) -> Tensor:
@@ -51,9 +51,11 @@ def test_a_part_has_the_energy_of_its_output(seed: int, run: int) -> None:
 @settings(max_examples=30, deadline=None)
 def test_the_loss_of_a_part_is_what_least_squares_leave(seed: int, run: int) -> None:
     weight, x = draw(seed)
+    energy = float((x @ weight.T).square().sum() / len(x))
     for part, found in enumerate(structured.losses(weight, gram(x), run, damp=1e-7)):
         kept = torch.tensor([i for i in range(12) if i // run != part])
-        assert float(found) == pytest.approx(error(weight, x, kept), rel=0.02)
+        wanted = error(weight, x, kept)
+        assert float(found) == pytest.approx(wanted, rel=0.02, abs=1e-3 * energy)
 
 
 @given(SEEDS, st.integers(1, 11))
@@ -65,7 +67,8 @@ def test_what_is_kept_makes_up_for_the_rest_by_least_squares(seed: int, count: i
     gone = [i for i in range(12) if i not in kept.tolist()]
     assert not more[:, gone].any()
     found = (x[:, kept] @ (weight + more)[:, kept].T - x @ weight.T).square().sum() / len(x)
-    assert float(found) == pytest.approx(error(weight, x, kept), rel=0.02, abs=1e-4)
+    energy = float((x @ weight.T).square().sum() / len(x))
+    assert float(found) == pytest.approx(error(weight, x, kept), rel=0.02, abs=1e-3 * energy)
 
 
 def test_one_part_goes_that_costs_least_of_all() -> None:
@@ -127,19 +130,20 @@ def test_widths_have_the_share_that_is_wanted(
     share: float, units: set[str], multiple_of: int
 ) -> None:
     def holds(widths: Widths) -> bool:
-        return widths.heads != 3
+        return widths.heads != 3 and widths.hidden % 64 == 0
 
     found = allocate(NOW, share, units, multiple_of, size=size, holds=holds)
     if found is None:
-        assert units == {"heads"} or "ffn" not in units or share < 0.4
+        never = multiple_of == 48 and "hidden" in units  # 64 and 128 are none of its multiples
+        assert never or "ffn" not in units or share < 0.4
         return
     assert size(found) <= share * size(NOW)
-    assert found.heads != 3 or "heads" not in units
+    assert found.heads != 3 and found.hidden % 64 == 0
     for unit in ("ffn", "heads", "layers", "hidden"):
         assert 0 < getattr(found, unit) <= getattr(NOW, unit)
         if unit not in units and unit != "heads":
             assert getattr(found, unit) == getattr(NOW, unit)
     if "ffn" in units:
-        assert found.ffn % multiple_of == 0
+        assert found.ffn % multiple_of == 0 or found.ffn == NOW.ffn
         more = replace(found, ffn=found.ffn + multiple_of)
         assert more.ffn > NOW.ffn or size(more) > share * size(NOW)

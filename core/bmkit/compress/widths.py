@@ -39,17 +39,18 @@ def allocate(
         found = _cut(now, step / STEPS, units, multiple_of)
         if size(found) > budget:
             continue
-        while "heads" in units and found.heads and not holds(found):
+        while "heads" in units and found.heads > 1 and not holds(found):
             found = replace(found, heads=found.heads - 1)
-        if not found.heads:
+        if not holds(found):
             continue
         for unit in ("ffn", "hidden"):
-            grain = _grain(getattr(now, unit), multiple_of)
-            while unit in units:
-                more = replace(found, **{unit: getattr(found, unit) + grain})
-                if getattr(more, unit) > getattr(now, unit) or size(more) > budget:
-                    break
-                found = more
+            if unit in units:
+                grain, whole = _grain(getattr(now, unit), multiple_of), getattr(now, unit)
+                for width in range(getattr(found, unit) + grain, whole + 1, grain):
+                    more = replace(found, **{unit: width})
+                    if size(more) > budget:
+                        break
+                    found = more if holds(more) else found
         return found
     return None
 
@@ -59,7 +60,7 @@ def _cut(now: Widths, share: float, units: Collection[str], multiple_of: int) ->
     for unit in units:
         whole = getattr(now, unit)
         grain = _grain(whole, multiple_of) if unit in ("ffn", "hidden") else 1
-        cut[unit] = max(round(whole * share / grain) * grain, grain)
+        cut[unit] = min(max(round(whole * share / grain) * grain, grain), whole)
     return replace(now, **cut)
 
 

@@ -261,13 +261,16 @@ def _order(
 def _worth(shape: Shape, seen: Seen) -> Tensor:
     """Return what 0, 1, … experts are worth, chosen by a linear router fitted to the dense model.
 
-    It is the energy that they add, relative to what goes on from the block.
+    It is less by the square of what is missing: of the energy that isn't computed, relative to what
+    goes on from the block, the mean of all tokens. So no block is left with next to nothing.
     """
     weight, bias = _ridge(shape, seen)
     held = seen.held_out
     energy, whole = division.energies(held.important, shape.shared, shape.size)
+    energy, whole = energy * held.weight[:, None], whole * held.weight
     curve = division.captured(energy, whole, held.x @ weight.T + bias)
-    return (curve * (whole * held.weight).mean()).cpu()
+    missing = (1 - curve).clamp_min(0) * whole.mean()
+    return -missing.square().cpu()
 
 
 def _ridge(shape: Shape, seen: Seen) -> tuple[Tensor, Tensor]:

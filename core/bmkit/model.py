@@ -23,6 +23,8 @@ from bmkit.errors import (
     first_line,
     machine_refusal,
 )
+from bmkit.nn import two_of_four
+from bmkit.nn.rounding import dequantize
 from bmkit.plan import Headers, Task, read_headers, read_json
 from bmkit.plan import task as task_of
 
@@ -181,7 +183,7 @@ def load_model(path: Path, *, device: torch.device, dtype: str = "auto") -> Any:
     where: Path | None = path
     if quantization := getattr(config, "quantization_config", None):
         options |= _dense(quantization, path)
-        if several_grids(quantization):  # transformers unpacks all of them by the first
+        if is_ours(quantization):
             where, options = None, {"state_dict": unpacked(path)}
             del config.quantization_config
             kind = kind._model_mapping[type(config)]  # an auto class wants a path
@@ -293,11 +295,15 @@ def _dense(quantization: Any, path: Path) -> dict[str, Any]:
     return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
 
 
-def several_grids(quantization: Any) -> bool:
-    """Tell whether a config of compressed-tensors has several groups of packed integers."""
+def is_ours(quantization: Any) -> bool:
+    """Tell whether packed integers are ones that transformers can't unpack.
+
+    That is a format of bmkit's own, or several grids: it unpacks all layers by the first.
+    """
     values = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
     groups = list((values.get("config_groups") or {}).values())
-    return len(groups) > 1 and all((g.get("weights") or {}).get("type") == "int" for g in groups)
+    several = len(groups) > 1 and all((g.get("weights") or {}).get("type") == "int" for g in groups)
+    return several or any(str(g.get("format")).startswith("bmkit") for g in groups)
 
 
 def unpacked(path: Path) -> dict[str, Tensor]:
@@ -310,13 +316,17 @@ def unpacked(path: Path) -> dict[str, Tensor]:
 
     headers = read_headers(path)
     found = dict(tensors(headers))
-    for name in [n.removesuffix("_packed") for n in found if n.endswith(".weight_packed")]:
+    ends = (".weight_packed", ".weight_kept")
+    for name in [n.rpartition("_")[0] for n in found if n.endswith(ends)]:
         parts = {}
-        for suffix in ("packed", "scale", "shape", "zero_point"):
+        for suffix in ("packed", "kept", "places", "scale", "shape", "zero_point"):
             if (part := found.pop(f"{name}_{suffix}", None)) is not None:
                 parts[f"weight_{suffix}"] = part
         try:
             shape, groups = parts["weight_shape"].tolist(), parts["weight_scale"].shape[-1]
+            if "weight_kept" in parts:
+                found[name] = _of_kept(parts, shape, groups, headers.bits_of(name))
+                continue
             grid = QuantizationArgs(
                 num_bits=headers.bits_of(name),
                 symmetric="weight_zero_point" not in parts,
@@ -328,6 +338,19 @@ def unpacked(path: Path) -> dict[str, Tensor]:
         except (KeyError, ValueError, RuntimeError, IndexError) as exc:
             raise InputError(f"{path}: {name} can't be unpacked: {first_line(exc)}") from None
     return found
+
+
+def _of_kept(parts: dict[str, Tensor], shape: list[int], groups: int, bits: int) -> Tensor:
+    """Return a dense matrix in float32 of which two of four values are kept."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    rows, inputs = shape
+    zero = None
+    if (packed := parts.get("weight_zero_point")) is not None:
+        flat = packed.T.reshape(-1).view(groups, -1)  # strides that it can view
+        zero = unpack_from_int32(flat, bits, torch.Size([groups, rows])).T.contiguous()
+    values = two_of_four.unpack(parts["weight_kept"], parts["weight_places"], zero, bits, inputs)
+    return dequantize(values, parts["weight_scale"].reshape(rows, groups), zero)
 
 
 def empty_model(path: Path) -> nn.Module:

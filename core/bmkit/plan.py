@@ -84,13 +84,15 @@ class Headers:
         """Return the modules that own a matrix [out, in], by name: linears and embeddings."""
         found = {}
         for t in self.tensors:
-            for suffix in (".weight", ".weight_packed"):
+            for suffix in (".weight", ".weight_packed", ".weight_kept"):
                 if t.name.endswith(suffix) and len(t.shape) == 2:
                     found[t.name.removesuffix(suffix)] = t
         return found
 
     def numel(self, module: TensorHeader) -> int:
         """Return the number of weights of a module, packed or not."""
+        if module.name.endswith("_kept"):  # two of four: bytes of 8 bits, else nibbles
+            return module.numel * (2 if self.bits_of(module.name) == 8 else 4)
         if not module.name.endswith("_packed"):
             return module.numel
         return module.numel * 32 // self.bits_of(module.name)
@@ -124,8 +126,8 @@ class Headers:
     @cached_property
     def dense_numel(self) -> int:
         """Return the number of weights that the model has once everything is unpacked."""
-        packed = {t.name for t in self.tensors if t.name.endswith("_packed")}
-        small = ("weight_scale", "weight_shape", "weight_zero_point")
+        packed = {t.name for t in self.tensors if t.name.endswith(("_packed", "_kept"))}
+        small = ("weight_scale", "weight_shape", "weight_zero_point", "weight_places")
         return sum(
             self.numel(t) if t.name in packed else t.numel
             for t in self.tensors

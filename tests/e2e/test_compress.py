@@ -169,3 +169,65 @@ def test_a_layer_with_a_weight_that_is_no_number_is_named(
 def test_few_tokens_are_told(bmkit: Run, tiny: Path, text: Path) -> None:
     done = bmkit("compress", "wanda", "-m", "tiny", "-o", "x", *SHORT, "-s", "data.tokens=100")
     assert done.returncode == 0 and "are few" in done.stderr
+
+
+@pytest.mark.parametrize("rounding", ["quantize", "gptq"])
+def test_two_of_four_is_really_small_and_says_the_same(
+    bmkit: Run, tiny: Path, tmp_path: Path, rounding: str
+) -> None:
+    """The packed layout and the one with zeros are the same model, in three bits and in four."""
+    (tmp_path / "text.txt").write_text("some words to look at, and others too. " * 80)
+    recipe = """
+kind: compress
+data: {calibration: text.txt, sequence_length: 64}
+steps:
+  - {method: sparsegpt, pattern: "2:4"}
+  - {method: %s, bits: 4, group_size: 32, symmetric: false, layout: %s}
+"""
+    sizes, said = [], []
+    for layout in ("dense-zeros", "packed"):
+        (tmp_path / f"{layout}.yaml").write_text(recipe % (rounding, layout))
+        done = bmkit("compress", f"{layout}.yaml", "-m", "tiny", "-o", layout, "--json")
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)["metrics"]
+        sizes.append(found["bytes_after"])
+        for more in ([], ["--cpu-memory", "600MiB"], ["--device", "cpu", "--quant", "int8"]):
+            asked = bmkit("infer", "-m", layout, "-p", "a word", "--raw", "--json", *more)
+            assert asked.returncode == 0, asked.stderr
+            said.append(json.loads(asked.stdout)["token_ids"])
+        assert 0.4 < found["nonzeros"] / found["parameters"] < 0.7
+    assert said[:3] == said[3:]
+    assert sizes[1] < 0.85 * sizes[0]
+    manifest = json.loads((tmp_path / "packed" / "bmkit.json").read_text())
+    assert manifest["loads_in"] == ["bmkit"]
+    again = bmkit("tune", "lora", "-m", "packed", "-o", "d", "-s", "train.max_steps=1")
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_packed_layout_without_pruning_is_refused(bmkit: Run, tiny: Path) -> None:
+    done = bmkit("compress", "int4", "-m", "tiny", "-o", "a", "-s", "steps.0.layout=packed")
+    assert done.returncode == 2
+    assert "2:4" in done.stderr
+
+
+def test_the_combined_recipe_makes_one_small_model(bmkit: Run, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some words to look at, and others too. " * 80)
+    done = bmkit(
+        *("compress", "cook", "-m", "tiny", "-o", "a", "--json", "-s", "data.tokens=1500"),
+        *("-s", "data.calibration=text.txt", "-s", "data.sequence_length=64"),
+        *("-s", "steps.1.train.max_steps=3"),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["metrics"]
+    assert found["disk_ratio"] < 0.5
+    assert found["perplexity_ratio"] > 0
+    manifest = json.loads((tmp_path / "a" / "bmkit.json").read_text())
+    assert [line["step"] for line in manifest["table"]] == [
+        *("before", "sparsegpt", "distill", "gptq")
+    ]
+    sparse, distilled, rounded = (line["nonzeros"] for line in manifest["table"][1:])
+    assert abs(distilled - sparse) < 0.01 * sparse, "zeros stay while it learns"
+    assert rounded <= 1.01 * distilled
+    shown = bmkit("show", "a")
+    assert "decode tok/s" in shown.stdout
+    assert bmkit("infer", "-m", "a", "-p", "a", "--raw").returncode == 0

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 from bmkit import tables
 from bmkit.compress import account, pack
 from bmkit.nn.rounding import Grid, round_matrix
+from bmkit.runtime import experts
+from bmkit.runtime.experts import Experts, Router
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -79,6 +81,15 @@ def test_work_for_a_token_is_that_of_linear_layers_and_the_head(tmp_path: Path) 
     rest = BLOCK - 3 * 32 * 64 + 4 * 32  # and the router
     wanted = 2 * (2 * (rest + 2 * 3 * 32 * 64) + 50 * 32)
     assert account.flops_per_token(mixtral) == wanted
+
+
+def test_experts_that_a_token_leaves_out_are_no_work(tmp_path: Path) -> None:
+    path = saved(LlamaConfig(**SIZES), tmp_path)
+    before = account.flops_per_token(path)
+    router = Router(torch.zeros(3, 32), torch.zeros(3))
+    experts.write(path, Experts(16, 1, (1, -1), (router, None)))
+    left_out = 2 * 16 * 3 * 32
+    assert account.flops_per_token(path) == before - 2 * (left_out - 3 * 32)
 
 
 def test_the_table_has_a_line_for_each_step_and_no_empty_column() -> None:

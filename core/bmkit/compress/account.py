@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from bmkit import model, plan
-from bmkit.nn import walk
+from bmkit.nn import feed_forward, walk
+from bmkit.runtime import experts
 from bmkit.runtime.cpu import pack
 from bmkit.runtime.cpu.source import Files
 from bmkit.runtime.voice import Voice
@@ -56,9 +57,9 @@ def size(path: Path) -> tuple[int, int, int]:
     """Return bytes on disk, weights, and weights that aren't zero. Memory: one matrix, unpacked."""
     headers = plan.read_headers(path)
     files = Files(path)
-    packed = {t.name.removesuffix(".weight_packed") for t in headers.tensors}
-    packed &= {name for name in packed if f"{name}.weight_packed" in files.tensors}
-    beside = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale")
+    ends = (".weight_packed", ".weight_kept")
+    packed = {t.name.rpartition(".")[0] for t in headers.tensors if t.name.endswith(ends)}
+    beside = (*ends, "weight_places", "weight_scale", "weight_shape", "zero_point", "input_scale")
     parameters = nonzeros = 0
     try:
         for name in sorted(packed):
@@ -92,10 +93,29 @@ def flops_per_token(path: Path) -> int:
             count += parameter.numel() * min(some, len(parameter)) // len(parameter)
         elif parameter.ndim == 2 and not isinstance(module, nn.Linear | nn.Embedding):
             count += parameter.numel()
+    if (divided := experts.read(path)) is not None:
+        count -= _left_out(skeleton, divided)
     head = getattr(skeleton, "get_output_embeddings", lambda: None)()
     if head is not None:
         count += head.weight.numel()
     return 2 * count
+
+
+def _left_out(skeleton: Any, divided: experts.Experts) -> int:
+    """Return the weights of experts that a token doesn't compute, less those of routers."""
+    name, _ = walk.stack(skeleton)
+    left = 0
+    for block, chosen, router in zip(
+        skeleton.get_submodule(name), divided.chosen, divided.routers, strict=True
+    ):
+        found = feed_forward.find(block)
+        if router is None or found is None:
+            continue
+        neurons = found.width - divided.size * (divided.shared + chosen)
+        left += neurons * found.hidden * (len(found.rows) + 1)
+        parts = (router.weight, router.inner_weight)
+        left -= sum(part.numel() for part in parts if part is not None)
+    return left
 
 
 def speed(voice: Voice, ids: Sequence[int]) -> tuple[float, float]:

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bmkit.nn import two_of_four
 from bmkit.nn.rounding import Grid, Rounded
 
 TABLE = Grid(8, scale_dtype=torch.float32)
 """What embeddings are rounded to."""
 LAYOUT = "bmkit-rows"
 """A format of a group that other loaders refuse: they know one grid for all layers."""
+TWO_OF_FOUR = "bmkit-2of4"
+"""The same, of layers some of which are kept without the zeros of 2:4."""
 
 
 def pack(found: Rounded, grid: Grid) -> dict[str, Tensor]:
@@ -34,6 +37,20 @@ def pack(found: Rounded, grid: Grid) -> dict[str, Tensor]:
     }
     if found.zero is not None:
         parts["weight_zero_point"] = pack_to_int32(found.zero, grid.bits, packed_dim=0)
+    return parts
+
+
+def pack_kept(found: Rounded, grid: Grid) -> dict[str, Tensor] | None:
+    """Return the tensors of a layer of which two of four weights stay; None for another one.
+
+    `weight_kept` and `weight_places` are those of `nn.two_of_four`, the others as in `pack`.
+    """
+    values, zero = found.values.cpu(), None if found.zero is None else found.zero.cpu()
+    if not two_of_four.fits(values, zero):
+        return None
+    parts = pack(found, grid)
+    del parts["weight_packed"]
+    parts["weight_kept"], parts["weight_places"] = two_of_four.pack(values, zero, grid.bits)
     return parts
 
 
@@ -63,16 +80,21 @@ def config_of_integers(ignore: list[str], *, dynamic: bool) -> dict[str, Any]:
     }
 
 
-def config(grid: Grid, ignore: list[str], tables: Collection[str] = ()) -> dict[str, Any]:
+def config(
+    grid: Grid, ignore: list[str], tables: Collection[str] = (), *, kept: bool = False
+) -> dict[str, Any]:
     """Return the `quantization_config` for `config.json`; `ignore` are the linears left dense.
 
     `tables` are modules in `TABLE`: embeddings, and a head. If the other layers have another grid,
-    transformers, which knows one for all, must refuse this and does.
+    transformers, which knows one for all, must refuse this and does; as it does where of some
+    layers two of four weights are `kept`.
 
     `dequantize` makes plain transformers unpack while loading, not at the first forward: it is
     quicker, and `peft` finds the dense weights that it needs.
     """
     groups = {"group_0": _group(grid, ["Linear"])}
+    if kept:
+        groups["group_0"]["format"] = TWO_OF_FOUR
     if tables and replace(grid, scale_search=1) != TABLE:
         groups["group_1"] = {**_group(TABLE, sorted(tables)), "format": LAYOUT}
     return {

@@ -53,6 +53,8 @@ ROUNDING = ("quantize", "gptq")
 """Methods whose result is packed."""
 SPARSE = ("magnitude", "wanda", "sparsegpt")
 """Methods that set weights to zero."""
+SCALING = ("awq", "smoothquant")
+"""Methods that divide what goes into layers."""
 STRUCTURE = ("drop_layers", "shrink", "gates")
 """Methods that leave parts out."""
 _DOWN = ("down_proj", "fc2", "dense_4h_to_h", "output.dense", "wo", "c_proj")
@@ -146,6 +148,14 @@ class CompressRecipe(Recipe):
     @model_validator(mode="after")
     def _structure_comes_before_zeros(self) -> CompressRecipe:
         kinds = [step.method for step in self.steps]
+        if "moefy" in kinds:
+            behind = [k for k in kinds[kinds.index("moefy") :] if k in (*STRUCTURE, *SCALING)]
+            if behind:
+                raise contradiction(
+                    "steps",
+                    f"`{behind[0]}` does not go behind `moefy`: its routers choose among the "
+                    "neurons, and by the inputs, that there were when they were made",
+                )
         sparse = next((i for i, kind in enumerate(kinds) if kind in SPARSE), len(kinds))
         if late := next((kind for kind in kinds[sparse:] if kind in STRUCTURE), None):
             raise contradiction(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bmkit import model, plan, tables
+from bmkit.artifact import EXPERTS
 from bmkit.compress import account, calibrate, distill, pack, perplexity
 from bmkit.compress.options.experts import Moefy
 from bmkit.compress.recipe import CompressRecipe
@@ -89,9 +90,11 @@ def _loads_in(out: Path) -> tuple[str, ...]:
     """Say what else than bmkit loads a checkpoint."""
     config = plan.read_json(out / "config.json").get("quantization_config")
     if not config:
-        return ("transformers",)
+        divided = (out / EXPERTS).is_file()
+        return ("transformers, all neurons computed" if divided else "transformers",)
     formats = {group["format"] for group in config["config_groups"].values()}
-    return ("bmkit",) if pack.LAYOUT in formats else ("transformers + compressed-tensors",)
+    ours = {pack.LAYOUT, pack.TWO_OF_FOUR} & formats
+    return ("bmkit",) if ours else ("transformers + compressed-tensors",)
 
 
 def _accounts(

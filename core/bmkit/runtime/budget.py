@@ -371,7 +371,7 @@ def _is_table(tensor: TensorHeader, headers: Headers) -> bool:
 def _any_bytes(tensor: TensorHeader, headers: Headers, quant: str | None, width: int) -> int:
     """Return what a tensor takes at most, packed where it can be, else in the compute dtype."""
     linear = len(tensor.shape) == 2
-    if tensor.name.endswith("_packed") or (linear and width == 4):
+    if tensor.name.endswith(("_packed", "_kept")) or (linear and width == 4):
         return _bytes(tensor, headers, "int8" if quant and _is_table(tensor, headers) else quant)
     if quant and len(tensor.shape) in (2, 3) and tensor.shape[-1] >= 32:
         return tensor.numel * BITS[quant] // 8 + tensor.numel // 4 + 128
@@ -422,8 +422,11 @@ def _bytes(tensor: TensorHeader, headers: Headers, quant: str | None) -> int:
         bits = headers.bits_of(tensor.name)
         inputs = _round_up(shape[1] * 32 // bits)
         return shape[0] * inputs * max(bits, 4) // 8 + 64  # 2 and 3 bits are kept as 4
-    if tensor.name.endswith("_zero_point"):
-        return 0  # it lies in the scales
+    if tensor.name.endswith("_kept"):  # in memory the zeros are there
+        bits = headers.bits_of(tensor.name)
+        return shape[0] * _round_up(headers.numel(tensor) // shape[0]) * bits // 8 + 64
+    if tensor.name.endswith(("_zero_point", "_places")):
+        return 0  # these lie in scales and weights
     if tensor.name.endswith("_scale") or len(shape) < 2:
         return 4 * tensor.numel + 64
     rows, inputs = shape[0], _round_up(shape[1])

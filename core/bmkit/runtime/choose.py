@@ -90,7 +90,7 @@ def choose(job: Job, headers: Headers, *, tokens: int | None = None) -> Chosen:
             chunk=budget.SMALL_CHUNK if job.tight else budget.CHUNK,
         )
         return Chosen("packed", found)
-    packed = any(t.name.endswith("_packed") for t in headers.tensors)
+    packed = any(t.name.endswith(("_packed", "_kept")) for t in headers.tensors)
     whole = next((d.path for d in job.deltas if family.replaces_modules(d.path)), None)
     if whole is not None and (limit is not None or recipe.quant):
         raise ResourceError(

@@ -36,6 +36,11 @@ class _Rounding(Model):
         description="Bits of embeddings, a scale a row, and of an output head that isn't tied to "
         "them; none leaves them as they are. Beside layers of other bits, bmkit alone reads it.",
     )
+    layout: Literal["dense-zeros", "packed"] = Field(
+        default="dense-zeros",
+        description="`packed` stores matrices that were pruned to 2:4 without the zeros, 4-bit "
+        "weights in 3 bits; bmkit alone reads that. `dense-zeros` stores the zeros.",
+    )
     exclude_modules: list[str] = Field(
         default=[],
         description="Linear layers to leave as they are, by the end of their name.",
@@ -59,8 +64,9 @@ class Quantize(_Rounding):
             raise contradiction(
                 "activations", "it needs `bits: 8`, `group_size: channel` and a symmetric grid"
             )
-        if self.activations and self.embeddings:
-            raise contradiction("embeddings", "it does not go with `activations`")
+        for key in ("embeddings", "layout"):
+            if self.activations and getattr(self, key) not in (None, "dense-zeros"):
+                raise contradiction(key, "it does not go with `activations`")
         return self
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bmkit import model
 from bmkit.compress import calibrate, layerwise, pack
 from bmkit.compress.options.rounding import Gptq
-from bmkit.compress.steps.rounding import grid_of, tables
+from bmkit.compress.steps.rounding import grid_of, packed, require_kept, tables
 from bmkit.compress.work import Metrics, Work, scope, write_config
 from bmkit.nn import walk
 from bmkit.nn.rounding import Rounded, round_matrix
@@ -41,7 +41,7 @@ def run(work: Work, step: layerwise.Layerwise) -> Metrics:
     )
     writer = model.ShardWriter(work.out)
     extra = tables(scoped) if isinstance(step, Gptq) and step.embeddings else {}
-    before = after = 0
+    before = after = kept = 0
     for name, tensor in model.tensors(headers):
         if name not in where and name not in extra:
             writer.add(name, tensor)
@@ -51,8 +51,9 @@ def run(work: Work, step: layerwise.Layerwise) -> Metrics:
             parts = pack.pack(round_matrix(tensor, pack.TABLE), pack.TABLE)
         else:
             parts = layerwise.read(where[name], name)
-            if grid is not None:
-                parts = pack.pack(Rounded(**parts), grid)
+            if grid is not None and isinstance(step, Gptq):
+                parts = packed(step, Rounded(**parts), grid)
+                kept += "weight_kept" in parts
         for suffix, part in parts.items():
             after += part.numel() * part.element_size()
             writer.add(f"{name.removesuffix('weight')}{suffix}", part)
@@ -62,14 +63,17 @@ def run(work: Work, step: layerwise.Layerwise) -> Metrics:
         "layers": found.layers,
         "output_error": round(found.output_error, 6),
     }
-    if grid is None:
+    if grid is None or not isinstance(step, Gptq):
         return {**metrics, "sparsity": round(found.sparsity, 6)}
+    require_kept(step, kept)
     prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
     written = {name.removeprefix(prefix) for name in where}
     outside = [n for n in linears if f"{n.removeprefix(prefix)}.weight" not in written]
     ignore = sorted({*walk.output_heads(skeleton), *left, *outside} - set(extra.values()))
     config = dict(headers.config)
-    config["quantization_config"] = pack.config(grid, ignore, extra.values())
+    config["quantization_config"] = pack.config(
+        grid, ignore, extra.values(), kept=step.layout == "packed"
+    )
     write_config(work.out, config)
     if found.fallbacks:
         reporter.info(f"{found.fallbacks} of {found.layers} layers: plain rounding is better")

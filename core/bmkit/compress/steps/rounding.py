@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from bmkit import model
 from bmkit.compress import pack
@@ -11,7 +12,7 @@ from bmkit.compress.options.rounding import Gptq, Quantize
 from bmkit.compress.work import Metrics, Scope, Work, scope, write_config
 from bmkit.errors import InputError, RecipeError
 from bmkit.nn import walk
-from bmkit.nn.rounding import Grid, round_matrix
+from bmkit.nn.rounding import Grid, Rounded, round_matrix
 from bmkit.report import task
 
 
@@ -25,7 +26,7 @@ def run(work: Work, step: Quantize) -> Metrics:
     inputs = _input_scales(work, found) if step.activations == "static" else {}
     device = work.shared.device
     writer = model.ShardWriter(work.out)
-    count = before = after = 0
+    count = before = after = kept = 0
     error = energy = 0.0
     with task(
         job.reporter, f"quantize to {step.bits} bits", len(headers.tensors), "tensors"
@@ -46,7 +47,8 @@ def run(work: Work, step: Quantize) -> Metrics:
             energy += float(weight.float().square().sum())
             count += 1
             before += weight.numel() * 4
-            parts = pack.pack(rounded, own)
+            parts = packed(step, rounded, own)
+            kept += "weight_kept" in parts
             if step.activations:
                 parts = pack.integers(rounded, inputs.get(name))
             for suffix, part in parts.items():
@@ -54,10 +56,13 @@ def run(work: Work, step: Quantize) -> Metrics:
                 writer.add(f"{name.removesuffix('weight')}{suffix}", part.cpu())
             bar.advance()
     writer.close()
+    require_kept(step, kept)
     model.copy_side_files(source, work.out)
     ignore = sorted({*walk.output_heads(found.skeleton), *found.left} - set(extra.values()))
     config = dict(headers.config)
-    config["quantization_config"] = pack.config(grid, ignore, extra.values())
+    config["quantization_config"] = pack.config(
+        grid, ignore, extra.values(), kept=step.layout == "packed"
+    )
     if step.activations:
         dynamic = step.activations == "dynamic"
         config["quantization_config"] = pack.config_of_integers(ignore, dynamic=dynamic)
@@ -69,6 +74,22 @@ def run(work: Work, step: Quantize) -> Metrics:
         "bytes_ratio": round(after / before, 6),
         "weight_error": round((error / max(energy, 1e-30)) ** 0.5, 6),
     }
+
+
+def packed(step: Quantize | Gptq, found: Rounded, grid: Grid) -> dict[str, Tensor]:
+    """Return the tensors of a layer in the layout that `step` wants, by their suffix."""
+    kept = pack.pack_kept(found, grid) if step.layout == "packed" and grid.bits in (4, 8) else None
+    return kept or pack.pack(found, grid)
+
+
+def require_kept(step: Quantize | Gptq, kept: int) -> None:
+    """Raise RecipeError if a layout is wanted that no layer has come to."""
+    if step.layout == "packed" and not kept:
+        raise RecipeError(
+            "layout: packed: no layer has two zeros in each four weights, or they aren't of 4 or 8 "
+            "bits",
+            hint='let a step with `pattern: "2:4"` go before, or leave the layout out',
+        )
 
 
 def _input_scales(work: Work, found: Scope) -> dict[str, float]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bmkit.errors import InputError
+from bmkit.nn import two_of_four
 from bmkit.nn.rounding import dequantize, quantize
 from bmkit.plan import Headers, TensorHeader, read_headers
 from bmkit.runtime.cpu import pack
@@ -178,9 +179,9 @@ class Files(Source):
         Raises InputError for a dtype or groups that the kernels don't read.
         """
         bias = f"{name}.bias" in self.tensors
-        packed = self.tensors.get(f"{name}.weight_packed")
-        if packed is not None:
-            return self._integers(name, packed, bias=bias)
+        for suffix in ("packed", "kept"):
+            if (packed := self.tensors.get(f"{name}.weight_{suffix}")) is not None:
+                return self._integers(name, packed, bias=bias)
         weight = self.tensors.get(f"{name}.weight")
         if weight is None:
             return None
@@ -216,7 +217,8 @@ class Files(Source):
             raise InputError(f"{self.path}: {name} lacks its scale or shape")
         rows, inputs = (int(n) for n in size)
         groups = scale.shape[1] if len(scale.shape) > 1 else 1
-        bits = self._bits(packed, inputs)
+        kept = packed.name.endswith("_kept")
+        bits = self.headers.bits_of(packed.name) if kept else self._bits(packed, inputs)
         zero = f"{name}.weight_zero_point" in self.tensors
         group = inputs // groups if groups > 1 else None
         shape = Shape(pack.kind_of(bits, zero=zero), rows, inputs, group, bias)
@@ -283,6 +285,8 @@ class Files(Source):
         packed = self.tensors.get(f"{name}.weight_packed")
         if packed is not None:
             return self._unpacked(name, packed, bias)
+        if f"{name}.weight_kept" in self.tensors:
+            return self._of_kept(name, bias)
         if self.plain_integers(name):
             values = self.read(self.tensors[f"{name}.weight"])
             shape = self.shape(name)
@@ -343,6 +347,24 @@ class Files(Source):
             data[low : low + step] = pack.bytes_of(values, bits)
         return Packed(shape, data, words, pack.floats(bias))
 
+    def _of_kept(self, name: str, bias: Tensor | None) -> Packed:
+        """Return a matrix of which two of four values are stored, with the zeros."""
+        shape = self.shape(name)
+        kept, places = (
+            self.read(self.tensors.get(f"{name}.weight_{s}")) for s in ("kept", "places")
+        )
+        if shape is None or kept is None or places is None:
+            raise InputError(f"{self.path}: {name} lacks its places")
+        words = self.scales(name)
+        bits = self.headers.bits_of(f"{name}.weight_kept")
+        _, zero = pack.scales_and_zeros(words, shape.kind)
+        middle = None if zero is None else torch.from_numpy(np.ascontiguousarray(zero))
+        try:
+            values = two_of_four.unpack(kept, places, middle, bits, shape.inputs)
+        except ValueError as exc:
+            raise InputError(f"{self.path}: {name}: {exc}") from None
+        return Packed(shape, pack.bytes_of(values, bits), words, pack.floats(bias))
+
     def integers_into(self, name: str, shape: Shape, place: np.ndarray) -> bool:
         """Read packed integers to their place in a slab, if they are stored row by row unpadded.
 
@@ -377,10 +399,12 @@ class Files(Source):
         if zero is not None:
             from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-            packed = self.tensors[f"{name}.weight_packed"]
             shape = self.shape(name)
             assert shape is not None  # the caller has it
-            bits = self._bits(packed, shape.inputs)
+            packed = self.tensors.get(f"{name}.weight_packed")
+            bits = self.headers.bits_of(f"{name}.weight_kept")
+            if packed is not None:
+                bits = self._bits(packed, shape.inputs)
             words = -(-shape.rows * bits // 32)
             if zero.dtype != torch.int32 or zero.shape != (words, scale.shape[1]):
                 raise InputError(f"{self.path}: {name} has zero-points of another shape")

@@ -23,6 +23,8 @@ from bmkit.runtime.placed.matrix import Rounding
 META_DTYPES = {**DTYPES, "I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
 QUANTISED = (
     ".weight_packed",
+    ".weight_kept",
+    ".weight_places",
     ".weight_scale",
     ".weight_shape",
     ".weight_zero_point",

@@ -1,0 +1,256 @@
+"""What each way of compressing SmolLM2 costs and gives: perplexity, bytes, speed, wall time.
+
+python scripts/bench/compress.py                     the methods by themselves
+python scripts/bench/compress.py --cook              a combined recipe, and tasks tuned behind it
+
+Calibrated on one kind of text (RAG prompts of Spec-Bench), judged on another (its articles to be
+summarised), which no method has seen. Speeds of all results are taken in turns, one round after the
+other, in one process. Single runs: quality is exact, wall times are for an idea.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import machine
+import torch
+
+from bmkit.compress import account, perplexity
+from bmkit.compress.calibrate import pack_rows
+from bmkit.report import Silent
+from bmkit.runtime.voice import Voice
+
+DATA = machine.ROOT.parent / "shared" / "data"
+RECIPES: dict[str, tuple[str, ...]] = {
+    "int8": (),
+    "int4": (),
+    "int4, 64, symmetric": ("steps.0.group_size=64", "steps.0.symmetric=true"),
+    "gptq": (),
+    "gptq, 3 bits": ("steps.0.bits=3",),
+    "awq": (),
+    "w8a8": (),
+    "smoothquant": (),
+    "magnitude, 2:4": ("steps.0.pattern=2:4",),
+    "wanda, 2:4": ("steps.0.pattern=2:4",),
+    "wanda": (),
+    "sparsegpt": (),
+    "moefy": ("data.tokens=32768",),
+    "shrink": (),
+}
+NEEDS_TEXT = {"gptq", "awq", "smoothquant", "wanda", "sparsegpt", "moefy", "shrink"}
+
+
+def texts(category: str) -> str:
+    """Return Spec-Bench's questions of a kind, one after the other."""
+    rows = [json.loads(x) for x in (DATA / "spec-bench" / "questions.jsonl").open()]
+    return "\n\n".join(r["turns"][0] for r in rows if r["category"] == category)
+
+
+def bmkit(*words: object) -> dict[str, Any]:
+    """Run a command and return what it says as JSON."""
+    done = subprocess.run(
+        ["bmkit", *(str(w) for w in words), "--json"], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"bmkit {words[0]} {words[1]}: exit {done.returncode}\n{done.stderr}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def judge(path: Path, rows: list[list[int]]) -> dict[str, float]:
+    """Return perplexity, bytes and weights of a checkpoint."""
+    cpu = torch.device("cpu")
+    voice = Voice(path, device=cpu, dtype="auto", rows=1, reporter=Silent())
+    size, weights, nonzeros = account.size(path)
+    return {
+        "perplexity": round(perplexity.of(voice, rows), 4),
+        "bytes": size,
+        "weights": weights,
+        "nonzeros": nonzeros,
+        "flops_per_token": account.flops_per_token(path),
+    }
+
+
+def speeds(paths: dict[str, Path], rounds: int) -> dict[str, dict[str, float]]:
+    """Time all checkpoints in turns: medians, and their ratio to the first's."""
+    cpu = torch.device("cpu")
+    ids = list(range(100, 100 + account.PROMPT))
+    voices = {
+        name: Voice(path, device=cpu, dtype="auto", rows=1, reporter=Silent())
+        for name, path in paths.items()
+    }
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in paths}
+    for _ in range(rounds):
+        for name, voice in voices.items():
+            found[name].append(account.speed(voice, ids))
+    medians = {
+        name: [statistics.median(kind) for kind in zip(*times, strict=True)]
+        for name, times in found.items()
+    }
+    first = next(iter(medians.values()))
+    return {
+        name: {
+            "decode": round(decode, 2),
+            "decode_ratio": round(decode / first[0], 3),
+            "prefill": round(prefill, 1),
+            "prefill_ratio": round(prefill / first[1], 3),
+        }
+        for name, (decode, prefill) in medians.items()
+    }
+
+
+def methods(model: Path, work: Path, only: list[str] | None) -> dict[str, Any]:
+    """Run the built-in recipes; return a line for each."""
+    text = work / "rag.txt"
+    text.write_text(texts("rag"))
+    cpu = torch.device("cpu")
+    tokenizer = Voice(model, device=cpu, dtype="auto", rows=1, reporter=Silent()).tokenizer
+    ids = tokenizer(texts("summarization"))["input_ids"]
+    rows = pack_rows([ids], 512, 24 * 512).tolist()
+    lines: dict[str, Any] = {"original": judge(model, rows)}
+    paths = {"original": model}
+    for name, assign in RECIPES.items():
+        if only and name not in only:
+            continue
+        recipe = name.partition(",")[0]
+        words: list[object] = [part for pair in assign for part in ("-s", pair)]
+        if recipe in NEEDS_TEXT:
+            words += ["-s", f"data.calibration={text}", "-s", "data.tokens=28000"]
+        if recipe == "moefy":
+            words += ["-s", "steps.0.max_loss=100"]
+        out = work / name.replace(",", "").replace(" ", "-").replace(":", "")
+        start = time.monotonic()
+        bmkit(
+            *("compress", recipe, "-m", model, "-o", out, "-s", "measure_speed=false"),
+            *(*words, "--force"),
+        )
+        seconds = time.monotonic() - start
+        lines[name] = {"seconds": round(seconds, 1), **judge(out, rows)}
+        paths[name] = out
+        ratio = lines[name]["perplexity"] / lines["original"]["perplexity"]
+        lines[name]["perplexity_ratio"] = round(ratio, 4)
+        print(
+            f"{name:24} x {ratio:8.3f}  {lines[name]['bytes'] / 1e6:7.1f} MB  {seconds:6.0f} s",
+            flush=True,
+        )
+    for name, found in speeds(paths, rounds=3).items():
+        lines[name] |= found
+    return lines
+
+
+def sst2(split: str, count: int) -> Iterator[dict[str, str]]:
+    """Yield reviews and what they are, both kinds in turns."""
+    kinds = {"0": "negative", "1": "positive"}
+    with (DATA / "sst2" / f"{split}.tsv").open(encoding="utf-8") as file:
+        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    for label, word in kinds.items():
+        for row in [r for r in rows if r[-1] == label][: count // 2]:
+            yield {"prompt": f"Is this review positive or negative? {row[0]}", "completion": word}
+
+
+def snips(split: str, count: int) -> Iterator[dict[str, str]]:
+    """Yield requests and what they ask for, seven kinds."""
+    files = sorted((DATA / "snips").glob(f"{split}_*.json"))
+    names = [f.stem.partition("_")[2] for f in files]
+    for file, name in zip(files, names, strict=True):
+        found = json.loads(file.read_text(encoding="utf-8", errors="replace"))[name]
+        for row in found[: count // len(files)]:
+            said = "".join(part["text"] for part in row["data"])
+            yield {"prompt": f"What is asked for? {said}", "completion": name}
+
+
+def tuned(model: Path, name: str, work: Path, rows: int) -> dict[str, float]:
+    """Tune an adapter on the frozen model for each task; return the share that it gets right."""
+    found = {}
+    for task, make, splits in (
+        ("sst2", sst2, ("train", "dev")),
+        ("snips", snips, ("train", "validate")),
+    ):
+        train, test = work / f"{task}-train.jsonl", work / f"{task}-test.jsonl"
+        train.write_text("".join(json.dumps(r) + "\n" for r in make(splits[0], rows)))
+        wanted = list(make(splits[1], 210))
+        test.write_text("".join(json.dumps({"prompt": r["prompt"]}) + "\n" for r in wanted))
+        out = work / f"{name}-{task}"
+        bmkit(
+            *("tune", "lora", "-m", model, "--data", train, "-o", out, "--force"),
+            *("-s", "train.per_device_train_batch_size=8", "-s", "train.learning_rate=2e-3"),
+            *("-s", "train.num_train_epochs=2", "-s", "data.dev=null"),
+        )
+        done = subprocess.run(
+            ["bmkit", "infer", "-m", out, "-i", test, "--json", "--max-new-tokens", "8"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        said = [json.loads(line)["text"] for line in done.stdout.splitlines()]
+        right = [s.strip() == r["completion"] for s, r in zip(said, wanted, strict=True)]
+        found[task] = round(sum(right) / len(right), 4)
+        print(f"{name} {task}: {found[task]:.3f}", flush=True)
+    return found
+
+
+def cooked(model: Path, work: Path, rows: int) -> dict[str, Any]:
+    """Run the combined recipe; compare model and result, tuned on tasks."""
+    text = work / "rag.txt"
+    text.write_text(texts("rag"))
+    out = work / "cooked"
+    start = time.monotonic()
+    made = bmkit(
+        *("compress", "cook", "-m", model, "-o", out, "-s", f"data.calibration={text}"),
+        *("-s", "data.tokens=28000", "--force"),
+    )
+    seconds = time.monotonic() - start
+    table = json.loads((out / "bmkit.json").read_text())["table"]
+    plain = {"original": model, "cooked": out}
+    times = speeds(plain, rounds=5)
+    scores = {name: tuned(path, name, work, rows) for name, path in plain.items()}
+    mean = {name: sum(found.values()) / len(found) for name, found in scores.items()}
+    first, last = table[0], table[-1]
+    return {
+        "seconds": round(seconds, 1),
+        "table": table,
+        "metrics": made["metrics"],
+        "speeds": times,
+        "scores": scores,
+        "score_kept": round(mean["cooked"] / mean["original"], 4),
+        "bytes_ratio": round(first["bytes"] / last["bytes"], 3),
+        "bytes_ratio_to_float32": round(4 * first["parameters"] / last["bytes"], 3),
+        "bmcook_accounting": 2 * 8,  # 2:4 is counted as 2, 4 of 32 bits as 8
+    }
+
+
+def main() -> None:
+    """Measure and save."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cook", action="store_true")
+    parser.add_argument("--only", nargs="*")
+    parser.add_argument("--rows", type=int, default=700)
+    parser.add_argument("--work", type=Path)
+    chosen = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+    facts = machine.facts()
+    model = Path(bmkit("pull", "smollm2-135m")["path"])
+    with tempfile.TemporaryDirectory() as scratch:
+        work = chosen.work or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        if chosen.cook:
+            found = cooked(model, work, chosen.rows)
+            machine.save("compress_cook", {**facts, "cook": found})
+        else:
+            found = methods(model, work, chosen.only)
+            machine.save("compress", {**facts, "methods": found})
+        print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -422,3 +422,31 @@ def placed_logits(path: Path) -> torch.Tensor:
     cpu = torch.device("cpu")
     voice = Voice(path, device=cpu, dtype="float32", rows=1, reporter=Silent())
     return torch.cat(list(voice.logits(IDS[0].tolist(), 0)))[None]
+
+
+@pytest.mark.parametrize("symmetric", ["true", "false"])
+def test_layers_of_several_widths_load_or_are_refused(
+    bmkit: Run, tiny: Path, tmp_path: Path, symmetric: str
+) -> None:
+    (tmp_path / "text.txt").write_text("some words to look at, and others. " * 60)
+    done = bmkit(
+        *("compress", "gptq", "-m", "tiny", "-o", "a", "-s", "steps.0.average_bits=5"),
+        *("-s", "data.calibration=text.txt", "-s", "data.sequence_length=64"),
+        *("-s", "steps.0.scale_dtype=float32", "-s", f"steps.0.symmetric={symmetric}"),
+    )
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
+    groups = config["config_groups"].values()
+    assert len({g["weights"]["num_bits"] for g in groups}) > 1
+    assert sum(len(g["targets"]) for g in groups) == 14
+    ours = by_bmkit(tmp_path / "a")
+    loads = json.loads((tmp_path / "a" / "bmkit.json").read_text())["loads_in"]
+    if symmetric == "false":
+        assert loads == ["bmkit"]
+        with pytest.raises(subprocess.CalledProcessError):
+            logits(tmp_path / "a")
+        assert bmkit("infer", "-m", "a", "-p", "a", "--raw").returncode == 0
+        return
+    assert loads == ["transformers + compressed-tensors"]
+    assert torch.allclose(ours, logits(tmp_path / "a"), atol=1e-5)
+    says_what_transformers_says(bmkit, tmp_path / "a")

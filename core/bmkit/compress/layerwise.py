@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -94,6 +94,8 @@ def smallest_gone(step: Magnitude, weight: Tensor) -> Tensor:
     return sparsity.magnitude(weight, step.sparsity, sparsity.parse_pattern(step.pattern))
 
 
+WIDTHS = (2, 3, 4, 8)
+"""How many bits a layer may have, where that is chosen."""
 ZEROS = 0.1
 """The share of zeros from which a matrix counts as pruned: they are kept then."""
 
@@ -105,6 +107,7 @@ def walk_blocks(
     left: Sequence[str],
     grid: Grid | None,
     folder: Path,
+    bits: Mapping[str, int] | None = None,
     *,
     device: torch.device,
     reporter: Reporter,
@@ -113,7 +116,8 @@ def walk_blocks(
 
     Each block is compressed on what comes out of those before it as they are by then. Results lie
     in `folder`, a file a block, from where a stopped run goes on. Returns the file in which the
-    result of each stored weight is, and what was measured. Peak memory: see `Blocks`, and a block
+    result of each stored weight is, and what was measured. `bits` are those of layers that have not
+    those of `grid`. Peak memory: see `Blocks`, and a block
     in float32 with the statistics of its layers.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +129,7 @@ def walk_blocks(
             chosen = {n: m for n, m in block.linears.items() if n not in left}
             file = folder / f"block-{block.number:05}.safetensors"
             if not file.is_file():
-                _write(file, *_block(blocks, step, block, chosen, grid))
+                _write(file, *_block(blocks, step, block, chosen, grid, bits or {}))
             kept = load_file(file)
             notes += plan.read_json(file.with_suffix(".json"))["layers"]
             for name, module in chosen.items():
@@ -147,12 +151,48 @@ def walk_blocks(
     )
 
 
+def sensitivities(
+    source: Path,
+    rows: Tensor,
+    left: Sequence[str],
+    grid: Grid,
+    *,
+    device: torch.device,
+    reporter: Reporter,
+) -> tuple[dict[str, dict[int, float]], dict[str, int]]:
+    """Return what the layers of all blocks lose at each number of `WIDTHS` bits, and their weights.
+
+    That is the squared size of the output's error over that of the output, on rows held out, with
+    weights rounded plainly. Peak memory as of `walk_blocks`.
+    """
+    blocks = Blocks(source, rows, device=device)
+    costs: dict[str, dict[int, float]] = {}
+    weights: dict[str, int] = {}
+    with task(reporter, "measure what rounding costs", blocks.count, "blocks") as bar:
+        for block in blocks.visit():
+            chosen = {n: m for n, m in block.linears.items() if n not in left}
+            seen = blocks.observe(block, list(chosen)) if chosen else {}
+            for name, module in chosen.items():
+                weight, weights[name] = module.weight.data, module.weight.numel()
+                costs[name] = {}
+                for bits in WIDTHS:
+                    try:
+                        rounded = round_matrix(weight, replace(grid, bits=bits))
+                    except ValueError as exc:
+                        raise InputError(f"{source}: layer {name}: {exc}") from None
+                    difference = rounded.dense() - weight
+                    costs[name][bits] = output_error(difference, weight, seen[name].held_out) ** 2
+            bar.advance()
+    return costs, weights
+
+
 def _block(
     blocks: Blocks,
     step: Layerwise,
     block: Block,
     chosen: Mapping[str, nn.Linear],
     grid: Grid | None,
+    bits: Mapping[str, int],
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """Compress the layers of a block; return their parts by stored name, and what was measured."""
     seen = blocks.observe(block, list(chosen)) if chosen else {}
@@ -166,7 +206,8 @@ def _block(
                 hint="name it in exclude_modules, to leave it as it is",
             )
         try:
-            parts, fallback = compress(step, module.weight.data, seen[name], grid)
+            own = replace(grid, bits=bits[name]) if grid and name in bits else grid
+            parts, fallback = compress(step, module.weight.data, seen[name], own)
             if "weight" in parts:
                 parts["weight"] = parts["weight"].to(blocks.dtype(stored))
         except ValueError as exc:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -81,7 +81,12 @@ def config_of_integers(ignore: list[str], *, dynamic: bool) -> dict[str, Any]:
 
 
 def config(
-    grid: Grid, ignore: list[str], tables: Collection[str] = (), *, kept: bool = False
+    grid: Grid,
+    ignore: list[str],
+    tables: Collection[str] = (),
+    *,
+    kept: bool = False,
+    bits: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return the `quantization_config` for `config.json`; `ignore` are the linears left dense.
 
@@ -90,20 +95,27 @@ def config(
     layers two of four weights are `kept`.
 
     `dequantize` makes plain transformers unpack while loading, not at the first forward: it is
-    quicker, and `peft` finds the dense weights that it needs.
+    quicker, and `peft` finds the dense weights that it needs. Where all layers have `bits` of their
+    own, each is unpacked in the first pass; with zero-points only by bmkit.
     """
-    groups = {"group_0": _group(grid, ["Linear"])}
+    widths = sorted(set((bits or {}).values()), reverse=True) or [grid.bits]
+    groups = {}
+    for i, width in enumerate(widths):
+        named = [name for name, own in (bits or {}).items() if own == width]
+        groups[f"group_{i}"] = _group(replace(grid, bits=width), named or ["Linear"])
     if kept:
         groups["group_0"]["format"] = TWO_OF_FOUR
+    elif len(widths) > 1 and not grid.symmetric:  # then it takes packed zero-points for plain ones
+        groups["group_0"]["format"] = LAYOUT
     if tables and replace(grid, scale_search=1) != TABLE:
-        groups["group_1"] = {**_group(TABLE, sorted(tables)), "format": LAYOUT}
+        groups[f"group_{len(groups)}"] = {**_group(TABLE, sorted(tables)), "format": LAYOUT}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ignore,
-        "dequantize": True,
+        "dequantize": len(widths) == 1,
     }
 
 

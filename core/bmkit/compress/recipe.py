@@ -149,7 +149,9 @@ class CompressRecipe(Recipe):
     def _structure_comes_before_zeros(self) -> CompressRecipe:
         kinds = [step.method for step in self.steps]
         if "moefy" in kinds:
-            behind = [k for k in kinds[kinds.index("moefy") :] if k in (*STRUCTURE, *SCALING)]
+            behind = [
+                k for k in kinds[kinds.index("moefy") :] if k in ("shrink", "gates", *SCALING)
+            ]
             if behind:
                 raise contradiction(
                     "steps",

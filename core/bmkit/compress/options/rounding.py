@@ -81,6 +81,13 @@ class Gptq(_Rounding):
     scale_search: int = Field(
         default=20, ge=1, le=100, description="How many clipping points to try per scale."
     )
+    average_bits: float | None = Field(
+        default=None,
+        ge=2,
+        le=8,
+        description="Layers get 2, 3, 4 or 8 bits, so many a weight on the average: more where "
+        "rounding costs their outputs more. In the place of `bits`.",
+    )
     act_order: bool = Field(
         default=True, description="Whether inputs of the largest energy are rounded first."
     )

@@ -114,7 +114,7 @@ def test_a_loss_above_the_bound_is_refused_with_its_measure(
 
 
 def test_distilling_heals_what_computing_by_experts_costs(
-    bmkit: Run, tiny: Path, text: Path, tmp_path: Path
+    bmkit: Run, taught: Path, text: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "bare.yaml").write_text(
         steps("{method: moefy, size: 4, active: 0.4, max_loss: 1000}")
@@ -133,7 +133,7 @@ def test_distilling_heals_what_computing_by_experts_costs(
     text.rename(tmp_path / "rows.jsonl")
     for name in ("bare", "frozen", "learned"):
         done = bmkit(
-            *("compress", f"{name}.yaml", "-m", tiny, "-o", name, "--json"),
+            *("compress", f"{name}.yaml", "-m", taught, "-o", name, "--json"),
             *("-s", f"data.calibration={tmp_path / 'rows.jsonl'}"),
         )
         assert done.returncode == 0, done.stderr
@@ -145,7 +145,7 @@ def test_distilling_heals_what_computing_by_experts_costs(
     assert files["bare"] == files["frozen"]
     assert files["learned"] != files["bare"]
     tensors = load_file(tmp_path / "learned" / "model.safetensors")
-    assert tensors.keys() == load_file(tiny / "model.safetensors").keys()
+    assert tensors.keys() == load_file(taught / "model.safetensors").keys()
 
 
 def test_layers_that_are_dropped_take_their_routers_along(

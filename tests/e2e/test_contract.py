@@ -194,13 +194,15 @@ def test_quiet_says_nothing_on_stderr(bmkit: Run, tiny: Path) -> None:
 def test_progress_as_json_events(bmkit: Run, tiny: Path) -> None:
     done = bmkit("compress", "int8", "-m", "tiny", "-o", "a", "--progress", "json")
     events = [json.loads(line) for line in done.stderr.splitlines()]
-    assert events[0]["event"] == "begin" and events[-2]["event"] == "end"
-    assert [e["done"] for e in events if e["event"] == "progress"][-1] == events[0]["total"]
+    kinds = [e["event"] for e in events]
+    assert kinds[0] == "begin" and kinds.count("begin") == kinds.count("end")
+    first = events[: kinds.index("end")]
+    assert [e["done"] for e in first if e["event"] == "progress"][-1] == events[0]["total"]
 
 
 def test_progress_elsewhere_is_a_line_per_tenth(bmkit: Run, tiny: Path) -> None:
     done = bmkit("compress", "int8", "-m", "tiny", "-o", "a")
-    lines = [x for x in done.stderr.splitlines() if x.startswith("quantize")]
+    lines = [x for x in done.stderr.splitlines() if x.startswith("quantize to")]
     assert 8 <= len(lines) <= 10 and "100 %" in lines[-1]
 
 

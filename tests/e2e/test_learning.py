@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from bmkit.compress.qat import Rounding
 from bmkit.compress.run import run as compress
-from bmkit.nn.rounding import dequantize, quantize
+from bmkit.nn.rounding import Grid, round_matrix
 from bmkit.pipeline import stage
 from bmkit.pipeline.stage import Request
 from bmkit.report import Silent
@@ -62,14 +62,21 @@ def in_float32(path: Path) -> None:
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "how", ["bits: 4, group_size: 32", "bits: 4, group_size: 32, scale_search: 5", "bits: 8"]
+    "how",
+    [
+        "bits: 4, group_size: 32",
+        "bits: 4, group_size: 32, scale_search: 5",
+        "bits: 3, group_size: 32, symmetric: false",
+        "bits: 8",
+    ],
 )
 def test_what_is_trained_rounded_is_what_is_exported_bit_for_bit(
     tiny: Path, text: Path, tmp_path: Path, stored: str, how: str
 ) -> None:
     if stored == "float32":
         in_float32(tiny)
-    export = f"method: quantize, {how}, exclude_modules: [down_proj]"
+    # transformers multiplies values and scale in the scale's dtype, training in float32
+    export = f"method: quantize, {how}, scale_dtype: float32, exclude_modules: [down_proj]"
     path = recipe(tmp_path, f"method: distill, qat: true, {TRAIN}", export)
     assign = tuple(word for word in SHORT if "=" in word)
     request = Request(
@@ -94,8 +101,8 @@ def test_what_is_trained_rounded_is_what_is_exported_bit_for_bit(
             value = master[name].to(dtype)
             if "_proj" in name and "down" not in name:
                 group = None if step.group_size == "channel" else step.group_size
-                rounded = quantize(value, step.bits, group, scale_search=step.scale_search)
-                value = dequantize(*rounded)
+                grid = Grid(step.bits, group, step.symmetric, step.scale_search)
+                value = round_matrix(value, grid).dense()
             parameter.copy_(value)
         wanted = student(input_ids=torch.arange(3, 43).reshape(2, 20)).logits
     assert torch.equal(logits(out), wanted)

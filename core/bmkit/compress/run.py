@@ -103,7 +103,8 @@ def _accounts(
     """Measure the checkpoints that steps have made, each on the same rows."""
     job, rows = shared.job, _held_out(shared)
     shared.forget()
-    timed = shared.recipe.measure_speed and shared.generates
+    timed = shared.recipe.measure_speed and shared.generates and _has_tokenizer(job.checkpoint)
+    vocabulary = model.load_config(job.checkpoint).get_text_config().vocab_size
     lines = []
     with task(job.reporter, "measure", len(made), "models") as bar:
         for name, path in made:
@@ -119,13 +120,26 @@ def _accounts(
                 if rows:
                     found["perplexity"] = perplexity.of(voice, rows)
                 if timed:
-                    ids = rows[0] if rows else [i % 97 for i in range(account.PROMPT)]
+                    ids = (
+                        rows[0]
+                        if rows
+                        else [i % min(vocabulary, 97) for i in range(account.PROMPT)]
+                    )
                     found["decode"], found["prefill"] = account.speed(voice, ids)
             size, weights, nonzeros = account.size(path)
             flops = account.flops_per_token(path)
             lines.append(account.Account(name, size, weights, nonzeros, flops, **found).row())
             bar.advance()
     return lines
+
+
+def _has_tokenizer(path: Path) -> bool:
+    """Tell whether a checkpoint can be opened as one that speaks."""
+    try:
+        model.load_tokenizer(path)
+    except InputError:
+        return False
+    return True
 
 
 def _summary(lines: Sequence[Metrics]) -> Metrics:

@@ -44,9 +44,8 @@ def test_bytes_weights_and_zeros_are_counted(tmp_path: Path) -> None:
     assert found[2] == weights - zeros
     tensors["model.layers.0.mlp.up_proj.weight"][:, :8] = 0
     save_file(tensors, file, metadata={"format": "pt"})
-    more = int((tensors["model.layers.0.mlp.up_proj.weight"] == 0).sum())
     assert account.size(path)[2] == weights - sum(int((t == 0).sum()) for t in tensors.values())
-    assert more >= 64 * 8
+    assert account.size(path)[2] <= found[2] - 64 * 8 + zeros
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -64,8 +63,6 @@ def test_packed_weights_count_as_what_they_stand_for(tmp_path: Path, symmetric: 
     save_file(tensors, file, metadata={"format": "pt"})
     size, weights, nonzeros = account.size(path)
     assert weights == before[1]
-    others = sum(int(t.count_nonzero()) for n, t in tensors.items() if "gate_proj.weight_" not in n)
-    others -= sum(int(t.count_nonzero()) for n, t in tensors.items() if ".weight_" in n)
     others = sum(int(t.count_nonzero()) for n, t in tensors.items() if ".weight_" not in n)
     assert nonzeros == others + int(rounded.dense().count_nonzero())
     assert size < before[0]

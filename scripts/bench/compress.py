@@ -1,6 +1,7 @@
 """What each way of compressing SmolLM2 costs and gives: perplexity, bytes, speed, wall time.
 
 python scripts/bench/compress.py                     the methods by themselves
+python scripts/bench/compress.py --peer PYTHON       and llm-compressor beside them, line by line
 python scripts/bench/compress.py --cook              a combined recipe, and tasks tuned behind it
 
 Calibrated on one kind of text (RAG prompts of Spec-Bench), judged on another (its articles to be
@@ -36,6 +37,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "int4": (),
     "int4, 64, symmetric": ("steps.0.group_size=64", "steps.0.symmetric=true"),
     "gptq": (),
+    "gptq, 64, symmetric": ("steps.0.group_size=64", "steps.0.symmetric=true"),
     "gptq, 3 bits": ("steps.0.bits=3",),
     "awq": (),
     "w8a8": (),
@@ -44,9 +46,27 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "wanda, 2:4": ("steps.0.pattern=2:4",),
     "wanda": (),
     "sparsegpt": (),
+    "sparsegpt, 2:4": ("steps.0.pattern=2:4",),
     "moefy": ("data.tokens=32768",),
     "shrink": (),
 }
+FOUR: dict[str, Any] = {"bits": 4, "group_size": 32, "symmetric": False}
+PEERS: dict[str, dict[str, Any]] = {
+    "int8": {"kind": "round", "bits": 8, "symmetric": True},
+    "int4": {"kind": "round", **FOUR},
+    "int4, 64, symmetric": {"kind": "round", "bits": 4, "group_size": 64, "symmetric": True},
+    "gptq": {"kind": "gptq", **FOUR},
+    "gptq, 64, symmetric": {"kind": "gptq", "bits": 4, "group_size": 64, "symmetric": True},
+    "awq": {"kind": "awq", **FOUR},
+    "w8a8": {"kind": "w8a8"},
+    "smoothquant": {"kind": "smoothquant"},
+    "wanda, 2:4": {"kind": "wanda", "pattern": "2:4"},
+    "wanda": {"kind": "wanda"},
+    "sparsegpt": {"kind": "sparsegpt"},
+    "sparsegpt, 2:4": {"kind": "sparsegpt", "pattern": "2:4"},
+}
+"""What llm-compressor is asked for where it has the same."""
+PEER_SECONDS = 1500
 NEEDS_TEXT = {"gptq", "awq", "smoothquant", "wanda", "sparsegpt", "moefy", "shrink"}
 
 
@@ -81,6 +101,18 @@ def judge(path: Path, rows: list[list[int]]) -> dict[str, float]:
     }
 
 
+def judged(path: Path, rows: list[list[int]], first: dict[str, float]) -> dict[str, float]:
+    """Return what `judge` does, and the ratio of perplexities to the `first`'s."""
+    found = judge(path, rows)
+    return {**found, "perplexity_ratio": round(found["perplexity"] / first["perplexity"], 4)}
+
+
+def line_of(found: dict[str, Any]) -> str:
+    """Return a line for eyes."""
+    size, ratio = found["bytes"] / 1e6, found["perplexity_ratio"]
+    return f" x {ratio:8.3f} {size:7.1f} MB {found['seconds']:6.0f} s"
+
+
 def speeds(paths: dict[str, Path], rounds: int) -> dict[str, dict[str, float]]:
     """Time all checkpoints in turns: medians, and their ratio to the first's."""
     cpu = torch.device("cpu")
@@ -109,14 +141,42 @@ def speeds(paths: dict[str, Path], rounds: int) -> dict[str, dict[str, float]]:
     }
 
 
-def methods(model: Path, work: Path, only: list[str] | None) -> dict[str, Any]:
-    """Run the built-in recipes; return a line for each."""
+def theirs(
+    python: str, model: Path, name: str, tokens: list[list[int]], work: Path
+) -> dict[str, Any]:
+    """Let llm-compressor do the same; return how long the whole command took, and its heart."""
+    out, rows, recipe = work / "theirs", work / "rows.json", work / "recipe.json"
+    rows.write_text(json.dumps(tokens))
+    recipe.write_text(json.dumps(PEERS[name]))
+    script = Path(__file__).with_name("peer_llmcompressor.py")
+    start = time.monotonic()
+    try:
+        done = subprocess.run(
+            [python, script, model, out, rows, recipe],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=PEER_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {PEER_SECONDS} s"}
+    if done.returncode:
+        return {"failed": done.stderr.strip().splitlines()[-1]}
+    heart = json.loads(done.stdout.splitlines()[-1])["seconds"]
+    return {"seconds": round(time.monotonic() - start, 1), "oneshot_seconds": heart}
+
+
+def methods(
+    model: Path, work: Path, only: list[str] | None, peer: str | None = None
+) -> dict[str, Any]:
+    """Run the built-in recipes, and the peer's; return a line for each."""
     text = work / "rag.txt"
     text.write_text(texts("rag"))
     cpu = torch.device("cpu")
     tokenizer = Voice(model, device=cpu, dtype="auto", rows=1, reporter=Silent()).tokenizer
     ids = tokenizer(texts("summarization"))["input_ids"]
     rows = pack_rows([ids], 512, 24 * 512).tolist()
+    calibration = pack_rows([tokenizer(text.read_text())["input_ids"]], 512, 28000).tolist()
     lines: dict[str, Any] = {"original": judge(model, rows)}
     paths = {"original": model}
     for name, assign in RECIPES.items():
@@ -134,15 +194,17 @@ def methods(model: Path, work: Path, only: list[str] | None) -> dict[str, Any]:
             *("compress", recipe, "-m", model, "-o", out, "-s", "measure_speed=false"),
             *(*words, "--force"),
         )
-        seconds = time.monotonic() - start
-        lines[name] = {"seconds": round(seconds, 1), **judge(out, rows)}
+        seconds = round(time.monotonic() - start, 1)
+        lines[name] = {"seconds": seconds, **judged(out, rows, lines["original"])}
         paths[name] = out
-        ratio = lines[name]["perplexity"] / lines["original"]["perplexity"]
-        lines[name]["perplexity_ratio"] = round(ratio, 4)
-        print(
-            f"{name:24} x {ratio:8.3f}  {lines[name]['bytes'] / 1e6:7.1f} MB  {seconds:6.0f} s",
-            flush=True,
-        )
+        said = [line_of(lines[name])]
+        if peer and name in PEERS:
+            other = theirs(peer, model, name, calibration, work)
+            if "failed" not in other:
+                other |= judged(work / "theirs", rows, lines["original"])
+            lines[name]["llm-compressor"] = other
+            said.append(other.get("failed") or line_of(other))
+        print(f"{name:22}", "   theirs".join(said), flush=True)
     for name, found in speeds(paths, rounds=3).items():
         lines[name] |= found
     return lines
@@ -234,6 +296,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cook", action="store_true")
     parser.add_argument("--only", nargs="*")
+    parser.add_argument("--peer", help="the python of an environment that has llm-compressor")
     parser.add_argument("--rows", type=int, default=700)
     parser.add_argument("--work", type=Path)
     chosen = parser.parse_args()
@@ -247,7 +310,7 @@ def main() -> None:
             found = cooked(model, work, chosen.rows)
             machine.save("compress_cook", {**facts, "cook": found})
         else:
-            found = methods(model, work, chosen.only)
+            found = methods(model, work, chosen.only, chosen.peer)
             machine.save("compress", {**facts, "methods": found})
         print(json.dumps(found, indent=1))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bmkit.nn import sparsity
 from bmkit.nn.gptq import gptq
-from bmkit.nn.hessian import inverse_factor, output_error
+from bmkit.nn.hessian import STRIP, add_products, inverse_factor, mirror, output_error
 from bmkit.nn.rounding import Grid, round_matrix
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -27,6 +27,17 @@ def draw(seed: int, rows: int = 6, inputs: int = 32, tokens: int = 96) -> tuple[
     mix = torch.randn(inputs, inputs, generator=generator) / inputs**0.5
     x = torch.randn(tokens, inputs, generator=generator) @ (mix + 0.3 * torch.eye(inputs))
     return weight, x.T @ x / tokens
+
+
+@pytest.mark.parametrize("width", [1, STRIP - 1, STRIP, STRIP + 1, 2 * STRIP, 2 * STRIP + 7])
+def test_half_of_the_products_are_all_of_them(width: int) -> None:
+    inputs = torch.randn(2, 9, width, generator=torch.Generator().manual_seed(width))
+    total = torch.zeros(width, width)
+    for rows in inputs:
+        add_products(total, rows)
+    mirror(total)
+    flat = inputs.reshape(-1, width)
+    assert torch.allclose(total, flat.T @ flat, atol=1e-4)
 
 
 @given(SEEDS, st.sampled_from([1e-4, 0.01, 0.1]))

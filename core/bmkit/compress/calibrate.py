@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bmkit.errors import InputError, ResourceError
 from bmkit.nn import walk
+from bmkit.nn.hessian import add_products, mirror
 from bmkit.runtime.cpu.source import DTYPES
 from bmkit.runtime.placed.load import empty
 from bmkit.runtime.placed.origin import Origin
@@ -207,27 +208,34 @@ class Blocks:
     def observe(self, block: Block, names: Collection[str]) -> dict[str, Seen]:
         """Run the rows through a block; return what went into its linear layers `names`.
 
-        Layers with the same input share their statistics.
+        Layers with the same input share their statistics. What a block computes behind the last of
+        them is left out, if the first row meets each of them once.
         """
         held = held_out(len(self.hidden))
         sums: dict[str, list[Tensor]] = {}
         counts: dict[str, list[int]] = {}
         leader: dict[str, str] = {}
         given: dict[int, tuple[Tensor, str]] = {}  # holds the tensors, so that ids stay theirs
-        now = 0
+        met: list[str] = []
+        now, last = 0, False
+
+        def add(name: str, inputs: Tensor) -> None:
+            x = inputs.reshape(-1, inputs.shape[-1]).float()
+            width = x.shape[1]
+            if name not in sums:
+                sums[name] = [torch.zeros(width, width, device=x.device) for _ in range(2)]
+                counts[name] = [0, 0]
+            add_products(sums[name][now], x)
+            counts[name][now] += len(x)
 
         def hook(name: str) -> Any:
             def take(module: nn.Module, args: tuple[Tensor, ...]) -> None:
                 _, same = given.setdefault(id(args[0]), (args[0], name))
-                if leader.setdefault(name, same) != name:
-                    return
-                x = args[0].reshape(-1, args[0].shape[-1]).float()
-                width = x.shape[1]
-                if name not in sums:
-                    sums[name] = [torch.zeros(width, width, device=x.device) for _ in range(2)]
-                    counts[name] = [0, 0]
-                sums[name][now].addmm_(x.T, x)
-                counts[name][now] += len(x)
+                if leader.setdefault(name, same) == name:
+                    add(name, args[0])
+                met.append(name)
+                if last and len(met) == len(names):
+                    raise _Stop
 
             return take
 
@@ -236,8 +244,11 @@ class Blocks:
         try:
             for row in range(len(self.hidden)):
                 now = int(row in held)
-                self._run(block.number, row)
+                with suppress(_Stop):
+                    self._run(block.number, row)
+                last = last if row else sorted(met) == sorted(names)
                 given.clear()
+                met.clear()
         finally:
             for handle in hooks:
                 handle.remove()
@@ -248,6 +259,8 @@ class Blocks:
         means: dict[str, Seen] = {}
         for name, (fitted, apart) in sums.items():
             tokens, others = counts[name]
+            mirror(fitted)
+            mirror(apart)
             fitted /= max(tokens, 1)
             apart = apart / others if others else fitted
             means[name] = Seen(fitted, apart, tokens)

@@ -11,9 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    T5Config,
+)
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+Words = tuple[str, ...]
 WORDS = "The sea is wide. A fox runs over the hill, 1 2 3, and the list goes on. " * 60
 
 
@@ -129,6 +136,38 @@ def test_an_encoder_is_compressed_on_text_that_is_given(
     found = metrics(bmkit("compress", "wanda", "-m", "bert", "-o", "x", *SHORT))
     assert found["sparsity"] == pytest.approx(0.5, abs=0.01) and "perplexity" not in found
     AutoModelForMaskedLM.from_pretrained(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more", "figure"),
+    [
+        ("gptq", (), "fallbacks"),
+        ("gptq", ("-s", "steps.0.average_bits=5"), "fallbacks"),
+        ("sparsegpt", ("-s", "steps.0.pattern=2:4"), "sparsity"),
+        ("w8a8", ("-s", "steps.0.activations=static"), "weight_error"),
+    ],
+)
+def test_both_halves_of_an_encoder_decoder_are_compressed(
+    bmkit: Run, tiny: Path, text: Path, tmp_path: Path, recipe: str, more: Words, figure: str
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    config = T5Config(vocab_size=400, **sizes, decoder_start_token_id=0)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "t5")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny / file, tmp_path / "t5" / file)
+    found = metrics(bmkit("compress", recipe, "-m", "t5", "-o", "x", *more, *SHORT))
+    assert figure in found and found["layers"] == 2 * (6 + 10)
+    assert 0.8 < found["perplexity_ratio"] < 1.3
+    assert found["perplexity_ratio"] != 1
+    answer = bmkit("infer", "-m", "x", "-p", "Hi", "--max-new-tokens", "5")
+    assert answer.returncode == 0, answer.stderr
+    if "steps.0.average_bits=5" in more:  # a layout of ours
+        return
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "x", dtype=torch.float32)
+    ids = torch.tensor([[5, 9, 77, 30, 8]])
+    with torch.no_grad():
+        assert torch.isfinite(model(input_ids=ids, decoder_input_ids=ids[:, :2]).logits).all()
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    BartConfig,
     BertConfig,
     FalconConfig,
     Gemma3TextConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    M2M100Config,
     OPTConfig,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -64,6 +66,33 @@ ENCODERS: dict[str, Any] = {
     "bert": BertConfig(**SMALL),
     "roberta": RobertaConfig(**SMALL, pad_token_id=1),
 }
+T5_SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "d_model": 32,
+    "d_kv": 16,
+    "d_ff": 48,
+    "num_layers": 3,
+    "num_heads": 2,
+    "decoder_start_token_id": 0,
+}
+HALVES: dict[str, Any] = {
+    "vocab_size": 300,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 40,
+}
+SEQ2SEQ: dict[str, Any] = {
+    "t5": T5Config(**T5_SIZES),
+    "t5-gated-untied": T5Config(
+        **T5_SIZES, feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_decoder_layers=2
+    ),
+    "bart": BartConfig(**HALVES),
+    "m2m100": M2M100Config(**HALVES),
+}
 
 
 def saved(config: Any, path: Path) -> Any:
@@ -84,12 +113,24 @@ def rows_of(count: int = 9, length: int = 20) -> Tensor:
     return torch.randint(3, 290, (count, length), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+def given(config: Any, row: Tensor) -> dict[str, Tensor]:
+    """Return what a model is called with for a row: halves of it for an encoder-decoder."""
+    if not config.is_encoder_decoder:
+        return {"input_ids": row[None]}
+    half = len(row) // 2
+    begin = torch.tensor([config.decoder_start_token_id])
+    return {
+        "input_ids": row[None, :half],
+        "decoder_input_ids": torch.cat((begin, row[half:-1]))[None],
+    }
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS, *SEQ2SEQ])
 @torch.no_grad()
 def test_blocks_give_what_the_model_gives_and_see_what_it_sees(name: str, tmp_path: Path) -> None:
-    model = saved((DECODERS | ENCODERS)[name], tmp_path)
+    model = saved((DECODERS | ENCODERS | SEQ2SEQ)[name], tmp_path)
     rows = rows_of()
-    blocks = Blocks(tmp_path, rows, device=CPU)
+    blocks = Blocks(tmp_path, rows, device=CPU, both=True)
     inputs: dict[str, list[Tensor]] = {}
     last: list[Tensor] = []
 
@@ -102,13 +143,13 @@ def test_blocks_give_what_the_model_gives_and_see_what_it_sees(name: str, tmp_pa
         last.append(out[0] if isinstance(out, tuple) else out)
 
     for whole, its in model.named_modules():
-        module = whole.removeprefix("" if name in DECODERS else f"{model.base_model_prefix}.")
+        module = whole.removeprefix(f"{model.base_model_prefix}." if name in ENCODERS else "")
         if isinstance(its, nn.Linear):
             its.register_forward_pre_hook(note(module))
-        elif module == f"{blocks.name}.{blocks.count - 1}":
+        elif module == blocks.places[-1]:
             its.register_forward_hook(keep)
     for row in rows:
-        model(input_ids=row[None])
+        model(**given(model.config, row))
     checked = 0
     for block in blocks.visit():
         for linear, seen in blocks.observe(block, list(block.linears)).items():
@@ -120,7 +161,26 @@ def test_blocks_give_what_the_model_gives_and_see_what_it_sees(name: str, tmp_pa
                 assert torch.allclose(found, gram, rtol=1e-3, atol=1e-4 * float(gram.abs().max()))
             assert seen.tokens == len(fitted)
             checked += 1
-    assert checked == sum(n.startswith(f"{blocks.name}.") for n in inputs)
+    assert checked == sum(n.startswith(tuple(f"{p}." for p in blocks.places)) for n in inputs)
+    assert torch.allclose(blocks.hidden, torch.cat(last), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [*SEQ2SEQ, "gemma3"])
+@torch.no_grad()
+def test_blocks_see_what_compressed_ones_make_of_it(name: str, tmp_path: Path) -> None:
+    model = saved((DECODERS | SEQ2SEQ)[name], tmp_path)
+    rows = rows_of()
+    blocks = Blocks(tmp_path, rows, device=CPU, both=True)
+    for block in blocks.visit():
+        for linear, module in block.linears.items():
+            module.weight.data *= 0.8
+            model.get_submodule(linear).weight.data *= 0.8
+    last: list[Tensor] = []
+    model.get_submodule(blocks.places[-1]).register_forward_hook(
+        lambda _, __, out: last.append(out[0] if isinstance(out, tuple) else out)
+    )
+    for row in rows:
+        model(**given(model.config, row))
     assert torch.allclose(blocks.hidden, torch.cat(last), rtol=1e-3, atol=1e-3)
 
 

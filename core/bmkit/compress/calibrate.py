@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,30 +47,52 @@ class Block:
 class Blocks:
     """A model's stack of blocks on rows of token ids [rows, tokens], one block in memory at a time.
 
-    All that is outside of the stack and the hidden states of all rows stay in memory: rows x tokens
-    x width x 4 bytes. Raises InputError for a model that has no such stack or that goes through it
-    otherwise than once, from the first to the last.
+    With `both` also the two of an encoder-decoder, one behind the other: the encoder reads the
+    first half of each row, the decoder the rest. All that is outside of the stacks and the hidden
+    states of all rows stay in memory: rows x tokens x width x 4 bytes, and what else blocks are
+    called with, where that isn't the same for all rows. Raises InputError for a model that has no
+    such stack or that goes through it otherwise than once, from the first to the last.
     """
 
-    def __init__(self, path: Path, rows: Tensor, *, device: torch.device) -> None:
+    def __init__(
+        self, path: Path, rows: Tensor, *, device: torch.device, both: bool = False
+    ) -> None:
         self.path, self.rows, self.device = path, rows, device
         self.model = empty(path)
         self.origin = Origin(path, self.model)
-        self.name, self.count = walk.stack(self.model)
+        self.stacks = walk.stacks(self.model) if both else [walk.stack(self.model)]
+        self.name = self.stacks[0][0]
+        self.places = [f"{name}.{i}" for name, count in self.stacks for i in range(count)]
+        """The names of all blocks."""
+        self.count = len(self.places)
         self.stack: Any = self.model.get_submodule(self.name)
         self.heads = set(walk.output_heads(self.model))
-        for name, _ in list(self.model.named_parameters()):
-            outside = not name.startswith(f"{self.name}.")
-            if outside and name.rpartition(".")[0] not in self.heads:
-                self._fill(name)
+        inside = tuple(f"{name}." for name, _ in self.stacks)
+        shared: dict[int, nn.Parameter | None] = {}
+        for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
+            if name.startswith(inside) or name.rpartition(".")[0] in self.heads:
+                continue
+            if id(parameter) not in shared:
+                shared[id(parameter)] = self._fill(name)
+            owner, _, key = name.rpartition(".")
+            if (filled := shared[id(parameter)]) is not None:
+                self.model.get_submodule(owner)._parameters[key] = filled
         for owner in self.model.modules():
             for key, buffer in owner._buffers.items():
                 if buffer is not None:
                     owner._buffers[key] = buffer.to(device)
         self.model.eval().requires_grad_(False)
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: dict[int, tuple[Any, Any]] = {}
+        """What else than hidden states each block is called with, of the first row."""
+        self.varied: dict[int, list[Tensor]] = {}
+        """Of those tensors, by identity, the ones that each row has its own of."""
+        self.marks: dict[int, tuple[int, int]] = {}
+        """And the ones that an earlier block hands on: its number, and which of its outputs."""
+        self.handed: dict[int, dict[int, Any]] = {}
         self.behind: int | None = None
         """The block that all rows have gone through already."""
+        self.shapes: list[int | None] = []
+        """How many tensors the blocks of each stack give beside hidden states; None: no tuple."""
         self.hidden = self._enter()
 
     def stored(self, name: str) -> str | None:
@@ -81,22 +103,23 @@ class Blocks:
         """Return the dtype of a tensor in the files."""
         return DTYPES[self.origin.files.tensors[stored].dtype]
 
-    def _fill(self, name: str) -> None:
+    def _fill(self, name: str) -> nn.Parameter | None:
         if name in self.origin.missing:  # as a pooler that was never trained
-            return
+            return None
         owner, _, key = name.rpartition(".")
         tensor = self.origin.tensor(name)
         if tensor.is_floating_point():
             tensor = tensor.float()
         parameter = nn.Parameter(tensor.to(self.device), requires_grad=False)
         self.model.get_submodule(owner)._parameters[key] = parameter
+        return parameter
 
     @torch.no_grad()
     def _enter(self) -> Tensor:
-        """Run what comes before the stack; note how each block is called."""
-        for whole in (False, True):
+        """Run what comes before the next stack; note how each of its blocks is called."""
+        for shape in (None, 0, 1, 2, 3):
             try:
-                return self._record(as_tuple=whole)
+                return self._record(shape)
             except (_Odd, IndexError, AttributeError, TypeError, ValueError) as exc:
                 reason = exc
         raise InputError(
@@ -104,31 +127,79 @@ class Blocks:
             hint="methods that need no data work on it",
         )
 
-    def _record(self, *, as_tuple: bool) -> Tensor:
+    def _record(self, shape: int | None) -> Tensor:
+        at = len(self.shapes)
+        first = sum(count for _, count in self.stacks[:at])
+        recorders = [_Recorder(block, shape) for block in self.stack]
+        recorders[-1].last = True
+        self.calls, self.varied = {}, {}
+        self.marks = {
+            id(mark): (first + i, k)
+            for i, recorder in enumerate(recorders)
+            for k, mark in enumerate(recorder.marks)
+        }
         found = []
-        takes = inspect.signature(self.model.forward).parameters
-        more = {"use_cache": False} if "use_cache" in takes else {}
-        blocks = list(self.stack)
-        recorders = [_Recorder(b, as_tuple, last=i == self.count - 1) for i, b in enumerate(blocks)]
+        stacks: list[Any] = [self.model.get_submodule(n) for n, _ in self.stacks]
+        held = [list(stack) for stack in stacks]
         try:
             for i, recorder in enumerate(recorders):
                 self.stack[i] = recorder
-            for row in self.rows:
+            for number, row in enumerate(self.rows):
+                self._play(number, at)
                 for recorder in recorders:
                     recorder.calls = []
                 with suppress(_Stop):
-                    self.model(input_ids=row[None].to(self.device), **more)
+                    self.model(**self._inputs(row))
                 if any(len(r.calls) != 1 for r in recorders):
                     raise _Odd("not every block is called once")
-                first = recorders[0].calls[0][0]
-                if any(r.calls[0][0] is not first for r in recorders):
+                start = recorders[0].calls[0][0]
+                if any(r.calls[0][0] is not start for r in recorders):
                     raise _Odd("something happens between two blocks")
-                found.append(first[0])
+                calls = {first + i: r.calls[0][1:] for i, r in enumerate(recorders)}
+                self._note(number, calls)
+                found.append(start[0])
         finally:
-            for i, block in enumerate(blocks):
-                self.stack[i] = block
-        self.calls = [(r.calls[0][1], r.calls[0][2]) for r in recorders]
+            for stack, blocks in zip(stacks, held, strict=True):
+                for i, block in enumerate(blocks):
+                    stack[i] = block
+        self.shapes.append(shape)
         return torch.stack(found)
+
+    def _inputs(self, row: Tensor) -> dict[str, Any]:
+        takes = inspect.signature(self.model.forward).parameters
+        more: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
+        config: Any = self.model.config
+        return {**inputs(config, row.to(self.device)), **more}
+
+    def _play(self, row: int, before: int) -> None:
+        """Let the stacks `before` one give what a row was behind them."""
+        for (name, count), shape in zip(self.stacks[:before], self.shapes, strict=True):
+            stack: Any = self.model.get_submodule(name)
+            for i in range(count):
+                player = _Recorder(stack[i], shape)
+                player.gives = self.hidden[row][None] if i == count - 1 else None
+                stack[i] = player
+
+    def _note(self, row: int, calls: dict[int, tuple[Any, Any]]) -> None:
+        """Keep how blocks are called: once, and again what differs from the first row."""
+        if not row:
+            self.calls = calls
+            met = {id(one) for call in calls.values() for one in _leaves(call)}
+            self.marks = {key: place for key, place in self.marks.items() if key in met}
+            return
+        done = set(self.marks)
+        for number, call in calls.items():
+            for one, other in zip(_leaves(self.calls[number]), _leaves(call), strict=True):
+                if id(one) in done:
+                    continue
+                done.add(id(one))
+                if id(one) in self.varied:
+                    self.varied[id(one)].append(other)
+                elif not torch.equal(one, other):
+                    self.varied[id(one)] = [one] * row + [other]
+        for some in self.varied.values():
+            if len(some) != row + 1:
+                raise _Odd("rows are called in ways that don't compare")
 
     @torch.no_grad()
     def visit(self, skip: Collection[int] = ()) -> Iterator[Block]:
@@ -136,34 +207,60 @@ class Blocks:
 
         Those to `skip` are left out, as if the model had them not.
         """
-        for number in range(self.count):
-            if number in skip:
-                continue
-            prefix = f"{self.name}.{number}"
-            module = self.stack[number]
-            names = [f"{prefix}.{name}" for name, _ in module.named_parameters()]
-            for name in names:
-                self._fill(name)
-            linears = {
-                f"{prefix}.{name}": m
-                for name, m in module.named_modules()
-                if isinstance(m, nn.Linear)
-            }
-            yield Block(number, module, linears)
-            for i in range(len(self.hidden) if self.behind != number else 0):
-                self.hidden[i] = self._run(number, i)
-            for name in names:
-                owner, _, key = name.rpartition(".")
-                empty_one = torch.empty(0, device="meta")
-                self.model.get_submodule(owner)._parameters[key] = nn.Parameter(
-                    empty_one, requires_grad=False
-                )
+        number = -1
+        for at, (stack, _) in enumerate(self.stacks):
+            if at:
+                self.name, self.stack = stack, self.model.get_submodule(stack)
+                self.hidden = self._enter()
+            for module in list(self.stack):
+                number += 1
+                if number not in skip:
+                    yield from self._visit(number, module)
+
+    def _visit(self, number: int, module: nn.Module) -> Iterator[Block]:
+        prefix = self.places[number]
+        names = [f"{prefix}.{name}" for name, _ in module.named_parameters()]
+        for name in names:
+            self._fill(name)
+        linears = {
+            f"{prefix}.{name}": m for name, m in module.named_modules() if isinstance(m, nn.Linear)
+        }
+        yield Block(number, module, linears)
+        for i in range(len(self.hidden) if self.behind != number else 0):
+            self.hidden[i] = self._run(number, i)
+        for name in names:
+            owner, _, key = name.rpartition(".")
+            empty_one = torch.empty(0, device="meta")
+            self.model.get_submodule(owner)._parameters[key] = nn.Parameter(
+                empty_one, requires_grad=False
+            )
 
     def _run(self, number: int, row: int) -> Tensor:
-        args, kwargs = self.calls[number]
-        found = self.stack[number](self.hidden[row][None], *args, **kwargs)
-        hidden: Tensor = found[0] if isinstance(found, tuple) else found
-        return hidden[0]
+        def own(tensor: Tensor) -> Any:
+            if id(tensor) in self.marks:
+                block, k = self.marks[id(tensor)]
+                return self.handed[block][k]
+            return self.varied[id(tensor)][row] if id(tensor) in self.varied else tensor
+
+        args, kwargs = _mapped(self.calls[number], own)
+        module: Any = self.model.get_submodule(self.places[number])
+        found = module(self.hidden[row][None], *args, **kwargs)
+        if isinstance(found, tuple):
+            self._hand_on(number, found[1:], first=not row)
+            found = found[0]
+        hidden: Tensor = found[0]
+        return hidden
+
+    def _hand_on(self, number: int, given: tuple[Any, ...], *, first: bool) -> None:
+        """Keep what a block gives for those behind it. Raises InputError if rows differ in it."""
+        wanted = {k: given[k] for block, k in self.marks.values() if block == number}
+        if first:
+            self.handed[number] = wanted
+            self.handed.pop(number - 2, None)
+        for k, one in wanted.items():
+            other = self.handed[number][k]
+            if isinstance(one, Tensor) and not torch.equal(one, other):
+                raise InputError(f"{self.places[number]} hands on what each row has another of")
 
     @torch.no_grad()
     def through(self, block: Block, row: int = 0) -> Tensor:
@@ -267,6 +364,21 @@ class Blocks:
         return {name: means[leader[name]] for name in names}
 
 
+def inputs(config: Any, row: Tensor) -> dict[str, Tensor]:
+    """Return what a model is called with, for a row of token ids [tokens].
+
+    An encoder-decoder reads the first half, and is to say the rest.
+    """
+    whole = row[None]
+    if not config.is_encoder_decoder:
+        return {"input_ids": whole}
+    candidates = (getattr(config, "decoder_start_token_id", None), config.pad_token_id, 0)
+    begin = next(i for i in candidates if i is not None)
+    half = len(row) // 2
+    said = torch.cat((torch.full_like(whole[:, :1], begin), whole[:, half:-1]), 1)
+    return {"input_ids": whole[:, :half], "decoder_input_ids": said}
+
+
 def held_out(rows: int) -> set[int]:
     """Return which of so many rows are not calibrated on: the last of each HELD_OUT."""
     return set(range(HELD_OUT - 1, rows, HELD_OUT))
@@ -300,13 +412,19 @@ class _Odd(Exception):
 
 
 class _Recorder(nn.Module):
-    """Stands for a block: notes what it is called with, and hands it on."""
+    """Stands for a block: notes what it is called with, and hands the hidden states on.
 
-    def __init__(self, block: nn.Module, as_tuple: bool, *, last: bool) -> None:
+    Beside them it gives a mark for each of the `more` tensors that a block gives, if it gives a
+    tuple at all: where a later block is called with a mark, that is what it is to be given.
+    """
+
+    def __init__(self, block: nn.Module, more: int | None) -> None:
         super().__init__()
         self.__dict__["block"] = block  # no submodule: its parameters are not there
-        self.as_tuple, self.last = as_tuple, last
+        self.more, self.last = more, False
+        self.__dict__["marks"] = [torch.empty(0) for _ in range(more or 0)]
         self.calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+        self.gives: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -321,4 +439,24 @@ class _Recorder(nn.Module):
         self.calls.append((hidden, args[1:], kwargs))
         if self.last:
             raise _Stop
-        return (hidden,) if self.as_tuple else hidden
+        given = hidden if self.gives is None else self.gives
+        return given if self.more is None else (given, *self.marks)
+
+
+def _leaves(value: Any) -> list[Tensor]:
+    """Return the tensors of nested tuples, lists and dicts, in order."""
+    found: list[Tensor] = []
+    _mapped(value, found.append)
+    return found
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Return `value` with its tensors changed, in tuples, lists and dicts too."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple | list):
+        made = [_mapped(one, change) for one in value]
+        return tuple(made) if isinstance(value, tuple) else made
+    if isinstance(value, dict):
+        return {key: _mapped(one, change) for key, one in value.items()}
+    return value

@@ -121,7 +121,7 @@ def walk_blocks(
     in float32 with the statistics of its layers.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    blocks = Blocks(source, rows, device=device)
+    blocks = Blocks(source, rows, device=device, both=True)
     where: dict[str, Path] = {}
     notes: list[dict[str, float]] = []
     with task(reporter, step.method, blocks.count, "blocks") as bar:
@@ -165,7 +165,7 @@ def sensitivities(
     That is the squared size of the output's error over that of the output, on rows held out, with
     weights rounded plainly. Peak memory as of `walk_blocks`.
     """
-    blocks = Blocks(source, rows, device=device)
+    blocks = Blocks(source, rows, device=device, both=True)
     costs: dict[str, dict[int, float]] = {}
     weights: dict[str, int] = {}
     with task(reporter, "measure what rounding costs", blocks.count, "blocks") as bar:

@@ -162,7 +162,7 @@ def _summary(lines: Sequence[Metrics]) -> Metrics:
 def _held_out(shared: Shared) -> list[list[int]]:
     """Return rows of given text that nothing was fitted to; none if there is no such text."""
     kinds = {step.method for step in shared.recipe.steps}
-    if not shared.generates or "frequent_tokens" in kinds:
+    if not shared.judges or "frequent_tokens" in kinds:
         return []
     if kinds & {"distill", "gates"}:
         given = "data.calibration" in shared.job.files or "moefy" in kinds

@@ -73,6 +73,11 @@ class Shared:
         return model.task(config) == "generate" and not config.is_encoder_decoder
 
     @property
+    def judges(self) -> bool:
+        """Tell whether the model has a perplexity: it says tokens, if only of half a text."""
+        return model.task(model.load_config(self.job.checkpoint)) == "generate"
+
+    @property
     def has_rows(self) -> bool:
         """Tell whether there are rows of text without letting the model speak for it."""
         return self._rows is not None or "data.calibration" in self.job.files

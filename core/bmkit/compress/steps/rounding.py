@@ -98,7 +98,7 @@ def _input_scales(work: Work, found: Scope) -> dict[str, float]:
     Raises InputError for layers outside of the blocks, which no text is seen to go through.
     """
     scales: dict[str, float] = {}
-    blocks = Blocks(work.source, work.shared.rows, device=work.shared.device)
+    blocks = Blocks(work.source, work.shared.rows, device=work.shared.device, both=True)
     with task(work.job.reporter, "look at what goes into layers", blocks.count, "blocks") as bar:
         for block in blocks.visit():
             names = [n for n in block.linears if n not in found.left]

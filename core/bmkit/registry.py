@@ -44,7 +44,7 @@ STAGES = {
             "bmkit.compress.run:run",
             takes=("model",),
             gives="model",
-            version=5,
+            version=6,
         ),
         Stage(
             "tune",

@@ -3,6 +3,7 @@
 python scripts/bench/compress.py                     the methods by themselves
 python scripts/bench/compress.py --peer PYTHON       and llm-compressor beside them, line by line
 python scripts/bench/compress.py --cook              a combined recipe, and tasks tuned behind it
+python scripts/bench/compress.py --healed            what training makes good again
 
 Calibrated on one kind of text (RAG prompts of Spec-Bench), judged on another (its articles to be
 summarised), which no method has seen. Speeds of all results are taken in turns, one round after the
@@ -15,6 +16,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import statistics
 import subprocess
 import tempfile
@@ -35,7 +37,8 @@ DATA = machine.ROOT.parent / "shared" / "data"
 RECIPES: dict[str, tuple[str, ...]] = {
     "int8": (),
     "int4": (),
-    "int4, 64, symmetric": ("steps.0.group_size=64", "steps.0.symmetric=true"),
+    "int4, 64": ("steps.0.group_size=64",),
+    "int4, asymmetric": ("steps.0.symmetric=false",),
     "gptq": (),
     "gptq, 64, symmetric": ("steps.0.group_size=64", "steps.0.symmetric=true"),
     "gptq, 3 bits": ("steps.0.bits=3",),
@@ -53,8 +56,9 @@ RECIPES: dict[str, tuple[str, ...]] = {
 FOUR: dict[str, Any] = {"bits": 4, "group_size": 32, "symmetric": False}
 PEERS: dict[str, dict[str, Any]] = {
     "int8": {"kind": "round", "bits": 8, "symmetric": True},
-    "int4": {"kind": "round", **FOUR},
-    "int4, 64, symmetric": {"kind": "round", "bits": 4, "group_size": 64, "symmetric": True},
+    "int4": {"kind": "round", "bits": 4, "group_size": 32, "symmetric": True},
+    "int4, 64": {"kind": "round", "bits": 4, "group_size": 64, "symmetric": True},
+    "int4, asymmetric": {"kind": "round", **FOUR},
     "gptq": {"kind": "gptq", **FOUR},
     "gptq, 64, symmetric": {"kind": "gptq", "bits": 4, "group_size": 64, "symmetric": True},
     "awq": {"kind": "awq", **FOUR},
@@ -66,7 +70,7 @@ PEERS: dict[str, dict[str, Any]] = {
     "sparsegpt, 2:4": {"kind": "sparsegpt", "pattern": "2:4"},
 }
 """What llm-compressor is asked for where it has the same."""
-PEER_SECONDS = 1500
+PEER_SECONDS = 900
 NEEDS_TEXT = {"gptq", "awq", "smoothquant", "wanda", "sparsegpt", "moefy", "shrink"}
 
 
@@ -231,6 +235,103 @@ def snips(split: str, count: int) -> Iterator[dict[str, str]]:
             yield {"prompt": f"What is asked for? {said}", "completion": name}
 
 
+def choices(count: int) -> dict[str, list[tuple[str, list[str], int]]]:
+    """Return questions with what may follow, and which of it is right: no tuning is needed.
+
+    Reviews are good or bad; a worked solution of GSM8K has one of four numbers behind it, the
+    others being those of other questions.
+    """
+    words = [" negative", " positive"]
+    reviews = [
+        (row["prompt"] + "\nAnswer:", words, words.index(f" {row['completion']}"))
+        for row in sst2("dev", count)
+    ]
+    rows = [json.loads(x) for x in (DATA / "gsm8k" / "test.jsonl").open(encoding="utf-8")]
+    finals = [row["answer"].rpartition("#### ")[2] for row in rows]
+    sums = []
+    for i, row in enumerate(rows[:count]):
+        worked = re.sub("<<.*?>>", "", row["answer"].rpartition("####")[0])
+        others = list(dict.fromkeys(f" {n}" for n in finals[i + 1 :] if n != finals[i]))[:3]
+        said = [f" {finals[i]}", *others]
+        at = i % len(said)  # where the right one stands doesn't matter; it is no constant though
+        said[0], said[at] = said[at], said[0]
+        sums.append((f"Question: {row['question']}\nAnswer: {worked}So the answer is", said, at))
+    return {"sst2": reviews, "gsm8k": sums}
+
+
+def chosen(path: Path, tasks: dict[str, list[tuple[str, list[str], int]]]) -> dict[str, float]:
+    """Return the share of questions where the right continuation is the most likely, by task."""
+    cpu = torch.device("cpu")
+    voice = Voice(path, device=cpu, dtype="auto", rows=1, reporter=Silent())
+    found = {}
+    for task, rows in tasks.items():
+        right = 0
+        for text, said, at in rows:
+            start = voice.tokenizer(text)["input_ids"]
+            scores = []
+            for one in said:
+                ids = start + voice.tokenizer(one, add_special_tokens=False)["input_ids"]
+                logits = torch.cat(list(voice.logits(ids[:-1], len(start) - 1))).float()
+                wanted = torch.tensor(ids[len(start) :])[:, None]
+                scores.append(float(logits.log_softmax(-1).gather(-1, wanted).sum()))
+            right += scores.index(max(scores)) == at
+        found[task] = round(right / len(rows), 4)
+    return found
+
+
+HEALED: dict[str, list[dict[str, Any]]] = {
+    "2:4, distilled": [
+        {"method": "sparsegpt", "pattern": "2:4"},
+        {"method": "distill", "likeliest": 64, "train": {"num_train_epochs": 2}},
+    ],
+    "70 % of the blocks' weights, distilled": [
+        {"method": "shrink", "parameters": 0.7, "units": ["ffn"]},
+        {"method": "distill", "likeliest": 64, "train": {"num_train_epochs": 2}},
+    ],
+    "int4 trained for": [
+        {"method": "distill", "qat": True, "likeliest": 64, "train": {"num_train_epochs": 1}},
+        {"method": "quantize", "bits": 4, "group_size": 32},
+    ],
+    "75 % of the neurons a token, distilled": [
+        {"method": "moefy", "size": 16, "shared": 0.125, "active": 0.75, "max_loss": 100.0},
+        {"method": "distill", "likeliest": 64, "train": {"num_train_epochs": 1}},
+    ],
+}
+
+
+def healed(model: Path, work: Path, count: int) -> dict[str, Any]:
+    """Compress and train; return perplexity and choices of each before and behind its training."""
+    text = work / "rag.txt"
+    text.write_text(texts("rag"))
+    cpu = torch.device("cpu")
+    tokenizer = Voice(model, device=cpu, dtype="auto", rows=1, reporter=Silent()).tokenizer
+    ids = tokenizer(texts("summarization"))["input_ids"]
+    rows, tasks = pack_rows([ids], 512, 24 * 512).tolist(), choices(count)
+    lines: dict[str, Any] = {"original": judge(model, rows) | chosen(model, tasks)}
+    for number, (name, steps) in enumerate(HEALED.items()):
+        for step in steps:
+            if "train" in step:
+                step["train"] |= {"learning_rate": 1e-4, "lr_scheduler_type": "cosine"}
+                step["train"] |= {"per_device_train_batch_size": 4}
+        data = {"calibration": str(text), "tokens": 28000, "sequence_length": 256}
+        recipe = {"kind": "compress", "data": data, "measure_speed": False, "steps": steps}
+        file, out = work / f"healed-{number}.json", work / f"healed-{number}"
+        file.with_suffix(".yaml").write_text(json.dumps(recipe))
+        start = time.monotonic()
+        bmkit("compress", file.with_suffix(".yaml"), "-m", model, "-o", out, "--force")
+        seconds = round(time.monotonic() - start, 1)
+        lines[name] = {"seconds": seconds, **judged(out, rows, lines["original"])}
+        lines[name] |= chosen(out, tasks) | {"table": table_of(out)}
+        print(f"{name:40}{line_of(lines[name])}", flush=True)
+    return lines
+
+
+def table_of(path: Path) -> list[dict[str, Any]]:
+    """Return what `compress` measured behind each step."""
+    found: list[dict[str, Any]] = json.loads((path / "bmkit.json").read_text())["table"]
+    return found
+
+
 def tuned(model: Path, name: str, work: Path, rows: int) -> dict[str, float]:
     """Tune an adapter on the frozen model for each task; return the share that it gets right."""
     found = {}
@@ -261,56 +362,69 @@ def tuned(model: Path, name: str, work: Path, rows: int) -> dict[str, float]:
     return found
 
 
-def cooked(model: Path, work: Path, rows: int) -> dict[str, Any]:
-    """Run the combined recipe; compare model and result, tuned on tasks."""
+COOKED = {
+    "cook": ("cook", 2 * 8),  # by BMCook's accounting 2:4 counts as 2, 4 of 32 bits as 8
+    "int4": ("gptq", 8),
+}
+
+
+def cooked(model: Path, work: Path, rows: int, count: int) -> dict[str, Any]:
+    """Run combined recipes; compare the model and what comes out, tuned on tasks and untuned."""
     text = work / "rag.txt"
     text.write_text(texts("rag"))
-    out = work / "cooked"
-    start = time.monotonic()
-    made = bmkit(
-        *("compress", "cook", "-m", model, "-o", out, "-s", f"data.calibration={text}"),
-        *("-s", "data.tokens=28000", "--force"),
-    )
-    seconds = time.monotonic() - start
-    table = json.loads((out / "bmkit.json").read_text())["table"]
-    plain = {"original": model, "cooked": out}
-    times = speeds(plain, rounds=5)
-    scores = {name: tuned(path, name, work, rows) for name, path in plain.items()}
-    mean = {name: sum(found.values()) / len(found) for name, found in scores.items()}
-    first, last = table[0], table[-1]
-    return {
-        "seconds": round(seconds, 1),
-        "table": table,
-        "metrics": made["metrics"],
-        "speeds": times,
-        "scores": scores,
-        "score_kept": round(mean["cooked"] / mean["original"], 4),
-        "bytes_ratio": round(first["bytes"] / last["bytes"], 3),
-        "bytes_ratio_to_float32": round(4 * first["parameters"] / last["bytes"], 3),
-        "bmcook_accounting": 2 * 8,  # 2:4 is counted as 2, 4 of 32 bits as 8
-    }
+    paths, found = {"original": model}, dict[str, Any]()
+    for name, (recipe, factor) in COOKED.items():
+        paths[name] = work / f"cooked-{name}"
+        start = time.monotonic()
+        more = () if recipe == "cook" else ("-s", "steps.0.embeddings=8")
+        bmkit(
+            *("compress", recipe, "-m", model, "-o", paths[name], *more, "--force"),
+            *("-s", f"data.calibration={text}", "-s", "data.tokens=28000"),
+        )
+        table = table_of(paths[name])
+        found[name] = {
+            "seconds": round(time.monotonic() - start, 1),
+            "table": table,
+            "bytes_ratio": round(table[0]["bytes"] / table[-1]["bytes"], 3),
+            "bytes_ratio_to_float32": round(4 * table[0]["parameters"] / table[-1]["bytes"], 3),
+            "bmcook_accounting": factor,
+        }
+        print(f"{name}: {found[name]}", flush=True)
+    times, tasks = speeds(paths, rounds=5), choices(count)
+    for name, path in paths.items():
+        scores = tuned(path, name, work, rows)
+        line = found.setdefault(name, {})
+        line |= {"speed": times[name], "tuned": scores, "untuned": chosen(path, tasks)}
+        line["tuned_mean"] = round(sum(scores.values()) / len(scores), 4)
+        line["tuned_kept"] = round(line["tuned_mean"] / found["original"]["tuned_mean"], 4)
+    return found
 
 
 def main() -> None:
     """Measure and save."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--cook", action="store_true")
+    parser.add_argument("--healed", action="store_true")
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--peer", help="the python of an environment that has llm-compressor")
     parser.add_argument("--rows", type=int, default=700)
+    parser.add_argument("--questions", type=int, default=60)
     parser.add_argument("--work", type=Path)
-    chosen = parser.parse_args()
+    given = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     facts = machine.facts()
     model = Path(bmkit("pull", "smollm2-135m")["path"])
     with tempfile.TemporaryDirectory() as scratch:
-        work = chosen.work or Path(scratch)
+        work = given.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
-        if chosen.cook:
-            found = cooked(model, work, chosen.rows)
-            machine.save("compress_cook", {**facts, "cook": found})
+        if given.healed:
+            found = healed(model, work, given.questions)
+            machine.save("compress_healed", {**facts, "methods": found})
+        elif given.cook:
+            found = cooked(model, work, given.rows, given.questions)
+            machine.save("compress_cook", {**facts, "recipes": found})
         else:
-            found = methods(model, work, chosen.only, chosen.peer)
+            found = methods(model, work, given.only, given.peer)
             machine.save("compress", {**facts, "methods": found})
         print(json.dumps(found, indent=1))
 

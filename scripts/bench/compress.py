@@ -156,7 +156,7 @@ def theirs(
     start = time.monotonic()
     try:
         done = subprocess.run(
-            [python, script, model, out, rows, recipe],
+            [python, "-E", script, model, out, rows, recipe],
             capture_output=True,
             text=True,
             check=False,

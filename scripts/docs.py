@@ -97,7 +97,8 @@ def _key_table(rows: Iterable[Row]) -> str:
 
 
 def _rows(model: type[BaseModel], prefix: str, skipped: Iterable[str]) -> Iterator[Row]:
-    for name, field in model.model_fields.items():
+    tags = {"method", "type"}  # they come first: they say whose keys follow
+    for name, field in sorted(model.model_fields.items(), key=lambda item: item[0] not in tags):
         if name in skipped:
             continue
         key = f"{prefix}{name}"

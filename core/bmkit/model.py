@@ -380,6 +380,15 @@ def tensors(headers: Headers) -> Iterator[tuple[str, Tensor]]:
                 yield name, stream.get_tensor(name)
 
 
+def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors into a `.safetensors` file in one rename, so that it is there whole or not."""
+    from safetensors.torch import save_file
+
+    scratch = file.with_suffix(".partial")
+    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, scratch)
+    scratch.replace(file)
+
+
 class ShardWriter:
     """Write a checkpoint tensor by tensor, starting a new file every `shard_bytes`.
 

@@ -82,6 +82,17 @@ def test_pruned_models_have_their_zeros_and_load_everywhere(
     AutoModelForCausalLM.from_pretrained(tmp_path / "s")
 
 
+def test_what_does_not_fit_is_measured_by_streaming(
+    bmkit: Run, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    whole = metrics(bmkit("compress", "wanda", "-m", "tiny", "-o", "w", *SHORT))
+    done = bmkit("compress", "wanda", "-m", "tiny", "-o", "s", *SHORT, "--cpu-memory", "200MiB")
+    streamed = metrics(done)
+    assert "streamed" in done.stderr
+    assert streamed["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-3)
+    assert "decode" in whole and "decode" not in streamed
+
+
 def test_zeros_stay_when_a_pruned_model_is_rounded(
     bmkit: Run, tiny: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -145,6 +156,8 @@ def test_an_encoder_is_compressed_on_text_that_is_given(
         ("gptq", ("-s", "steps.0.average_bits=5"), "fallbacks"),
         ("sparsegpt", ("-s", "steps.0.pattern=2:4"), "sparsity"),
         ("w8a8", ("-s", "steps.0.activations=static"), "weight_error"),
+        ("awq", (), "error_left"),
+        ("smoothquant", (), "places"),
     ],
 )
 def test_both_halves_of_an_encoder_decoder_are_compressed(
@@ -247,6 +260,21 @@ def test_a_packed_layout_without_pruning_is_refused(bmkit: Run, tiny: Path) -> N
     done = bmkit("compress", "int4", "-m", "tiny", "-o", "a", "-s", "steps.0.layout=packed")
     assert done.returncode == 2
     assert "2:4" in done.stderr
+    words = ("-s", "steps.0.layout=packed", "-s", "steps.0.bits=3")
+    done = bmkit("compress", "gptq", "-m", "tiny", "-o", "a", *words)
+    assert done.returncode == 2 and "4 or 8 bits" in done.stderr
+
+
+def test_rows_of_prompts_alone_are_not_answered_to_measure(
+    bmkit: Run, tiny: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Hi"}\n' * 20)
+    words = ("-s", "data.calibration=p.jsonl", "--json")
+    found = metrics(bmkit("compress", "int8", "-m", "tiny", "-o", "a", *words))
+    assert "perplexity" not in found
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Hi", "completion": "Hello to you"}\n' * 20)
+    found = metrics(bmkit("compress", "int8", "-m", "tiny", "-o", "b", *words))
+    assert found["perplexity"] > 0
 
 
 def test_the_combined_recipe_makes_one_small_model(bmkit: Run, tiny: Path, tmp_path: Path) -> None:

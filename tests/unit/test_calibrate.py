@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
     BertConfig,
+    DeepseekV3Config,
     FalconConfig,
     Gemma3TextConfig,
     GPTNeoXConfig,
@@ -24,6 +25,8 @@ from transformers import (
     Qwen2MoeConfig,
     RobertaConfig,
     T5Config,
+    T5EncoderModel,
+    XLNetConfig,
 )
 
 from bmkit.compress import layerwise, perplexity
@@ -33,6 +36,7 @@ from bmkit.compress.options.sparse import SparseGpt
 from bmkit.errors import InputError
 from bmkit.nn.rounding import Grid
 from bmkit.report import Silent
+from bmkit.runtime import experts
 from bmkit.runtime.voice import Voice
 
 CPU = torch.device("cpu")
@@ -54,6 +58,20 @@ DECODERS: dict[str, Any] = {
     "gpt-neox": GPTNeoXConfig(**SMALL),
     "falcon": FalconConfig(**SMALL),
     "opt": OPTConfig(**PLAIN, ffn_dim=48, word_embed_proj_dim=32),
+    "deepseek-v3": DeepseekV3Config(
+        **SMALL,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=16,
+    ),
     "qwen2-moe": Qwen2MoeConfig(
         **GROUPED,
         moe_intermediate_size=16,
@@ -90,6 +108,7 @@ SEQ2SEQ: dict[str, Any] = {
     "t5-gated-untied": T5Config(
         **T5_SIZES, feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_decoder_layers=2
     ),
+    "t5-of-one-block": T5Config(**{**T5_SIZES, "num_layers": 1, "num_decoder_layers": 2}),
     "bart": BartConfig(**HALVES),
     "m2m100": M2M100Config(**HALVES),
 }
@@ -105,6 +124,9 @@ def saved(config: Any, path: Path) -> Any:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0.0, 0.25)
+        for name, buffer in model.named_buffers():  # stored ones, as biases of routers
+            if name in model.state_dict():
+                buffer.normal_()
     model.save_pretrained(path)
     return model
 
@@ -182,6 +204,56 @@ def test_blocks_see_what_compressed_ones_make_of_it(name: str, tmp_path: Path) -
     for row in rows:
         model(**given(model.config, row))
     assert torch.allclose(blocks.hidden, torch.cat(last), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_blocks_that_are_skipped_hand_on_what_they_were_given(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = T5EncoderModel(T5Config(**{**T5_SIZES, "num_layers": 5})).eval()
+    model.save_pretrained(tmp_path)
+    rows = rows_of()
+    blocks = Blocks(tmp_path, rows, device=CPU)
+    for block in blocks.visit(skip={2, 3}):
+        blocks.observe(block, list(block.linears))
+    for i in (3, 2):
+        del model.encoder.block[i]
+    last: list[Tensor] = []
+    model.encoder.block[-1].register_forward_hook(lambda _, __, out: last.append(out[0]))
+    model(input_ids=rows)
+    assert torch.allclose(blocks.hidden, last[0], rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_blocks_compute_by_the_experts_that_are_stored(tmp_path: Path) -> None:
+    model = saved(DECODERS["llama"], tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    routers = [
+        experts.Router(torch.randn(5, 32, generator=generator), torch.zeros(5)) for _ in range(3)
+    ]
+    divided = experts.Experts(8, 1, (2, 2, 2), tuple(routers))
+    experts.write(tmp_path, divided)
+    rows = rows_of()
+    blocks = Blocks(tmp_path, rows, device=CPU)
+    for block in blocks.visit():
+        assert block.linears
+    last: list[Tensor] = []
+    model.model.layers[-1].register_forward_hook(lambda _, __, out: last.append(out))
+    model(input_ids=rows)
+    assert not torch.allclose(blocks.hidden, last[0], atol=1e-2)
+    experts.attach(model, divided)
+    model(input_ids=rows)
+    assert torch.allclose(blocks.hidden, last[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("rows", "apart"), [(1, set()), (2, {1}), (7, {6}), (8, {7}), (9, {7})])
+def test_of_few_rows_the_last_is_held_out(rows: int, apart: set[int]) -> None:
+    assert held_out(rows) == apart
+
+
+def test_a_model_that_goes_through_time_first_is_refused(tmp_path: Path) -> None:
+    saved(XLNetConfig(vocab_size=300, d_model=32, n_layer=2, n_head=2, d_inner=48), tmp_path)
+    with pytest.raises(InputError, match="block by block"):
+        Blocks(tmp_path, rows_of(), device=CPU)
 
 
 def test_rows_that_went_through_a_block_for_good_are_not_run_again(tmp_path: Path) -> None:

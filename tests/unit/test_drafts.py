@@ -97,7 +97,10 @@ def voice(tiny: Path, home: Path) -> Voice:
 
 
 def gather(voice: Voice, kept: Path, data: Data, file: Path | None = None) -> list[corpus.Text]:
-    return corpus.gather(voice, data, file, kept, likeliest=4, seed=0, reporter=Silent())
+    made = corpus.gather(
+        lambda: voice, voice.tokenizer, data, file, kept, likeliest=4, seed=0, reporter=Silent()
+    )
+    return made
 
 
 def test_what_the_model_says_is_kept_with_what_it_found_likeliest(
@@ -137,6 +140,19 @@ def test_a_model_that_says_nothing_asks_for_a_file(
     voice.eos = list(range(voice.decoder.vocabulary))
     with pytest.raises(InputError, match="nothing to say"):
         gather(voice, tmp_path / "kept", Data(tokens=50, max_new_tokens=4))
+
+
+def test_a_text_that_leaves_one_token_over_is_given_whole(voice: Voice, tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("a" * 40)
+    count = len(voice.tokenizer("a" * 40)["input_ids"])
+    texts = gather(voice, tmp_path / "kept", Data(tokens=4000, sequence_length=16), file)
+    assert count > 17 or pytest.fail("the text is too short to be cut")
+    for length in range(16, count):
+        texts = gather(voice, tmp_path / "kept", Data(tokens=4000, sequence_length=length), file)
+        assert all(t.first < len(t.ids) for t in texts)
+        assert sum(len(t.ids) for t in texts) == count - (count % length == 1)
+    assert not (tmp_path / "kept").exists()
 
 
 def test_prompts_are_answered_beside_rows_that_hold_answers(voice: Voice, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bmkit.errors import InputError, ResourceError
 from bmkit.nn import walk
 from bmkit.nn.hessian import add_products, mirror
+from bmkit.runtime import experts
 from bmkit.runtime.cpu.source import DTYPES
 from bmkit.runtime.placed.load import empty
 from bmkit.runtime.placed.origin import Origin
@@ -68,20 +69,20 @@ class Blocks:
         self.stack: Any = self.model.get_submodule(self.name)
         self.heads = set(walk.output_heads(self.model))
         inside = tuple(f"{name}." for name, _ in self.stacks)
-        shared: dict[int, nn.Parameter | None] = {}
-        for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
-            if name.startswith(inside) or name.rpartition(".")[0] in self.heads:
-                continue
-            if id(parameter) not in shared:
-                shared[id(parameter)] = self._fill(name)
-            owner, _, key = name.rpartition(".")
-            if (filled := shared[id(parameter)]) is not None:
-                self.model.get_submodule(owner)._parameters[key] = filled
-        for owner in self.model.modules():
+        tied: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if not name.startswith(inside) and name.rpartition(".")[0] not in self.heads:
+                tied.setdefault(id(parameter), []).append(name)
+        for names in tied.values():
+            self._fill(*names)
+        for name, owner in self.model.named_modules():
             for key, buffer in owner._buffers.items():
                 if buffer is not None:
-                    owner._buffers[key] = buffer.to(device)
+                    whole = f"{name}.{key}" if name else key
+                    stored = self.origin.tensor(whole) if self.origin.holds(whole) else buffer
+                    owner._buffers[key] = stored.to(device, buffer.dtype)
         self.model.eval().requires_grad_(False)
+        experts.attach_stored(self.model, path)
         self.calls: dict[int, tuple[Any, Any]] = {}
         """What else than hidden states each block is called with, of the first row."""
         self.varied: dict[int, list[Tensor]] = {}
@@ -103,29 +104,36 @@ class Blocks:
         """Return the dtype of a tensor in the files."""
         return DTYPES[self.origin.files.tensors[stored].dtype]
 
-    def _fill(self, name: str) -> nn.Parameter | None:
-        if name in self.origin.missing:  # as a pooler that was never trained
-            return None
-        owner, _, key = name.rpartition(".")
-        tensor = self.origin.tensor(name)
+    def _fill(self, *names: str) -> None:
+        """Read a parameter, by its name or those of all that are tied to it."""
+        stored = next((n for n in names if self.origin.holds(n)), None)
+        if stored is None:  # as a pooler that was never trained
+            return
+        tensor = self.origin.tensor(stored)
         if tensor.is_floating_point():
             tensor = tensor.float()
         parameter = nn.Parameter(tensor.to(self.device), requires_grad=False)
-        self.model.get_submodule(owner)._parameters[key] = parameter
-        return parameter
+        for name in names:
+            owner, _, key = name.rpartition(".")
+            self.model.get_submodule(owner)._parameters[key] = parameter
 
     @torch.no_grad()
     def _enter(self) -> Tensor:
         """Run what comes before the next stack; note how each of its blocks is called."""
-        for shape in (None, 0, 1, 2, 3):
-            try:
-                return self._record(shape)
-            except (_Odd, IndexError, AttributeError, TypeError, ValueError) as exc:
-                reason = exc
+        shapes = (None, 0, 1, 2, 3)
+        # What a lone block gives was never looked at: it shows when the next stack is entered.
+        alone = bool(self.shapes) and self.stacks[len(self.shapes) - 1][1] == 1
+        for before in shapes if alone else self.shapes[-1:] or (None,):
+            self.shapes[-1:] = [before] if self.shapes else []
+            for shape in shapes:
+                try:
+                    return self._record(shape)
+                except _REFUSALS as exc:
+                    reason = exc
         raise InputError(
             f"{type(self.model).__name__} doesn't go through {self.name} block by block: {reason}",
             hint="methods that need no data work on it",
-        )
+        ) from reason
 
     def _record(self, shape: int | None) -> Tensor:
         at = len(self.shapes)
@@ -141,11 +149,13 @@ class Blocks:
         found = []
         stacks: list[Any] = [self.model.get_submodule(n) for n, _ in self.stacks]
         held = [list(stack) for stack in stacks]
+        ends = self._players(at)
         try:
             for i, recorder in enumerate(recorders):
                 self.stack[i] = recorder
             for number, row in enumerate(self.rows):
-                self._play(number, at)
+                for end in ends:
+                    end.gives = self.hidden[number][None]
                 for recorder in recorders:
                     recorder.calls = []
                 with suppress(_Stop):
@@ -171,14 +181,16 @@ class Blocks:
         config: Any = self.model.config
         return {**inputs(config, row.to(self.device)), **more}
 
-    def _play(self, row: int, before: int) -> None:
-        """Let the stacks `before` one give what a row was behind them."""
+    def _players(self, before: int) -> list[_Recorder]:
+        """Put something in the place of the blocks `before` a stack; return the last of each."""
+        ends = []
         for (name, count), shape in zip(self.stacks[:before], self.shapes, strict=True):
             stack: Any = self.model.get_submodule(name)
+            players = [_Recorder(block, shape, notes=False) for block in stack]
             for i in range(count):
-                player = _Recorder(stack[i], shape)
-                player.gives = self.hidden[row][None] if i == count - 1 else None
-                stack[i] = player
+                stack[i] = players[i]
+            ends.append(players[-1])
+        return ends
 
     def _note(self, row: int, calls: dict[int, tuple[Any, Any]]) -> None:
         """Keep how blocks are called: once, and again what differs from the first row."""
@@ -239,6 +251,7 @@ class Blocks:
         def own(tensor: Tensor) -> Any:
             if id(tensor) in self.marks:
                 block, k = self.marks[id(tensor)]
+                block = max(n for n in self.handed if n <= block)  # those skipped hand it on
                 return self.handed[block][k]
             return self.varied[id(tensor)][row] if id(tensor) in self.varied else tensor
 
@@ -256,7 +269,8 @@ class Blocks:
         wanted = {k: given[k] for block, k in self.marks.values() if block == number}
         if first:
             self.handed[number] = wanted
-            self.handed.pop(number - 2, None)
+            for old in sorted(self.handed)[:-2]:
+                del self.handed[old]
         for k, one in wanted.items():
             other = self.handed[number][k]
             if isinstance(one, Tensor) and not torch.equal(one, other):
@@ -349,7 +363,8 @@ class Blocks:
         finally:
             for handle in hooks:
                 handle.remove()
-        if missed := next((n for n in names if n not in leader), None):  # of experts
+        missed = next((n for n in names if not counts.get(leader.get(n, ""), [0])[0]), None)
+        if missed:  # of experts
             raise ResourceError(
                 f"no calibration token reaches {missed}", hint="raise data.tokens, or exclude it"
             )
@@ -380,8 +395,8 @@ def inputs(config: Any, row: Tensor) -> dict[str, Tensor]:
 
 
 def held_out(rows: int) -> set[int]:
-    """Return which of so many rows are not calibrated on: the last of each HELD_OUT."""
-    return set(range(HELD_OUT - 1, rows, HELD_OUT))
+    """Return which of so many rows are not calibrated on: the last of each HELD_OUT, or of few."""
+    return set(range(HELD_OUT - 1, rows, HELD_OUT)) or set(range(rows)[1:][-1:])
 
 
 def pack_rows(texts: Sequence[Sequence[int]], length: int, most: int) -> Tensor:
@@ -411,6 +426,10 @@ class _Odd(Exception):
     """The blocks aren't called one after the other."""
 
 
+_REFUSALS = (_Odd, IndexError, AttributeError, TypeError, ValueError, KeyError, RuntimeError)
+"""What shows that a model doesn't take what stands for its blocks."""
+
+
 class _Recorder(nn.Module):
     """Stands for a block: notes what it is called with, and hands the hidden states on.
 
@@ -418,10 +437,10 @@ class _Recorder(nn.Module):
     tuple at all: where a later block is called with a mark, that is what it is to be given.
     """
 
-    def __init__(self, block: nn.Module, more: int | None) -> None:
+    def __init__(self, block: nn.Module, more: int | None, *, notes: bool = True) -> None:
         super().__init__()
         self.__dict__["block"] = block  # no submodule: its parameters are not there
-        self.more, self.last = more, False
+        self.more, self.notes, self.last = more, notes, False
         self.__dict__["marks"] = [torch.empty(0) for _ in range(more or 0)]
         self.calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
         self.gives: Tensor | None = None
@@ -434,9 +453,10 @@ class _Recorder(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
-        if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+        if not isinstance(hidden, Tensor) or hidden.ndim != 3 or len(hidden) != 1:
             raise _Odd("a block's first input is no [rows, tokens, width]")
-        self.calls.append((hidden, args[1:], kwargs))
+        if self.notes:
+            self.calls.append((hidden, args[1:], kwargs))
         if self.last:
             raise _Stop
         given = hidden if self.gives is None else self.gives

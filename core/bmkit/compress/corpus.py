@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from bmkit.compress.recipe import Data
+from bmkit.compress import calibrate
+from bmkit.compress.recipe import PLAIN, Data
 from bmkit.data import chat, rows
 from bmkit.errors import InputError
+from bmkit.model import save_tensors
 from bmkit.report import Reporter, task
 from bmkit.runtime.generate import Answer, Generation
 from bmkit.runtime.voice import Voice
 from bmkit.train.distil import Taught
 
+HELD_OUT = 24
+"""Texts that are not trained on, at most: how often student and teacher agree is told of those."""
 BATCH = 64
 IDLE = 8
 """Batches without a text after which it is no use to go on."""
@@ -45,7 +49,8 @@ class _Asked:
 
 
 def gather(
-    voice: Voice,
+    voice: Callable[[], Voice],
+    tokenizer: Any,
     data: Data,
     calibration: Path | None,
     kept: Path,
@@ -59,10 +64,10 @@ def gather(
     Rows of `calibration` that hold prompts only are answered by the model; without a file it makes
     up the prompts as well, as it would a user's turn (Magpie, arXiv 2406.08464). Its `likeliest`
     tokens at each place of an answer are kept, as they are known then. What was made lies in the
-    folder `kept`, a batch a file, and a stopped run goes on from there to the same end. Raises
-    InputError for rows that can't be used.
+    folder `kept`, a batch a file, and a stopped run goes on from there to the same end. `voice` is
+    asked for only if there is something to say. Raises InputError for rows that can't be used.
     """
-    given = [] if calibration is None else _given(voice, data, calibration)
+    given = [] if calibration is None else _given(tokenizer, data, calibration)
     if calibration is not None and not given:
         raise InputError(f"{calibration} holds nothing to learn from")
     whole = [t for t in given if t.first < len(t.ids)]
@@ -91,6 +96,11 @@ def gather(
     return _enough([t for batch in [whole, *batches] for t in batch], data.tokens)
 
 
+def dev_of(texts: int) -> list[int]:
+    """Return which of so many texts nothing is learned from: the last of each eight, 24 at most."""
+    return sorted(calibrate.held_out(texts))[:HELD_OUT]
+
+
 def _enough(texts: list[Text], tokens: int) -> list[Text]:
     """Return the first texts that make up so many tokens."""
     found, done = [], 0
@@ -112,9 +122,7 @@ def _write(file: Path, batch: Sequence[Text]) -> None:
     if taught:
         found["tokens"] = torch.cat([t.tokens for t in taught])
         found["logprobs"] = torch.cat([t.logprobs for t in taught])
-    scratch = file.with_suffix(".partial")
-    save_file(found, scratch)
-    scratch.replace(file)
+    save_tensors(file, found)
 
 
 def _read(file: Path) -> list[Text]:
@@ -132,13 +140,18 @@ def _read(file: Path) -> list[Text]:
     return found
 
 
-def _given(voice: Voice, data: Data, calibration: Path) -> list[Text]:
+def holds_texts(tokenizer: Any, data: Data, file: Path) -> bool:
+    """Tell whether a user's file has something that is said, not prompts alone."""
+    return any(t.first < len(t.ids) for t in _given(tokenizer, data, file))
+
+
+def _given(tokenizer: Any, data: Data, calibration: Path) -> list[Text]:
     """Read a user's file: whole texts, or prompts, which have nothing that is said yet."""
-    tokenizer = voice.tokenizer
-    if calibration.suffix in {".txt", ".md"}:
+    if calibration.suffix in PLAIN:
         ids = tokenizer(calibration.read_text(encoding="utf-8", errors="replace"))["input_ids"]
         size = data.sequence_length
-        return [Text(ids[at : at + size], 1) for at in range(0, len(ids), size)]
+        found = [Text(ids[at : at + size], 1) for at in range(0, len(ids), size)]
+        return [t for t in found if len(t.ids) > 1]
     found = []
     for row in rows.read_all(calibration):
         try:
@@ -164,7 +177,7 @@ def plain(tokenizer: Any, file: Path) -> list[list[int]]:
 
     Raises InputError for other rows.
     """
-    if file.suffix in {".txt", ".md"}:
+    if file.suffix in PLAIN:
         texts = [file.read_text(encoding="utf-8", errors="replace")]
     else:
         texts = []
@@ -202,7 +215,7 @@ def _prompt(tokenizer: Any, values: dict[str, Any]) -> list[int]:
 
 
 def _said(
-    voice: Voice,
+    ask: Callable[[], Voice],
     data: Data,
     prompts: list[list[int]],
     skipped: int,
@@ -210,6 +223,7 @@ def _said(
     seed: int,
 ) -> Iterator[list[Text]]:
     """Yield prompts with the model's answers in batches; prompts of its own if there are none."""
+    voice = ask()
     how = Generation(
         data.max_new_tokens,
         sampled=data.temperature > 0,

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bmkit import model as models
-from bmkit.compress import calibrate
+from bmkit.compress import corpus
 from bmkit.compress.corpus import Text
 from bmkit.compress.hints import Hints
 from bmkit.compress.layerwise import ZEROS
 from bmkit.compress.options.learning import Distill
 from bmkit.compress.qat import Rounding
 from bmkit.errors import InputError, RecipeError
+from bmkit.model import save_tensors
 from bmkit.report import Reporter, task
 from bmkit.runtime import experts
 from bmkit.runtime.experts import Experts
@@ -29,8 +30,6 @@ from bmkit.train.trainer import train
 
 TEXTS = 128
 """Texts whose lessons are in one file."""
-HELD_OUT = 24
-"""Texts that are not trained on, at most: how often student and teacher agree is told of those."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,7 @@ def lessons(
                         whole["tokens"].append(taught.tokens.cpu())
                         whole["logprobs"].append(taught.logprobs.cpu())
                     bar.advance()
-                scratch = file.with_suffix(".partial")
-                save_file({name: torch.cat(rows) for name, rows in whole.items()}, scratch)
-                scratch.replace(file)
+                save_tensors(file, {name: torch.cat(rows) for name, rows in whole.items()})
             else:
                 bar.advance(len(part))
             kept = load_file(file)
@@ -153,14 +150,6 @@ def collate(lessons: Sequence[Any]) -> dict[str, Tensor]:
     }
 
 
-def dev_of(texts: int) -> list[int]:
-    """Return which of so many texts are not trained on: the last of each eight, HELD_OUT at most.
-
-    Of whole rows of text they are rows that nothing was calibrated on either.
-    """
-    return sorted(calibrate.held_out(texts))[:HELD_OUT]
-
-
 @dataclass(frozen=True)
 class Curriculum:
     """What a student is taught with."""
@@ -205,7 +194,7 @@ def train_student(
     )
     if not any(p.requires_grad for p in student.parameters()):
         raise RecipeError("freeze: nothing is left to train")
-    apart = set(dev_of(len(lesson.taught)))
+    apart = set(corpus.dev_of(len(lesson.taught)))
     dev: list[Lesson] = []
     rest: list[Lesson] = []
     for i, one in enumerate(lesson.taught):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bmkit import plan
@@ -17,10 +17,12 @@ from bmkit.compress.calibrate import Block, Blocks, Seen
 from bmkit.compress.options.rounding import Gptq
 from bmkit.compress.options.sparse import Magnitude, SparseGpt, Wanda
 from bmkit.errors import InputError
+from bmkit.model import save_tensors
 from bmkit.nn import sparsity
 from bmkit.nn.gptq import gptq
 from bmkit.nn.hessian import output_error
 from bmkit.nn.rounding import Grid, Rounded, round_matrix
+from bmkit.place import write_text
 from bmkit.report import Reporter, task
 
 TOKENS_AN_INPUT = 16
@@ -156,6 +158,7 @@ def sensitivities(
     rows: Tensor,
     left: Sequence[str],
     grid: Grid,
+    folder: Path,
     *,
     device: torch.device,
     reporter: Reporter,
@@ -163,27 +166,42 @@ def sensitivities(
     """Return what the layers of all blocks lose at each number of `WIDTHS` bits, and their weights.
 
     That is the squared size of the output's error over that of the output, on rows held out, with
-    weights rounded plainly. Peak memory as of `walk_blocks`.
+    weights rounded plainly. Notes lie in `folder`, a file a block, from where a stopped run goes
+    on. Peak memory as of `walk_blocks`.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     blocks = Blocks(source, rows, device=device, both=True)
     costs: dict[str, dict[int, float]] = {}
     weights: dict[str, int] = {}
     with task(reporter, "measure what rounding costs", blocks.count, "blocks") as bar:
         for block in blocks.visit():
             chosen = {n: m for n, m in block.linears.items() if n not in left}
-            seen = blocks.observe(block, list(chosen)) if chosen else {}
-            for name, module in chosen.items():
-                weight, weights[name] = module.weight.data, module.weight.numel()
-                costs[name] = {}
-                for bits in WIDTHS:
-                    try:
-                        rounded = round_matrix(weight, replace(grid, bits=bits))
-                    except ValueError as exc:
-                        raise InputError(f"{source}: layer {name}: {exc}") from None
-                    difference = rounded.dense() - weight
-                    costs[name][bits] = output_error(difference, weight, seen[name].held_out) ** 2
+            weights |= {name: module.weight.numel() for name, module in chosen.items()}
+            note = folder / f"sensitivity-{block.number:05}.json"
+            if not note.is_file():
+                write_text(note, json.dumps(_sensitivity(blocks, block, chosen, grid)))
+            for name, found in plan.read_json(note).items():
+                costs[name] = {int(bits): cost for bits, cost in found.items()}
             bar.advance()
     return costs, weights
+
+
+def _sensitivity(
+    blocks: Blocks, block: Block, chosen: Mapping[str, nn.Linear], grid: Grid
+) -> dict[str, dict[int, float]]:
+    """Return what each layer of a block loses, by bits."""
+    seen = blocks.observe(block, list(chosen)) if chosen else {}
+    costs: dict[str, dict[int, float]] = {name: {} for name in chosen}
+    for name, module in chosen.items():
+        weight = module.weight.data
+        for bits in WIDTHS:
+            try:
+                rounded = round_matrix(weight, replace(grid, bits=bits))
+            except ValueError as exc:
+                raise InputError(f"{blocks.path}: layer {name}: {exc}") from None
+            difference = rounded.dense() - weight
+            costs[name][bits] = output_error(difference, weight, seen[name].held_out) ** 2
+    return costs
 
 
 def _block(
@@ -228,9 +246,7 @@ def _block(
 
 def _write(file: Path, parts: dict[str, Tensor], notes: list[dict[str, float]]) -> None:
     file.with_suffix(".json").write_text(json.dumps({"layers": notes}), encoding="utf-8")
-    scratch = file.with_suffix(".partial")
-    save_file(parts, scratch)
-    scratch.replace(file)
+    save_tensors(file, parts)
 
 
 def read(file: Path, stored: str) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -17,6 +17,7 @@ from bmkit import plan
 from bmkit.compress.calibrate import Block, Blocks, held_out
 from bmkit.compress.options.experts import Moefy
 from bmkit.errors import InputError, RecipeError
+from bmkit.model import save_tensors
 from bmkit.nn import experts as division
 from bmkit.nn.feed_forward import FeedForward, find
 from bmkit.report import Reporter, task
@@ -98,7 +99,13 @@ class Shape:
                     f"{key}: {value} does not divide a feed-forward of {width} neurons",
                     hint=f"size may be {', '.join(map(str, fits))}" if fits else None,
                 )
-        return Shape(size, round(step.shared * min(widths) / size))
+        shared = round(step.shared * min(widths) / size)
+        if shared * size >= min(widths):
+            raise RecipeError(
+                f"shared: {step.shared} of {min(widths)} neurons are all {shared} experts",
+                hint="take fewer, or smaller experts",
+            )
+        return Shape(size, shared)
 
     def budget(self, step: Moefy, widths: list[int]) -> int:
         """Return how many routed experts all blocks may compute together."""
@@ -216,7 +223,7 @@ def _look(blocks: Blocks, block: Block, one: FeedForward, *, go_on: bool = False
     """Run all rows through a block; with `go_on` for good."""
     up, down = (block.module.get_submodule(name) for name in (one.up, one.down))
     matrix = down.get_parameter("weight")
-    held = held_out(len(blocks.hidden)) or {len(blocks.hidden) - 1}
+    held = held_out(len(blocks.hidden)) or {0}
     inputs: dict[int, Tensor] = {}
     important: dict[int, Tensor] = {}
     weights: dict[int, Tensor] = {}
@@ -359,6 +366,4 @@ def _judge(shape: Shape, seen: Seen, router: Router, count: int) -> dict[str, fl
 
 
 def _keep(file: Path, parts: dict[str, Tensor]) -> None:
-    scratch = file.with_suffix(".partial")
-    save_file({name: t.cpu().contiguous() for name, t in parts.items()}, scratch)
-    scratch.replace(file)
+    save_tensors(file, parts)

@@ -13,7 +13,7 @@ from bmkit.compress.options.rounding import Gptq, Quantize
 from bmkit.compress.options.scaling import Awq, SmoothQuant
 from bmkit.compress.options.sparse import Magnitude, SparseGpt, Wanda
 from bmkit.compress.options.structure import COUNTS, DropLayers, FrequentTokens, Gates, Shrink
-from bmkit.compress.recipe import CompressRecipe
+from bmkit.compress.recipe import PLAIN, CompressRecipe
 from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers
 from bmkit.runtime.budget import Sizes, block_of
 
@@ -54,6 +54,8 @@ class State:
     """Whether the headers are those of what the step works on."""
     teacher: Headers | None = None
     """Of the further model that the step names."""
+    speaks: bool = True
+    """Whether the model may have to say the texts that it is looked at with."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,9 @@ def estimate(job: Job) -> Estimate:
     width = max(headers.bytes // max(whole, 1), 1)
     now = _Model(inside, whole - inside, sizes.layers, width)
     largest = max((t.numel for t in headers.tensors), default=0)
-    state = State(headers, sizes, recipe, now, largest, headers.bytes)
+    file = job.files.get("data.calibration")
+    speaks = file is None or file.suffix not in PLAIN
+    state = State(headers, sizes, recipe, now, largest, headers.bytes, speaks=speaks)
     ram = gpu = work = 0
     steps = []
     for i, step in enumerate(recipe.steps):
@@ -116,7 +120,7 @@ def _shrunk(state: State, step: Shrink | Gates) -> Need:
     text = f"cut the model to {_widths(step)}"
     through = _through(now, sizes, state.recipe, state.largest)
     statistics = 6 * 4 * sizes.inner**2
-    speaking = _speaking(state.headers, sizes, state.recipe)
+    speaking = _texts(state)
     if step.parameters is not None:
         now.inside = int(now.inside * step.parameters)
     elif step.num_hidden_layers is not None:
@@ -146,7 +150,7 @@ def _widths(step: Shrink | Gates) -> str:
 
 def _fewer_tokens(state: State, step: FrequentTokens) -> Need:
     text = f"find the {step.tokens} most frequent tokens"
-    return Need(text, _speaking(state.headers, state.sizes, state.recipe))
+    return Need(text, _speaking(state.headers, state.recipe))
 
 
 def _magnitude(state: State, step: Magnitude) -> Need:
@@ -167,14 +171,14 @@ def _blockwise(state: State, step: Gptq | Wanda | SparseGpt) -> Need:
     else:
         text = _zeros(step)
     through = _through(now, state.sizes, state.recipe, state.largest)
-    speaking = _speaking(state.headers, state.sizes, state.recipe)
+    speaking = _texts(state)
     ram = max(speaking, through, min(state.written, SHARD_BYTES))
     return Need(text, ram, through, now.width * now.inside + 64 * tokens)
 
 
 def _scaled(state: State, step: Awq | SmoothQuant) -> Need:
     through = _through(state.now, state.sizes, state.recipe, state.largest)
-    speaking = _speaking(state.headers, state.sizes, state.recipe)
+    speaking = _texts(state)
     ram = max(speaking, through, min(state.written, SHARD_BYTES))
     work = state.now.width * state.now.inside + 64 * state.recipe.data.tokens
     return Need(f"scale inputs and weights by {step.method}", ram, through, work)
@@ -190,7 +194,7 @@ def _divided(state: State, step: Moefy) -> Need:
     seen = tokens * (2 * 4 * sizes.hidden + 4 * sizes.inner + 16 * sizes.inner // max(size, 1))
     clusters = 4 * sizes.inner * (4096 + 4 * 1024 + sizes.inner // max(size, 1))
     through = _through(now, sizes, state.recipe, state.largest) + 2 * seen + clusters
-    speaking = _speaking(state.headers, sizes, state.recipe)
+    speaking = _texts(state)
     routers = 2 * 4 * now.layers * (sizes.hidden + 1) * (sizes.inner // max(size, 1))
     state.written += routers
     return Need(text, max(speaking, through), through, routers + 16 * now.layers * sizes.inner)
@@ -205,10 +209,9 @@ def _distilled(state: State, step: Distill) -> Need:
     whose = "of the model" if state.teacher is None else f"of {headers.path}"
     if step.hidden or step.attention:
         learning += _beside(step, headers, state)
-    speaking = _speaking(state.headers, state.sizes, state.recipe)
+    speaking = _speaking(state.headers, state.recipe)
     if state.teacher is not None:
-        sizes = Sizes.of(headers.config)
-        speaking = max(speaking, _speaking(headers, sizes, state.recipe))
+        speaking = max(speaking, _speaking(headers, state.recipe))
     need = max(speaking, learning)
     work = 3 * 12 * now.weights + 8 * step.likeliest * tokens
     return Need(f"learn from {tokens} tokens {whose}", need, need, work)
@@ -273,14 +276,22 @@ def _through(now: _Model, sizes: Sizes, recipe: CompressRecipe, largest: int) ->
     return 4 * now.outside + hidden + block + statistics + activations + scores + 8 * 4 * largest
 
 
-def _speaking(headers: Headers, sizes: Sizes, recipe: CompressRecipe) -> int:
+def _texts(state: State) -> int:
+    """Return what it takes to have texts to look at the model with."""
+    return _speaking(state.headers, state.recipe) if state.speaks else 64 * state.recipe.data.tokens
+
+
+def _speaking(headers: Headers, recipe: CompressRecipe) -> int:
     """Return what the model takes while it speaks and judges: eight texts at a time."""
-    tokens = 8 * recipe.data.sequence_length
+    return opened(headers, 8 * recipe.data.sequence_length) + 64 * recipe.data.tokens
+
+
+def opened(headers: Headers, tokens: int) -> int:
+    """Return what a checkpoint takes that is opened whole, with so many tokens in its cache."""
+    sizes = Sizes.of(headers.config)
     cache = 8 * sizes.layers * sizes.kv * sizes.dim * tokens
     logits = 3 * 4 * sizes.vocabulary * 64
-    weights = max(4 * headers.dense_numel, headers.bytes)
-    texts = 64 * recipe.data.tokens
-    return weights + cache + logits + texts + 2**28
+    return max(4 * headers.dense_numel, headers.bytes) + cache + logits + 2**28
 
 
 def _learning(step: Distill | Gates, now: _Model, sizes: Sizes, recipe: CompressRecipe) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from bmkit import model, plan, tables
 from bmkit.artifact import EXPERTS
-from bmkit.compress import account, calibrate, distill, pack, perplexity
+from bmkit.compress import measuring, pack
 from bmkit.compress.options.experts import Moefy
 from bmkit.compress.recipe import CompressRecipe
 from bmkit.compress.steps import (
@@ -28,12 +28,8 @@ from bmkit.compress.steps import (
 )
 from bmkit.compress.work import Metrics, Shared, Work
 from bmkit.errors import GateError, InputError
+from bmkit.place import write_text
 from bmkit.plan import Job, Outcome
-from bmkit.report import task
-from bmkit.runtime.voice import Voice
-
-EVALUATED = 32
-"""Rows that perplexity is measured on, at most."""
 
 
 def run(job: Job) -> Outcome:
@@ -69,13 +65,13 @@ def run(job: Job) -> Outcome:
             folder = job.work / f"part-{i}"
             found = METHODS[step.method](Work(source, out, folder, shared, i), step)
             if not last:
-                note.write_text(json.dumps(found), encoding="utf-8")
+                write_text(note, json.dumps(found))
         else:
             found = plan.read_json(note)
         metrics |= found
         source = out
         made.append((step.method, out))
-    lines = _accounts(shared, made)
+    lines = measuring.accounts(shared, made)
     for text in tables.lines(lines):
         job.reporter.info(text)
     metrics |= _summary(lines)
@@ -97,51 +93,6 @@ def _loads_in(out: Path) -> tuple[str, ...]:
     return ("bmkit",) if ours else ("transformers + compressed-tensors",)
 
 
-def _accounts(
-    shared: Shared, made: Sequence[tuple[str, Path]]
-) -> list[dict[str, float | int | str]]:
-    """Measure the checkpoints that steps have made, each on the same rows."""
-    job, rows = shared.job, _held_out(shared)
-    shared.forget()
-    timed = shared.recipe.measure_speed and shared.generates and _has_tokenizer(job.checkpoint)
-    vocabulary = model.load_config(job.checkpoint).get_text_config().vocab_size
-    lines = []
-    with task(job.reporter, "measure", len(made), "models") as bar:
-        for name, path in made:
-            found: dict[str, float] = {}
-            if rows or timed:
-                voice = Voice(
-                    path,
-                    device=shared.device,
-                    dtype=shared.recipe.dtype,
-                    rows=1,
-                    reporter=job.reporter,
-                )
-                if rows:
-                    found["perplexity"] = perplexity.of(voice, rows)
-                if timed:
-                    ids = (
-                        rows[0]
-                        if rows
-                        else [i % min(vocabulary, 97) for i in range(account.PROMPT)]
-                    )
-                    found["decode"], found["prefill"] = account.speed(voice, ids)
-            size, weights, nonzeros = account.size(path)
-            flops = account.flops_per_token(path)
-            lines.append(account.Account(name, size, weights, nonzeros, flops, **found).row())
-            bar.advance()
-    return lines
-
-
-def _has_tokenizer(path: Path) -> bool:
-    """Tell whether a checkpoint can be opened as one that speaks."""
-    try:
-        model.load_tokenizer(path)
-    except InputError:
-        return False
-    return True
-
-
 def _summary(lines: Sequence[Metrics]) -> Metrics:
     """Return the figures of the last line, beside those of the first where gates want both."""
     first, last = lines[0], lines[-1]
@@ -153,26 +104,10 @@ def _summary(lines: Sequence[Metrics]) -> Metrics:
         "flops_per_token": last["flops_per_token"],
     }
     for key in ("perplexity", "decode", "prefill"):
-        if key in last:
+        if key in first and key in last:
             ratio = float(last[key]) / max(float(first[key]), 1e-30)
             found |= {f"{key}_before": first[key], key: last[key], f"{key}_ratio": round(ratio, 4)}
     return found
-
-
-def _held_out(shared: Shared) -> list[list[int]]:
-    """Return rows of given text that nothing was fitted to; none if there is no such text."""
-    kinds = {step.method for step in shared.recipe.steps}
-    if not shared.judges or "frequent_tokens" in kinds:
-        return []
-    if kinds & {"distill", "gates"}:
-        given = "data.calibration" in shared.job.files or "moefy" in kinds
-        texts = shared.texts if given else []
-        return [texts[i].ids for i in distill.dev_of(len(texts))]
-    if not shared.has_rows:
-        return []
-    rows = shared.rows
-    held = sorted(calibrate.held_out(len(rows))) or [len(rows) - 1]
-    return [rows[i].tolist() for i in held[:EVALUATED]]
 
 
 def _refuse_loss(recipe: CompressRecipe, metrics: Mapping[str, float | int | str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bmkit import model, plan
@@ -19,6 +19,7 @@ from bmkit.compress.calibrate import Block, Blocks, Seen
 from bmkit.compress.layers import renamed
 from bmkit.compress.widths import Widths
 from bmkit.errors import InputError
+from bmkit.model import save_tensors
 from bmkit.nn import structured
 from bmkit.nn.hessian import output_error
 from bmkit.report import Reporter, task
@@ -106,9 +107,7 @@ def survey(
                 raised.add(name)
         whole = {"influence": influence, "hidden": hidden}
         whole |= {f"{'1+' if n in raised else '0+'}{n}": value for n, value in energy.items()}
-        scratch = file.with_suffix(".partial")
-        save_file({name: value / rows.numel() for name, value in whole.items()}, scratch)
-        scratch.replace(file)
+        save_tensors(file, {name: value / rows.numel() for name, value in whole.items()})
     found = load_file(file)
     return Survey(
         found["influence"].tolist(),
@@ -216,9 +215,7 @@ def fit(
             if not file.is_file():
                 parts, own = _fit_block(blocks, block, anatomy, how, kinds)
                 note.write_text(json.dumps({"errors": own}), encoding="utf-8")
-                scratch = file.with_suffix(".partial")
-                save_file(parts, scratch)
-                scratch.replace(file)
+                save_tensors(file, parts)
             kept = load_file(file)
             for kind in kinds:
                 _put(blocks, anatomy, anatomy.inputs(block.number, kind), kept, kind)

@@ -17,6 +17,7 @@ from bmkit.compress import corpus
 from bmkit.compress.calibrate import pack_rows
 from bmkit.compress.corpus import Text
 from bmkit.compress.options.learning import Distill
+from bmkit.compress.options.structure import Gates
 from bmkit.compress.recipe import CompressRecipe
 from bmkit.errors import InputError, RecipeError, did_you_mean
 from bmkit.nn import walk
@@ -54,9 +55,10 @@ class Shared:
     def texts(self) -> list[Text]:
         """Return what is learned from."""
         if self._texts is None:
-            counts = [s.likeliest for s in self.recipe.steps if isinstance(s, Distill)]
+            counts = [s.likeliest for s in self.recipe.steps if isinstance(s, Distill | Gates)]
             self._texts = corpus.gather(
-                self.voice,
+                lambda: self.voice,
+                model.load_tokenizer(self.job.checkpoint),
                 self.recipe.data,
                 self.job.files.get("data.calibration"),
                 self.job.work / "texts",
@@ -80,15 +82,23 @@ class Shared:
     @property
     def has_rows(self) -> bool:
         """Tell whether there are rows of text without letting the model speak for it."""
-        return self._rows is not None or "data.calibration" in self.job.files
+        file = self.job.files.get("data.calibration")
+        if self._rows is not None or self._texts is not None or file is None or not self.generates:
+            return self._rows is not None or self._texts is not None or file is not None
+        tokenizer = model.load_tokenizer(self.job.checkpoint)
+        return corpus.holds_texts(tokenizer, self.recipe.data, file)
 
     @property
     def rows(self) -> Tensor:
         """Return the texts one after the other, prompts too, as rows of token ids."""
         if self._rows is None:
             data, file = self.recipe.data, self.job.files.get("data.calibration")
+            most = data.tokens
             if self.generates:
-                ids = [t.ids for t in self.texts]
+                learns = any(isinstance(s, Distill | Gates) for s in self.recipe.steps)
+                apart = set(corpus.dev_of(len(self.texts)) if learns else ())
+                ids = [t.ids for i, t in enumerate(self.texts) if i not in apart]
+                most *= 2  # prompts are looked at too
             elif file is not None:
                 tokenizer = model.load_tokenizer(self.job.checkpoint)
                 ids = corpus.plain(tokenizer, file)
@@ -97,7 +107,12 @@ class Shared:
                     f"{self.job.checkpoint} makes up no text to calibrate on",
                     hint="name some: -s data.calibration=texts.txt",
                 )
-            self._rows = pack_rows(ids, data.sequence_length, 2 * data.tokens)
+            length = data.sequence_length
+            context = model.context(model.load_config(self.job.checkpoint).get_text_config())
+            if context is not None and context < length:
+                self.job.reporter.info(f"the model reads {context} tokens at once: texts are cut")
+                length = context
+            self._rows = pack_rows(ids, length, most)
             self.forget()
         return self._rows
 

@@ -27,10 +27,11 @@ def gptq(
 
     `hessian` [inputs, inputs] is the mean of x·xᵀ. With `act_order`, inputs of the largest energy
     are rounded first, each group by the scale of its weights as they were; else a group's scale
-    follows from its weights as they are when it is reached. Clipping points are judged by the
-    inputs' energy. With `keep_zeros`, weights that are zero stay so. Peak memory: four float32
-    copies of `weight`, three of `hessian`. Raises ValueError as `quantize` does. (GPTQ: Accurate
-    Post-Training Quantization for Generative Pre-trained Transformers, arXiv 2210.17323.)
+    follows from its weights as they are when it is reached. Clipping points are judged by squared
+    errors times |w| and the inputs' energy. With `keep_zeros`, weights that are zero stay so. Peak
+    memory: five float32 copies of `weight`, three of `hessian`. Raises ValueError as `quantize`
+    does. (GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, arXiv
+    2210.17323.)
     """
     energy = hessian.diagonal()
     found = round_matrix(weight, grid, energy)
@@ -45,12 +46,13 @@ def gptq(
     left[:, dead] = 0  # nothing depends on them
     factor = inverse_factor(hessian[order][:, order], damp)
     rounded = torch.empty_like(values)
+    places = order.tolist()
     nothing = torch.zeros_like(scale[:, 0])
     for low in range(0, left.shape[1], BLOCK):
         high = min(low + BLOCK, left.shape[1])
         errors = torch.zeros(left.shape[0], high - low, device=left.device)
         for i in range(low, high):
-            column = int(order[i])
+            column = places[i]
             group = column // size
             if not act_order and i % size == 0:  # what is behind the block is up to date
                 reach = left[:, i : i + size].clone()

@@ -24,8 +24,8 @@ class _Rounding(Model):
         default=1,
         ge=1,
         le=100,
-        description="How many clipping points to try per scale, keeping the smallest squared error;"
-        " 1 keeps the largest weight exact.",
+        description="How many clipping points to try per scale, keeping the least sum of squared "
+        "errors times |w|; 1 keeps the largest weight exact.",
     )
     scale_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
@@ -45,6 +45,13 @@ class _Rounding(Model):
         default=[],
         description="Linear layers to leave as they are, by the end of their name.",
     )
+
+    @model_validator(mode="after")
+    def _packed_has_bits_that_fit(self) -> _Rounding:
+        few = self.bits in {2, 3} and getattr(self, "average_bits", None) is None
+        if self.layout == "packed" and few:
+            raise contradiction("layout", "`packed` stores weights of 4 or 8 bits")
+        return self
 
 
 class Quantize(_Rounding):

@@ -11,6 +11,7 @@ from bmkit.compress import calibrate, layerwise, pack
 from bmkit.compress.options.rounding import Gptq
 from bmkit.compress.steps.rounding import grid_of, packed, require_kept, tables
 from bmkit.compress.work import Metrics, Work, scope, write_config
+from bmkit.errors import InputError
 from bmkit.nn import walk
 from bmkit.nn.allocation import allocate
 from bmkit.nn.rounding import Grid, Rounded, round_matrix
@@ -63,7 +64,10 @@ def run(work: Work, step: layerwise.Layerwise) -> Metrics:
             continue
         before += 4 * tensor.numel()
         if name in extra:
-            parts = pack.pack(round_matrix(tensor, pack.TABLE), pack.TABLE)
+            try:
+                parts = pack.pack(round_matrix(tensor, pack.TABLE), pack.TABLE)
+            except ValueError as exc:
+                raise InputError(f"{source}: {name}: {exc}") from None
         else:
             parts = layerwise.read(where[name], name)
             if grid is not None and isinstance(step, Gptq):
@@ -112,6 +116,7 @@ def _chosen_bits(work: Work, step: Gptq, grid: Grid, left: list[str]) -> dict[st
         work.shared.rows,
         left,
         grid,
+        work.folder,
         device=work.shared.device,
         reporter=work.job.reporter,
     )

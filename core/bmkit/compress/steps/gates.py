@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from bmkit.compress import anatomy as anatomies
 from bmkit.compress import distill as teaching
@@ -14,6 +14,7 @@ from bmkit.compress.options.structure import Gates
 from bmkit.compress.steps.shrink import finish, told, wanted, warn_of_few
 from bmkit.compress.work import Metrics, Work
 from bmkit.errors import InputError
+from bmkit.model import save_tensors
 
 
 def run(work: Work, step: Gates) -> Metrics:
@@ -52,9 +53,7 @@ def run(work: Work, step: Gates) -> Metrics:
             device=shared.device,
             reporter=job.reporter,
         )
-        scratch = file.with_suffix(".partial")
-        save_file({k: v.cpu().contiguous() for k, v in gates.state_dict().items()}, scratch)
-        scratch.replace(file)
+        save_tensors(file, gates.state_dict())
     gates.load_state_dict(load_file(file))
     gates.to("cpu")
     layers, kept, values = gating.decide(gates, target, anatomy.now.layers)

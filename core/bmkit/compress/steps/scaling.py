@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bmkit import model, plan
@@ -30,19 +32,22 @@ def run(work: Work, step: Awq | SmoothQuant) -> Metrics:
     found = scope(work.source, rounding.exclude_modules)
     grid = grid_of(rounding, found.widths)
     work.folder.mkdir(parents=True, exist_ok=True)
-    blocks = Blocks(work.source, work.shared.rows, device=work.shared.device)
-    known: list[Place] = []
+    blocks = Blocks(work.source, work.shared.rows, device=work.shared.device, both=True)
+    known: dict[frozenset[str], list[Place]] = {}
     where: dict[str, Path] = {}
     left: list[float] = []
     with task(work.job.reporter, step.method, blocks.count, "blocks") as bar:
         for block in blocks.visit():
             file = work.folder / f"block-{block.number:05}.safetensors"
             if not file.is_file():
-                known = known or places(block.module, lambda b=block: blocks.through(b))  # type: ignore[misc]
-                errors = _scale(blocks, block, known, step, grid, set(found.left))
-                _keep(file, blocks, block, known, errors)
-            with safe_open(file, framework="pt") as stream:
-                where |= dict.fromkeys(stream.keys(), file)
+                kind = frozenset(name for name, _ in block.module.named_modules())
+                if kind not in known:
+                    known[kind] = places(block.module, partial(blocks.through, block))
+                errors = _scale(blocks, block, known[kind], step, grid, set(found.left))
+                _keep(file, blocks, block, known[kind], errors)
+            kept = load_file(file)
+            where |= dict.fromkeys(kept, file)
+            _put(blocks, block, kept)  # as it is stored, of a stopped run too
             left += plan.read_json(file.with_suffix(".json"))["errors"]
             bar.advance()
     if not left:
@@ -73,7 +78,7 @@ def _scale(
     excluded: set[str],
 ) -> list[float]:
     """Scale a block in place; return what is left of the rounding error at each place."""
-    prefix = f"{blocks.name}.{block.number}."
+    prefix = f"{blocks.places[block.number]}."
     chosen = [p for p in known if not any(prefix + t in excluded for t in p.takers)]
     names = [prefix + t for p in chosen for t in p.takers[:1]]
     seen = blocks.observe(block, names) if isinstance(step, Awq) else {}
@@ -97,13 +102,22 @@ def _scale(
     return errors
 
 
+def _put(blocks: Blocks, block: Block, kept: Mapping[str, Tensor]) -> None:
+    """Let a block compute with what was kept of it."""
+    prefix = f"{blocks.places[block.number]}."
+    for name, parameter in block.module.named_parameters():
+        stored = blocks.origin.plain.get(prefix + name)
+        if stored is not None and stored in kept:
+            parameter.data = kept[stored].to(parameter.device, parameter.dtype)
+
+
 def _keep(
     file: Path, blocks: Blocks, block: Block, known: list[Place], errors: list[float]
 ) -> None:
     """Write what has changed of a block, by stored names and in stored dtypes."""
     parts: dict[str, Tensor] = {}
     for name, value in changed(block.module, known).items():
-        whole = f"{blocks.name}.{block.number}.{name}"
+        whole = f"{blocks.places[block.number]}.{name}"
         stored = blocks.origin.plain.get(whole)
         if stored is None:
             raise InputError(f"{blocks.path} has no tensor of its own for {whole}")
@@ -111,6 +125,4 @@ def _keep(
             raise InputError(f"{blocks.path}: {whole} holds NaN or infinite weights")
         parts[stored] = value.to(blocks.dtype(stored)).cpu().contiguous()
     file.with_suffix(".json").write_text(json.dumps({"errors": errors}), encoding="utf-8")
-    scratch = file.with_suffix(".partial")
-    save_file(parts, scratch)
-    scratch.replace(file)
+    model.save_tensors(file, parts)

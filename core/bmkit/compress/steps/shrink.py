@@ -11,6 +11,7 @@ from bmkit.compress.anatomy import Anatomy
 from bmkit.compress.calibrate import HELD_OUT
 from bmkit.compress.layerwise import TOKENS_AN_INPUT
 from bmkit.compress.options.structure import Gates, Shrink
+from bmkit.compress.steps.structure import require_alike
 from bmkit.compress.widths import Widths, allocate
 from bmkit.compress.work import Metrics, Work, write_config
 from bmkit.errors import RecipeError
@@ -72,8 +73,11 @@ def finish(
     work: Work, anatomy: Anatomy, target: Widths, known: dict[str, str], cut: cutting.Cut
 ) -> Metrics:
     """Write the checkpoint; return what was measured."""
+    config = anatomy.config_at(target, cut.layers)
+    write_config(work.out, config)
+    require_alike(work, cut.layers)
     parameters = cutting.write(work.source, work.out, anatomy, target, known, cut)
-    write_config(work.out, anatomy.config_at(target, cut.layers))
+    write_config(work.out, config)
     before = anatomy.size(anatomy.now)
     found: dict[str, float | int | str] = {
         "layers": target.layers,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from bmkit import model, plan
 from bmkit.compress import frequent, layers
 from bmkit.compress.options.structure import DropLayers, FrequentTokens
@@ -18,13 +21,14 @@ def drop_layers(work: Work, step: DropLayers) -> Metrics:
     skeleton = model.empty_model(work.source)
     stack, count = walk.stack(skeleton)
     kept = layers.spread(count, step.keep) if isinstance(step.keep, int) else step.keep
-    if len(kept) > count or kept[-1] >= count:
+    if (step.keep if isinstance(step.keep, int) else kept[-1] + 1) > count:
         raise RecipeError(f"keep: {work.source} has {count} layers")
     names = model.load_config(work.source).attribute_map
     key = names.get("num_hidden_layers", "num_hidden_layers")
     if headers.config.get(key) != count:
         raise InputError(f"{work.source}/config.json says no `{key}: {count}`, as the model has it")
-    config = layers.fewer(headers.config, key, count, kept)
+    write_config(work.out, layers.fewer(headers.config, key, count, kept))
+    require_alike(work, kept)
     prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
     stored = {t.name for t in headers.tensors}
     if not any(name.startswith(f"{stack}.") for name in stored):
@@ -38,10 +42,30 @@ def drop_layers(work: Work, step: DropLayers) -> Metrics:
             parameters += tensor.numel()
     writer.close()
     model.copy_side_files(work.source, work.out)
-    write_config(work.out, config)
+    write_config(work.out, layers.fewer(headers.config, key, count, kept))
     if (divided := experts.read(work.source)) is not None:
         experts.write(work.out, divided.of(kept))
     return {"layers": len(kept), "parameters": parameters}
+
+
+def require_alike(work: Work, kept: Sequence[int]) -> None:
+    """Raise RecipeError if the model of the config in `work.out` wants other blocks than `kept`.
+
+    As where the first block alone has dense layers, or what the others share.
+    """
+    old, new = (model.empty_model(path) for path in (work.source, work.out))
+    stacks: list[Any] = [one.get_submodule(walk.stack(one)[0]) for one in (old, new)]
+    for i, block in enumerate(stacks[1]):
+        wanted, found = (
+            {name for name, _ in b.named_parameters()} for b in (block, stacks[0][kept[i]])
+        )
+        if wanted != found:
+            odd = min(wanted ^ found)
+            raise RecipeError(
+                f"{work.source}: block {kept[i]} can't stand at place {i}, it "
+                f"{'lacks' if odd in wanted else 'has'} {odd}",
+                hint="keep the first layers, or cut something else",
+            )
 
 
 def frequent_tokens(work: Work, step: FrequentTokens) -> Metrics:

@@ -34,6 +34,7 @@ from bmkit.report import Silent
 from bmkit.runtime.voice import Voice
 
 DATA = machine.ROOT.parent / "shared" / "data"
+RESULT = "compress"
 RECIPES: dict[str, tuple[str, ...]] = {
     "int8": (),
     "int4": (),
@@ -171,9 +172,9 @@ def theirs(
 
 
 def methods(
-    model: Path, work: Path, only: list[str] | None, peer: str | None = None
-) -> dict[str, Any]:
-    """Run the built-in recipes, and the peer's; return a line for each."""
+    model: Path, work: Path, facts: dict[str, Any], only: list[str] | None, peer: str | None
+) -> None:
+    """Run the built-in recipes, and the peer's; keep a line for each as soon as it is known."""
     text = work / "rag.txt"
     text.write_text(texts("rag"))
     cpu = torch.device("cpu")
@@ -181,10 +182,10 @@ def methods(
     ids = tokenizer(texts("summarization"))["input_ids"]
     rows = pack_rows([ids], 512, 24 * 512).tolist()
     calibration = pack_rows([tokenizer(text.read_text())["input_ids"]], 512, 28000).tolist()
-    lines: dict[str, Any] = {"original": judge(model, rows)}
-    paths = {"original": model}
+    lines = known_lines() if only is not None else {}
+    lines["original"] = lines.get("original", {}) | judge(model, rows)
     for name, assign in RECIPES.items():
-        if only and name not in only:
+        if only is not None and name not in only:
             continue
         recipe = name.partition(",")[0]
         words: list[object] = [part for pair in assign for part in ("-s", pair)]
@@ -192,15 +193,15 @@ def methods(
             words += ["-s", f"data.calibration={text}", "-s", "data.tokens=28000"]
         if recipe == "moefy":
             words += ["-s", "steps.0.max_loss=100"]
-        out = work / name.replace(",", "").replace(" ", "-").replace(":", "")
+        out = place_of(work, name)
         start = time.monotonic()
         bmkit(
             *("compress", recipe, "-m", model, "-o", out, "-s", "measure_speed=false"),
             *(*words, "--force"),
         )
         seconds = round(time.monotonic() - start, 1)
-        lines[name] = {"seconds": seconds, **judged(out, rows, lines["original"])}
-        paths[name] = out
+        lines[name] = {"commit": facts["commit"], "seconds": seconds}
+        lines[name] |= judged(out, rows, lines["original"])
         said = [line_of(lines[name])]
         if peer and name in PEERS:
             other = theirs(peer, model, name, calibration, work)
@@ -209,9 +210,31 @@ def methods(
             lines[name]["llm-compressor"] = other
             said.append(other.get("failed") or line_of(other))
         print(f"{name:22}", "   theirs".join(said), flush=True)
+        machine.save(RESULT, {**facts, "methods": lines}, say=False)
+    if only is None:
+        timed(model, work, facts)
+
+
+def timed(model: Path, work: Path, facts: dict[str, Any]) -> None:
+    """Time all that `methods` has left in `work`, in turns; keep it beside what is known."""
+    lines = known_lines()
+    paths = {"original": model}
+    paths |= {name: path for name in lines if (path := place_of(work, name)).is_dir()}
     for name, found in speeds(paths, rounds=3).items():
         lines[name] |= found
-    return lines
+    machine.save(RESULT, {**facts, "methods": lines})
+
+
+def known_lines() -> dict[str, Any]:
+    """Return the lines of earlier runs."""
+    file = machine.ROOT / "scripts" / "bench" / "results" / f"{RESULT}.json"
+    found: dict[str, Any] = json.loads(file.read_text())["methods"] if file.is_file() else {}
+    return found
+
+
+def place_of(work: Path, name: str) -> Path:
+    """Return where the result of a line lies."""
+    return work / name.replace(",", "").replace(" ", "-").replace(":", "")
 
 
 def sst2(split: str, count: int) -> Iterator[dict[str, str]]:
@@ -405,7 +428,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cook", action="store_true")
     parser.add_argument("--healed", action="store_true")
-    parser.add_argument("--only", nargs="*")
+    parser.add_argument("--only", nargs="*", help="lines to make anew; the others stay")
+    parser.add_argument("--speeds", action="store_true", help="time what lies in --work")
     parser.add_argument("--peer", help="the python of an environment that has llm-compressor")
     parser.add_argument("--rows", type=int, default=700)
     parser.add_argument("--questions", type=int, default=60)
@@ -417,16 +441,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = given.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
-        if given.healed:
+        if given.speeds:
+            timed(model, work, facts)
+        elif given.healed:
             found = healed(model, work, given.questions)
             machine.save("compress_healed", {**facts, "methods": found})
         elif given.cook:
             found = cooked(model, work, given.rows, given.questions)
             machine.save("compress_cook", {**facts, "recipes": found})
         else:
-            found = methods(model, work, given.only, given.peer)
-            machine.save("compress", {**facts, "methods": found})
-        print(json.dumps(found, indent=1))
+            methods(model, work, facts, given.only, given.peer)
 
 
 if __name__ == "__main__":

@@ -41,10 +41,11 @@ def facts() -> dict[str, Any]:
     }
 
 
-def save(name: str, values: dict[str, Any]) -> None:
+def save(name: str, values: dict[str, Any], *, say: bool = True) -> None:
     """Write scripts/bench/results/NAME.json and print it."""
     text = json.dumps(values, indent=1)
     folder = ROOT / "scripts" / "bench" / "results"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(text + "\n")
-    print(text)
+    if say:
+        print(text)

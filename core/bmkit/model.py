@@ -405,7 +405,13 @@ class ShardWriter:
         self.total_bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor; it is written when its shard is full."""
+        """Take one tensor; it is written when its shard is full.
+
+        Raises InputError for one that isn't finite.
+        """
+        wide = tensor.is_floating_point() and tensor.element_size() > 1
+        if wide and not torch.isfinite(tensor).all():
+            raise InputError(f"{name} holds NaN or infinite weights")
         size = tensor.numel() * tensor.element_size()
         if self.pending and self.pending_bytes + size > self.shard_bytes:
             self._flush()

@@ -77,7 +77,8 @@ def create(
             f"{out} is the working directory, or around it", hint="name another --out"
         )
     scratch = out.parent / f".{out.name}.partial"
-    with refusals(out), hold(scratch, str(out), wait=wait):
+    again = "the same command goes on behind what is done"
+    with refusals(out, again), hold(scratch, str(out), wait=wait):
         for left in scratch.iterdir():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         try:
@@ -95,7 +96,7 @@ def create(
 
 
 @contextmanager
-def refusals(out: Path, kept: str = "nothing was kept") -> Iterator[None]:
+def refusals(out: Path, kept: str = "nothing half-written is left") -> Iterator[None]:
     """Make a ResourceError of what the machine refuses while `out` is written."""
     try:
         yield
@@ -276,6 +277,8 @@ def hold(folder: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):  # one that holds something, or is gone
+            folder.rmdir()
         os.close(handle)
 
 

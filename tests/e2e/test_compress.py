@@ -93,6 +93,62 @@ def test_what_does_not_fit_is_measured_by_streaming(
     assert "decode" in whole and "decode" not in streamed
 
 
+@pytest.mark.parametrize("recipe", ["int4", "magnitude"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("model.norm.weight", "NaN"), ("model.embed_tokens.weight", "NaN"), ("shape", "config wants")],
+)
+def test_what_no_one_could_open_is_refused_unmeasured(
+    bmkit: Run, tiny: Path, recipe: str, name: str, said: str
+) -> None:
+    weights = load_file(tiny / "model.safetensors")
+    if name == "shape":
+        name = "model.layers.0.mlp.up_proj.weight"
+        weights[name] = weights[name][:-1].clone()
+    else:
+        weights[name].view(-1)[3] = float("nan")
+    save_file(weights, tiny / "model.safetensors", metadata={"format": "pt"})
+    done = bmkit("compress", recipe, "-m", "tiny", "-o", "x", "-s", "measure_speed=false")
+    assert done.returncode == 3 and said in done.stderr and name in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"\xff\xfe\x80\x81" * 99, "UTF-8"), (b" \n\t\n" * 99, "nothing"), (b"", "nothing")],
+    ids=["binary", "blank", "empty"],
+)
+def test_a_file_that_is_no_text_is_refused(
+    bmkit: Run, home: Path, tiny: Path, tmp_path: Path, content: bytes, said: str
+) -> None:
+    (tmp_path / "texts.txt").write_bytes(content)
+    done = bmkit("compress", "wanda", "-m", "tiny", "-o", "x", *SHORT)
+    assert done.returncode == 3 and said in done.stderr, done.stderr
+    assert (home / "work").is_dir() and not any((home / "work").iterdir())
+
+
+def test_where_all_is_fitted_to_no_perplexity_is_told(
+    bmkit: Run, tiny: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "texts.txt").write_text("A fox runs over the hill and looks at the sea.")
+    for recipe, told in (("wanda", False), ("int8", True)):
+        done = bmkit("compress", recipe, "-m", "tiny", "-o", recipe, *SHORT)
+        assert ("perplexity" in metrics(done)) == told
+
+
+def test_a_plan_refuses_what_headers_tell(bmkit: Run, tiny: Path, text: Path) -> None:
+    long = ("-s", "data.sequence_length=100000")
+    done = bmkit("compress", "gptq", "-m", "tiny", "-o", "x", *SHORT, *long, "--plan")
+    assert done.returncode == 0, done.stderr
+    assert bmkit("compress", "int8", "-m", "tiny", "-o", "small").returncode == 0
+    done = bmkit("compress", "int8", "-m", "small", "-o", "y", "--plan")
+    assert done.returncode == 3 and "quantised already" in done.stderr
+    every = ",".join(f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down"))
+    done = bmkit(
+        "compress", "int8", "-m", "tiny", "-o", "y", "-s", f"steps.0.exclude_modules=[{every}]"
+    )
+    assert done.returncode == 2 and "leaves no layer" in done.stderr
+
+
 def test_zeros_stay_when_a_pruned_model_is_rounded(
     bmkit: Run, tiny: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -126,6 +182,27 @@ def test_distillation_keeps_the_zeros_and_mends_the_rest(
             assert ((tensor != 0).reshape(len(tensor), -1, 4).sum(-1) <= 2).all()
             changed += int((tensor != before[name])[tensor != 0].sum())
     assert changed > 1000
+
+
+def test_sizes_are_moved_between_values_and_output_of_an_encoder(
+    bmkit: Run, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    model = AutoModelForMaskedLM.from_config(BertConfig(vocab_size=400, **sizes)).eval()
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.1
+    model.save_pretrained(tmp_path / "bert")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny / file, tmp_path / "bert" / file)
+    recipe = tmp_path / "awq.yaml"
+    recipe.write_text(
+        "kind: compress\nsteps:\n  - method: awq\n  - method: quantize\n    bits: 4\n"
+        "    group_size: 32\n"
+    )
+    found = metrics(bmkit("compress", recipe, "-m", "bert", "-o", "x", *SHORT))
+    assert found["places"] == model.config.num_hidden_layers
+    assert found["error_left"] < 1
 
 
 def test_an_encoder_is_compressed_on_text_that_is_given(

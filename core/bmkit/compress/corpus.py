@@ -148,7 +148,7 @@ def holds_texts(tokenizer: Any, data: Data, file: Path) -> bool:
 def _given(tokenizer: Any, data: Data, calibration: Path) -> list[Text]:
     """Read a user's file: whole texts, or prompts, which have nothing that is said yet."""
     if calibration.suffix in PLAIN:
-        ids = tokenizer(calibration.read_text(encoding="utf-8", errors="replace"))["input_ids"]
+        ids = tokenizer(_text_of(calibration))["input_ids"]
         size = data.sequence_length
         found = [Text(ids[at : at + size], 1) for at in range(0, len(ids), size)]
         return [t for t in found if len(t.ids) > 1]
@@ -178,7 +178,7 @@ def plain(tokenizer: Any, file: Path) -> list[list[int]]:
     Raises InputError for other rows.
     """
     if file.suffix in PLAIN:
-        texts = [file.read_text(encoding="utf-8", errors="replace")]
+        texts = [_text_of(file)]
     else:
         texts = []
         for row in rows.read_all(file):
@@ -187,6 +187,17 @@ def plain(tokenizer: Any, file: Path) -> list[list[int]]:
                 raise InputError(f"{file}:{row.line}: {problem}")
             texts.append(row.values["text"])
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+def _text_of(file: Path) -> str:
+    """Read a text file. Raises InputError if it isn't UTF-8, or blank."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as exc:
+        raise InputError(f"{file} is not UTF-8 text: {exc.reason} at {exc.start}") from None
+    if not text.strip():
+        raise InputError(f"{file} holds nothing to learn from")
+    return text
 
 
 def _answered(values: dict[str, Any]) -> bool:

@@ -201,7 +201,10 @@ def train_student(
         (dev if i in apart else rest).append(one)
     if not rest or not dev:
         count = len(lesson.taught)
-        raise InputError(f"{count} texts are too few to learn from", hint="raise data.tokens")
+        raise InputError(
+            f"{count} texts are too few to learn from",
+            hint="raise data.tokens, or name a file of more texts",
+        )
     among = None if lesson.rows is None else torch.tensor(list(lesson.rows), device=device)
     # A head that can say all tokens learns how often it is none of the likeliest.
     others = among is None
@@ -231,6 +234,11 @@ def train_student(
         )
         settle(student, models.stored_dtype(models.load_config(path)))
         after = agreement(student, dev, among)
+        if after < before:
+            reporter.warn(
+                f"the student agrees less with its teacher than before, {after:.1%} of places "
+                f"after {before:.1%}: lower train.learning_rate"
+            )
     reporter.info(f"agrees with its teacher on {before:.1%} of tokens before, {after:.1%} after")
     metrics: dict[str, float | int | str] = {
         "train_loss": round(trained.losses[-1] if trained.losses else 0.0, 6),

@@ -121,10 +121,16 @@ def _in_a_row(leaves: dict[str, nn.Module]) -> list[Place]:
     found = []
     for name, layer in linears.items():
         for other, after in linears.items():
-            near = name.rpartition(".")[0] == other.rpartition(".")[0]
+            near = _near(name, other)
             if near and name != other and layer.out_features == after.in_features:
                 found.append(Place(name, (other,)))
     return found
+
+
+def _near(name: str, other: str) -> bool:
+    """Tell whether two layers lie in one module, or in two of one (as BERT's values and output)."""
+    one, two = name.split("."), other.split(".")
+    return one[:-1] == two[:-1] or (len(one) > 2 and one[:-2] == two[:-2])
 
 
 def changed(block: nn.Module, kept: Sequence[Place]) -> dict[str, Tensor]:

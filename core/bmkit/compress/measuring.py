@@ -99,5 +99,7 @@ def _held_out(shared: Shared) -> list[list[int]]:
     if not shared.has_rows:
         return []
     rows = shared.rows
-    held = sorted(calibrate.held_out(len(rows))) or [len(rows) - 1]
+    held = sorted(calibrate.held_out(len(rows)))
+    if not held and kinds <= {"quantize", "magnitude", "drop_layers"}:
+        held = [0]  # that nothing looks at
     return [rows[i].tolist() for i in held[:EVALUATED]]

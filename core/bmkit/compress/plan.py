@@ -14,6 +14,7 @@ from bmkit.compress.options.scaling import Awq, SmoothQuant
 from bmkit.compress.options.sparse import Magnitude, SparseGpt, Wanda
 from bmkit.compress.options.structure import COUNTS, DropLayers, FrequentTokens, Gates, Shrink
 from bmkit.compress.recipe import PLAIN, CompressRecipe
+from bmkit.errors import InputError, RecipeError
 from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers
 from bmkit.runtime.budget import Sizes, block_of
 
@@ -73,6 +74,14 @@ def estimate(job: Job) -> Estimate:
     recipe = job.recipe
     assert isinstance(recipe, CompressRecipe)  # the registry pairs recipe and plan
     headers = read_headers(job.checkpoint)
+    if headers.config.get("quantization_config"):
+        raise InputError(
+            f"{job.checkpoint} is quantised already", hint="compress the model it was made from"
+        )
+    limits = (headers.config.get(key) for key in ("max_position_embeddings", "n_positions"))
+    length = min([recipe.data.sequence_length, *(n for n in limits if isinstance(n, int))])
+    data = recipe.data.model_copy(update={"sequence_length": length})
+    recipe = recipe.model_copy(update={"data": data})
     inside = sum(t.numel for t in headers.tensors if block_of(t.name) is not None)
     whole = sum(t.numel for t in headers.tensors)
     sizes = Sizes.of(headers.config)
@@ -108,6 +117,9 @@ def _rounded(state: State, step: Quantize) -> Need:
 def _fewer_layers(state: State, step: DropLayers) -> Need:
     now = state.now
     kept = len(step.keep) if isinstance(step.keep, list) else step.keep
+    last = step.keep[-1] + 1 if isinstance(step.keep, list) else step.keep
+    if state.first and last > now.layers > 0:
+        raise RecipeError(f"keep: {state.headers.path} has {now.layers} layers")
     text = f"keep {kept} of {now.layers} layers"
     now.inside = now.inside * kept // max(now.layers, 1)
     now.layers = kept

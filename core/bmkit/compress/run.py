@@ -27,9 +27,11 @@ from bmkit.compress.steps import (
     structure,
 )
 from bmkit.compress.work import Metrics, Shared, Work
-from bmkit.errors import GateError, InputError
+from bmkit.errors import GateError
 from bmkit.place import write_text
 from bmkit.plan import Job, Outcome
+from bmkit.runtime.placed.load import empty
+from bmkit.runtime.placed.origin import Origin
 
 
 def run(job: Job) -> Outcome:
@@ -42,11 +44,7 @@ def run(job: Job) -> Outcome:
     assert isinstance(recipe, CompressRecipe)  # the registry pairs recipe and engine
     if job.threads:
         torch.set_num_threads(job.threads)
-    headers = plan.read_headers(job.checkpoint)
-    if headers.config.get("quantization_config"):
-        raise InputError(
-            f"{job.checkpoint} is quantised already", hint="compress the model it was made from"
-        )
+    Origin(job.checkpoint, empty(job.checkpoint)).require_shapes()
     shared = Shared(job, recipe, model.pick_device(recipe.device))
     source = job.checkpoint
     made = [("before", source)]

@@ -165,6 +165,8 @@ def scope(source: Path, patterns: list[str]) -> Scope:
     skeleton = model.empty_model(source)
     linears = walk.linears(skeleton)
     left = _excluded(linears, patterns)
+    if linears and len(left) == len(linears):
+        raise RecipeError("exclude_modules leaves no layer to work on")
     chosen = _to_round(source, headers, skeleton, {n for n in linears if n not in left})
     return Scope(headers, skeleton, linears, left, chosen)
 

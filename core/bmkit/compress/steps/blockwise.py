@@ -35,7 +35,8 @@ def run(work: Work, step: layerwise.Layerwise) -> Metrics:
     if fitted < layerwise.TOKENS_AN_INPUT * max(widths):
         reporter.warn(
             f"{fitted} tokens to calibrate on are few: a layer has {max(widths)} inputs, and "
-            f"{layerwise.TOKENS_AN_INPUT} tokens for each are wanted; raise data.tokens"
+            f"{layerwise.TOKENS_AN_INPUT} tokens for each are wanted; raise "
+            "data.tokens, or name a longer text"
         )
     bits: dict[str, int] = {}
     if isinstance(step, Gptq) and step.average_bits is not None and grid is not None:

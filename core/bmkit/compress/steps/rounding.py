@@ -159,8 +159,9 @@ def _group_size(step: Quantize | Gptq, widths: list[int]) -> int | None:
     fits = [size for size in sizes if not any(width % size for width in widths)]
     if not fits:
         odd = next(w for w in widths if w % min(sizes))
+        other = "channel" if any(w % 32 for w in widths) else "auto, or channel"
         raise RecipeError(
             f"group_size {step.group_size} does not divide a layer with {odd} inputs",
-            hint="write group_size: auto, or channel",
+            hint=f"write group_size: {other}, or name such layers in exclude_modules",
         )
     return fits[0]

@@ -65,7 +65,8 @@ def warn_of_few(work: Work, inputs: int) -> None:
     if fitted < TOKENS_AN_INPUT * inputs:
         work.job.reporter.warn(
             f"{fitted} tokens to calibrate on are few: a layer has {inputs} inputs, and "
-            f"{TOKENS_AN_INPUT} tokens for each are wanted; raise data.tokens"
+            f"{TOKENS_AN_INPUT} tokens for each are wanted; raise "
+            "data.tokens, or name a longer text"
         )
 
 

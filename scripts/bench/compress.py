@@ -391,7 +391,7 @@ COOKED = {
 }
 
 
-def cooked(model: Path, work: Path, rows: int, count: int) -> dict[str, Any]:
+def cooked(model: Path, work: Path, facts: dict[str, Any], rows: int, count: int) -> None:
     """Run combined recipes; compare the model and what comes out, tuned on tasks and untuned."""
     text = work / "rag.txt"
     text.write_text(texts("rag"))
@@ -414,13 +414,14 @@ def cooked(model: Path, work: Path, rows: int, count: int) -> dict[str, Any]:
         }
         print(f"{name}: {found[name]}", flush=True)
     times, tasks = speeds(paths, rounds=5), choices(count)
+    print(times, flush=True)
     for name, path in paths.items():
         scores = tuned(path, name, work, rows)
         line = found.setdefault(name, {})
         line |= {"speed": times[name], "tuned": scores, "untuned": chosen(path, tasks)}
         line["tuned_mean"] = round(sum(scores.values()) / len(scores), 4)
         line["tuned_kept"] = round(line["tuned_mean"] / found["original"]["tuned_mean"], 4)
-    return found
+        machine.save("compress_cook", {**facts, "recipes": found}, say=False)
 
 
 def main() -> None:
@@ -447,8 +448,7 @@ def main() -> None:
             found = healed(model, work, given.questions)
             machine.save("compress_healed", {**facts, "methods": found})
         elif given.cook:
-            found = cooked(model, work, given.rows, given.questions)
-            machine.save("compress_cook", {**facts, "recipes": found})
+            cooked(model, work, facts, given.rows, given.questions)
         else:
             methods(model, work, facts, given.only, given.peer)
 

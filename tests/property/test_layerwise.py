@@ -139,7 +139,7 @@ def test_each_method_leaves_exactly_what_it_is_told_to(
     weight, hessian = draw(seed)
     found = {
         "magnitude": sparsity.magnitude(weight, share, pattern),
-        "wanda": sparsity.wanda(weight, hessian, share, pattern),
+        "wanda": sparsity.wanda(weight, hessian.diagonal(), share, pattern),
         "sparsegpt": sparsity.sparsegpt(weight, hessian, share, pattern),
     }
     for name, pruned in found.items():
@@ -162,7 +162,7 @@ def test_magnitude_and_wanda_keep_the_largest(seed: int) -> None:
         (weight.abs(), sparsity.magnitude(weight, 0.5, (2, 4))),
         (
             weight.abs() * hessian.diagonal().sqrt(),
-            sparsity.wanda(weight, hessian, 0.5, (2, 4)),
+            sparsity.wanda(weight, hessian.diagonal(), 0.5, (2, 4)),
         ),
     ):
         for row, line in zip(score.reshape(-1, 4), pruned.reshape(-1, 4), strict=True):
@@ -211,7 +211,7 @@ def test_sparsegpt_loses_less_than_wanda_and_wanda_less_than_magnitude() -> None
         output_error(pruned - weight, weight, hessian)
         for pruned in (
             sparsity.sparsegpt(weight, hessian, 0.5, (2, 4)),
-            sparsity.wanda(weight, hessian, 0.5, (2, 4)),
+            sparsity.wanda(weight, hessian.diagonal(), 0.5, (2, 4)),
             sparsity.magnitude(weight, 0.5, (2, 4)),
         )
     ]
@@ -228,7 +228,7 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
     weight, hessian = draw(1, inputs=30)
     for call in (
         lambda: sparsity.magnitude(weight, 0.5, (2, 4)),
-        lambda: sparsity.wanda(weight, hessian, 0.5, (2, 4)),
+        lambda: sparsity.wanda(weight, hessian.diagonal(), 0.5, (2, 4)),
         lambda: sparsity.sparsegpt(weight, hessian, 0.5, (2, 4)),
         lambda: sparsity.magnitude_both_ways(weight),
         lambda: gptq(weight, hessian, Grid(4, 16)),

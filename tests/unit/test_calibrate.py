@@ -182,6 +182,10 @@ def test_blocks_give_what_the_model_gives_and_see_what_it_sees(name: str, tmp_pa
                 gram = wanted.T @ wanted / len(wanted)
                 assert torch.allclose(found, gram, rtol=1e-3, atol=1e-4 * float(gram.abs().max()))
             assert seen.tokens == len(fitted)
+            energy = blocks.observe(block, [linear], whole=False)[linear]
+            diagonal = seen.hessian.diagonal()
+            assert torch.allclose(energy.hessian, diagonal, rtol=1e-3, atol=1e-4)
+            assert torch.allclose(energy.held_out, seen.held_out, rtol=1e-3, atol=1e-3)
             checked += 1
     assert checked == sum(n.startswith(tuple(f"{p}." for p in blocks.places)) for n in inputs)
     assert torch.allclose(blocks.hidden, torch.cat(last), rtol=1e-3, atol=1e-3)

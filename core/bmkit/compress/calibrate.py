@@ -29,7 +29,7 @@ class Seen:
     """What went into a linear layer."""
 
     hessian: Tensor
-    """float32 [inputs, inputs]: the mean of x·xᵀ."""
+    """float32 [inputs, inputs]: the mean of x·xᵀ; or its diagonal [inputs], if asked for that."""
     held_out: Tensor
     """The same, of the rows that nothing may be fitted to."""
     tokens: int
@@ -316,11 +316,14 @@ class Blocks:
                 self.hidden[row] = found
 
     @torch.no_grad()
-    def observe(self, block: Block, names: Collection[str]) -> dict[str, Seen]:
+    def observe(
+        self, block: Block, names: Collection[str], *, whole: bool = True
+    ) -> dict[str, Seen]:
         """Run the rows through a block; return what went into its linear layers `names`.
 
-        Layers with the same input share their statistics. What a block computes behind the last of
-        them is left out, if the first row meets each of them once.
+        Without `whole`, of the rows that are fitted to only the energy of each input. Layers with
+        the same input share their statistics. What a block computes behind the last of them is left
+        out, if the first row meets each of them once.
         """
         held = held_out(len(self.hidden))
         sums: dict[str, list[Tensor]] = {}
@@ -329,14 +332,19 @@ class Blocks:
         given: dict[int, tuple[Tensor, str]] = {}  # holds the tensors, so that ids stay theirs
         met: list[str] = []
         now, last = 0, False
+        whole = whole or not held
 
         def add(name: str, inputs: Tensor) -> None:
             x = inputs.reshape(-1, inputs.shape[-1]).float()
             width = x.shape[1]
             if name not in sums:
-                sums[name] = [torch.zeros(width, width, device=x.device) for _ in range(2)]
+                shapes = [(width, width) if whole else (width,), (width, width)]
+                sums[name] = [torch.zeros(shape, device=x.device) for shape in shapes]
                 counts[name] = [0, 0]
-            add_products(sums[name][now], x)
+            if now or whole:
+                add_products(sums[name][now], x)
+            else:
+                sums[name][now] += x.square().sum(0)
             counts[name][now] += len(x)
 
         def hook(name: str) -> Any:
@@ -371,8 +379,9 @@ class Blocks:
         means: dict[str, Seen] = {}
         for name, (fitted, apart) in sums.items():
             tokens, others = counts[name]
-            mirror(fitted)
-            mirror(apart)
+            for total in (fitted, apart):
+                if total.ndim == 2:
+                    mirror(total)
             fitted /= max(tokens, 1)
             apart = apart / others if others else fitted
             means[name] = Seen(fitted, apart, tokens)

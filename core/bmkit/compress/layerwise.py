@@ -82,7 +82,8 @@ def compress(
         raise ValueError("it holds NaN or infinite weights")
     pattern = sparsity.parse_pattern(step.pattern)
     if isinstance(step, Wanda):
-        return {"weight": sparsity.wanda(weight, seen.hessian, step.sparsity, pattern)}, False
+        energy = seen.hessian if seen.hessian.ndim == 1 else seen.hessian.diagonal()
+        return {"weight": sparsity.wanda(weight, energy, step.sparsity, pattern)}, False
     pruned = sparsity.sparsegpt(weight, seen.hessian, step.sparsity, pattern, damp=step.damp)
     return {"weight": pruned}, False
 
@@ -213,7 +214,8 @@ def _block(
     bits: Mapping[str, int],
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """Compress the layers of a block; return their parts by stored name, and what was measured."""
-    seen = blocks.observe(block, list(chosen)) if chosen else {}
+    needs_all = not isinstance(step, Wanda)
+    seen = blocks.observe(block, list(chosen), whole=needs_all) if chosen else {}
     found: dict[str, Tensor] = {}
     notes = []
     for name, module in chosen.items():

@@ -89,14 +89,14 @@ def magnitude_both_ways(weight: Tensor) -> Tensor:
 
 
 def wanda(
-    weight: Tensor, hessian: Tensor, sparsity: float, pattern: tuple[int, int] | None
+    weight: Tensor, energy: Tensor, sparsity: float, pattern: tuple[int, int] | None
 ) -> Tensor:
     """Return `weight` [out, inputs] without the entries of smallest |w|·‖x‖ in each row.
 
-    `hessian` [inputs, inputs] is the mean of x·xᵀ. (A Simple and Effective Pruning Approach for
+    `energy` [inputs] is the mean of x². (A Simple and Effective Pruning Approach for
     Large Language Models, arXiv 2306.11695.)
     """
-    score = weight.float().abs() * hessian.diagonal().clamp_min(0).sqrt()
+    score = weight.float().abs() * energy.clamp_min(0).sqrt()
     return weight * kept_of(score, sparsity, pattern)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bmkit.compress.recording import REFUSALS, Odd, Recorder, Stop, leaves, mapped
 from bmkit.errors import InputError, ResourceError
 from bmkit.nn import walk
 from bmkit.nn.hessian import add_products, mirror
@@ -128,7 +129,7 @@ class Blocks:
             for shape in shapes:
                 try:
                     return self._record(shape)
-                except _REFUSALS as exc:
+                except REFUSALS as exc:
                     reason = exc
         raise InputError(
             f"{type(self.model).__name__} doesn't go through {self.name} block by block: {reason}",
@@ -138,7 +139,7 @@ class Blocks:
     def _record(self, shape: int | None) -> Tensor:
         at = len(self.shapes)
         first = sum(count for _, count in self.stacks[:at])
-        recorders = [_Recorder(block, shape) for block in self.stack]
+        recorders = [Recorder(block, shape) for block in self.stack]
         recorders[-1].last = True
         self.calls, self.varied = {}, {}
         self.marks = {
@@ -158,13 +159,13 @@ class Blocks:
                     end.gives = self.hidden[number][None]
                 for recorder in recorders:
                     recorder.calls = []
-                with suppress(_Stop):
+                with suppress(Stop):
                     self.model(**self._inputs(row))
                 if any(len(r.calls) != 1 for r in recorders):
-                    raise _Odd("not every block is called once")
+                    raise Odd("not every block is called once")
                 start = recorders[0].calls[0][0]
                 if any(r.calls[0][0] is not start for r in recorders):
-                    raise _Odd("something happens between two blocks")
+                    raise Odd("something happens between two blocks")
                 calls = {first + i: r.calls[0][1:] for i, r in enumerate(recorders)}
                 self._note(number, calls)
                 found.append(start[0])
@@ -181,12 +182,12 @@ class Blocks:
         config: Any = self.model.config
         return {**inputs(config, row.to(self.device)), **more}
 
-    def _players(self, before: int) -> list[_Recorder]:
+    def _players(self, before: int) -> list[Recorder]:
         """Put something in the place of the blocks `before` a stack; return the last of each."""
         ends = []
         for (name, count), shape in zip(self.stacks[:before], self.shapes, strict=True):
             stack: Any = self.model.get_submodule(name)
-            players = [_Recorder(block, shape, notes=False) for block in stack]
+            players = [Recorder(block, shape, notes=False) for block in stack]
             for i in range(count):
                 stack[i] = players[i]
             ends.append(players[-1])
@@ -196,12 +197,12 @@ class Blocks:
         """Keep how blocks are called: once, and again what differs from the first row."""
         if not row:
             self.calls = calls
-            met = {id(one) for call in calls.values() for one in _leaves(call)}
+            met = {id(one) for call in calls.values() for one in leaves(call)}
             self.marks = {key: place for key, place in self.marks.items() if key in met}
             return
         done = set(self.marks)
         for number, call in calls.items():
-            for one, other in zip(_leaves(self.calls[number]), _leaves(call), strict=True):
+            for one, other in zip(leaves(self.calls[number]), leaves(call), strict=True):
                 if id(one) in done:
                     continue
                 done.add(id(one))
@@ -211,7 +212,7 @@ class Blocks:
                     self.varied[id(one)] = [one] * row + [other]
         for some in self.varied.values():
             if len(some) != row + 1:
-                raise _Odd("rows are called in ways that don't compare")
+                raise Odd("rows are called in ways that don't compare")
 
     @torch.no_grad()
     def visit(self, skip: Collection[int] = ()) -> Iterator[Block]:
@@ -255,7 +256,7 @@ class Blocks:
                 return self.handed[block][k]
             return self.varied[id(tensor)][row] if id(tensor) in self.varied else tensor
 
-        args, kwargs = _mapped(self.calls[number], own)
+        args, kwargs = mapped(self.calls[number], own)
         module: Any = self.model.get_submodule(self.places[number])
         found = module(self.hidden[row][None], *args, **kwargs)
         if isinstance(found, tuple):
@@ -354,7 +355,7 @@ class Blocks:
                     add(name, args[0])
                 met.append(name)
                 if last and len(met) == len(names):
-                    raise _Stop
+                    raise Stop
 
             return take
 
@@ -363,7 +364,7 @@ class Blocks:
         try:
             for row in range(len(self.hidden)):
                 now = int(row in held)
-                with suppress(_Stop):
+                with suppress(Stop):
                     self._run(block.number, row)
                 last = last if row else sorted(met) == sorted(names)
                 given.clear()
@@ -425,67 +426,3 @@ def pack_rows(texts: Sequence[Sequence[int]], length: int, most: int) -> Tensor:
     length = min(length, len(whole))
     count = len(whole) // length
     return torch.tensor(whole[: count * length]).reshape(count, length)
-
-
-class _Stop(Exception):
-    """All is known that was asked for."""
-
-
-class _Odd(Exception):
-    """The blocks aren't called one after the other."""
-
-
-_REFUSALS = (_Odd, IndexError, AttributeError, TypeError, ValueError, KeyError, RuntimeError)
-"""What shows that a model doesn't take what stands for its blocks."""
-
-
-class _Recorder(nn.Module):
-    """Stands for a block: notes what it is called with, and hands the hidden states on.
-
-    Beside them it gives a mark for each of the `more` tensors that a block gives, if it gives a
-    tuple at all: where a later block is called with a mark, that is what it is to be given.
-    """
-
-    def __init__(self, block: nn.Module, more: int | None, *, notes: bool = True) -> None:
-        super().__init__()
-        self.__dict__["block"] = block  # no submodule: its parameters are not there
-        self.more, self.notes, self.last = more, notes, False
-        self.__dict__["marks"] = [torch.empty(0) for _ in range(more or 0)]
-        self.calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
-        self.gives: Tensor | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["block"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
-        if not isinstance(hidden, Tensor) or hidden.ndim != 3 or len(hidden) != 1:
-            raise _Odd("a block's first input is no [rows, tokens, width]")
-        if self.notes:
-            self.calls.append((hidden, args[1:], kwargs))
-        if self.last:
-            raise _Stop
-        given = hidden if self.gives is None else self.gives
-        return given if self.more is None else (given, *self.marks)
-
-
-def _leaves(value: Any) -> list[Tensor]:
-    """Return the tensors of nested tuples, lists and dicts, in order."""
-    found: list[Tensor] = []
-    _mapped(value, found.append)
-    return found
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Return `value` with its tensors changed, in tuples, lists and dicts too."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, tuple | list):
-        made = [_mapped(one, change) for one in value]
-        return tuple(made) if isinstance(value, tuple) else made
-    if isinstance(value, dict):
-        return {key: _mapped(one, change) for key, one in value.items()}
-    return value

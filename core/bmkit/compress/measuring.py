@@ -100,6 +100,7 @@ def _held_out(shared: Shared) -> list[list[int]]:
         return []
     rows = shared.rows
     held = sorted(calibrate.held_out(len(rows)))
-    if not held and kinds <= {"quantize", "magnitude", "drop_layers"}:
+    looks = any(getattr(s, "activations", None) == "static" for s in shared.recipe.steps)
+    if not held and not looks and kinds <= {"quantize", "magnitude", "drop_layers"}:
         held = [0]  # that nothing looks at
     return [rows[i].tolist() for i in held[:EVALUATED]]

@@ -92,6 +92,16 @@ def stored_dtype(config: Any) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
+def behind_start(config: Any, said: Tensor) -> Tensor:
+    """Return what a decoder of an encoder-decoder reads to say `said` [batch, tokens] and one more.
+
+    That is `said` behind the token that it starts with.
+    """
+    candidates = (getattr(config, "decoder_start_token_id", None), config.pad_token_id, 0)
+    start = next(i for i in candidates if i is not None)
+    return torch.cat((said.new_full((len(said), 1), start), said), 1)
+
+
 def task(config: Any) -> Task:
     """Tell what the checkpoint of a config is for."""
     return task_of(config.to_dict())

@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    T5Config,
+)
 
 from bmkit.compress.qat import Rounding
 from bmkit.compress.run import run as compress
@@ -322,3 +329,52 @@ def test_a_stopped_run_goes_on_with_its_projections(tiny: Path, text: Path, tmp_
         compress(prepared.job(out, work, Silent()))
         found.append(load_file(out / "model.safetensors"))
     assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
+
+
+@pytest.mark.parametrize("rows", ["texts", "completions"])
+def test_an_encoder_decoder_is_pruned_healed_and_rounded(
+    bmkit: Run, tiny: Path, text: Path, tmp_path: Path, rows: str
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    config = T5Config(vocab_size=400, **sizes, decoder_start_token_id=0, dropout_rate=0.0)
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+    model.save_pretrained(tmp_path / "t5")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny / file, tmp_path / "t5" / file)
+    prune = "method: magnitude, pattern: '2:4'"
+    learn = f"method: distill, qat: true, {TRAIN.replace('6', '30')}"
+    path = recipe(tmp_path, prune, learn, "method: quantize, bits: 4, group_size: 32")
+    words = [*SHORT]
+    if rows == "completions":
+        lines = [
+            {"prompt": f"{i} and {i + 1}?", "completion": WORDS[i : i + 40]} for i in range(60)
+        ]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        words[1] = "data.calibration=rows.jsonl"
+    found = metrics(bmkit("compress", path, "-m", "t5", "-o", "x", *words))
+    assert found["agreement"] > found["agreement_before"]
+    table = json.loads((tmp_path / "x" / "bmkit.json").read_text())["table"]
+    assert [line["step"] for line in table] == ["before", "magnitude", "distill", "quantize"]
+    assert table[2]["nonzeros"] <= table[1]["nonzeros"]
+    assert bmkit("infer", "-m", "x", "-p", "Hi", "--max-new-tokens", "5").returncode == 0
+
+
+@pytest.mark.parametrize("more", [("-s", "data.calibration=prompts.jsonl"), ()])
+def test_an_encoder_decoder_makes_up_nothing_to_learn_from(
+    bmkit: Run, tiny: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    config = T5Config(vocab_size=400, **sizes, decoder_start_token_id=0)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "t5")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny / file, tmp_path / "t5" / file)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Who?"}\n' * 9)
+    path = recipe(tmp_path, f"method: distill, {TRAIN}")
+    done = bmkit("compress", path, "-m", "t5", "-o", "x", *more)
+    assert done.returncode == 3, done.stderr
+    assert "makes up nothing" in done.stderr and "data.calibration" in done.stderr

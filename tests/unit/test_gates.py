@@ -166,15 +166,46 @@ def test_neurons_and_heads_that_matter_stay_and_their_number_is_right(tmp_path: 
         assert len(said) >= 7
 
 
+def test_channels_that_matter_stay(tmp_path: Path) -> None:
+    model = model_at(tmp_path / "m")
+    silent = torch.arange(24) % 3 == 1
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, silent] = 0
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight[silent] = 0
+            layer.self_attn.o_proj.weight[silent] = 0
+    model.save_pretrained(tmp_path / "m")
+    anatomy = anatomies.read(tmp_path / "m")
+    step = Gates(
+        method="gates",
+        hidden_size=16,
+        train=GateTrain(max_steps=150, per_device_train_batch_size=24),
+    )
+    target = wanted(anatomy, step)
+    gates = gating.learn(
+        *(tmp_path / "m", anatomy, target, lessons(model), step),
+        seed=0,
+        work=tmp_path / "w",
+        device=CPU,
+        reporter=Silent(),
+    )
+    channels = gating.channels(gates, target)
+    assert channels is not None
+    assert channels.tolist() == [c for c in range(24) if not silent[c]]
+    found = gating.expected(anatomy, gates)
+    assert found == pytest.approx(anatomy.size(target) / anatomy.size(anatomy.now), abs=0.05)
+
+
 @torch.no_grad()
-def test_what_is_written_is_the_model_with_closed_gates(tmp_path: Path) -> None:
+@pytest.mark.parametrize("hidden", [24, 16])
+def test_what_is_written_is_the_model_with_closed_gates(hidden: int, tmp_path: Path) -> None:
     model = model_at(tmp_path / "m")
     for layer in model.model.layers:  # nothing is silent here
         layer.mlp.down_proj.weight.normal_(0.0, 0.4)
         layer.self_attn.o_proj.weight.normal_(0.0, 0.4)
     model.save_pretrained(tmp_path / "m")
     anatomy = anatomies.read(tmp_path / "m")
-    target = replace(anatomy.now, ffn=8, heads=2, layers=1)
+    target = replace(anatomy.now, ffn=8, heads=2, layers=1, hidden=hidden)
     gates = gating.make(anatomy, target, 0)
     generator = torch.Generator().manual_seed(3)
     for value in gates.log_alpha.values():
@@ -187,6 +218,11 @@ def test_what_is_written_is_the_model_with_closed_gates(tmp_path: Path) -> None:
         gated.values[kind] = torch.zeros(2, width)
         for i in range(2):
             gated.values[kind][i, kept[i][kind]] = values[i][kind]  # type: ignore[index]
+    channels = gating.channels(gates, target)
+    norms = {}
+    if channels is not None:
+        gated.values["hidden"] = torch.zeros(1, 24).index_fill_(1, channels, 1.0)
+        norms = cutting.norms_of_zeros(tmp_path / "m", anatomy, channels)
     ids = torch.randint(3, 119, (2, 15), generator=generator)
     wished = model(input_ids=ids).logits
     known = cutting.require_stored(tmp_path / "m", anatomy, target)
@@ -196,7 +232,7 @@ def test_what_is_written_is_the_model_with_closed_gates(tmp_path: Path) -> None:
     )
     out = tmp_path / "out"
     out.mkdir()
-    cut = cutting.Cut(layers, None, {}, files, error)
+    cut = cutting.Cut(layers, channels, norms, files, error)
     cutting.write(tmp_path / "m", out, anatomy, target, known, cut)
     from bmkit.compress.work import write_config
 

@@ -12,18 +12,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     OPTConfig,
+    T5Config,
 )
 
+from bmkit.compress.corpus import Text
+from bmkit.compress.distill import agreement, collate, lessons
 from bmkit.compress.hints import PROJECTIONS, Hints
 from bmkit.compress.options.learning import Attention, Hidden
 from bmkit.errors import InputError, RecipeError
 from bmkit.nn.qat import round_tokens, rounded_weights, straight_through
 from bmkit.nn.rounding import dequantize, quantize
+from bmkit.report import Silent
+from bmkit.runtime.voice import Voice
 from bmkit.train import distil
 from bmkit.train.distil import Aim, divergence, likeliest, reverse_divergence, teaching_loss
 from bmkit.train.states import attention_loss, by_depth, state_loss
@@ -403,3 +410,84 @@ def test_a_model_that_tells_no_attention_is_refused(tmp_path: Path) -> None:
         Hints(tmp_path / "t", None, Attention(), CPU).for_(student),
     ):
         pass
+
+
+TWO_STACKS: dict[str, Any] = {
+    "t5": T5Config(
+        vocab_size=90,
+        d_model=32,
+        d_kv=16,
+        d_ff=48,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+    ),
+    "t5, a head of its own": T5Config(
+        vocab_size=90,
+        d_model=32,
+        d_kv=16,
+        d_ff=48,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=3,
+        tie_word_embeddings=False,
+    ),
+    "bart": BartConfig(
+        vocab_size=90,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=64,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TWO_STACKS)
+def test_an_encoder_decoder_learns_what_its_teacher_says_behind_what_it_has_read(
+    name: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForSeq2SeqLM.from_config(TWO_STACKS[name]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.3)
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    draw = torch.Generator().manual_seed(1)
+    sizes = ((9, 4), (6, 2), (12, 7))
+    texts = [
+        Text(torch.randint(4, 89, (size,), generator=draw).tolist(), first) for size, first in sizes
+    ]
+    voice = Voice(tmp_path / "m", device=CPU, dtype="float32", rows=1, reporter=Silent())
+    taught = lessons(voice, texts, 90, None, tmp_path / "w", reporter=Silent())
+    start = model.config.decoder_start_token_id
+    wanted = torch.zeros(())
+    for text, lesson in zip(texts, taught, strict=True):
+        said = torch.tensor([[start, *text.ids[text.first : -1]]])
+        with torch.no_grad():
+            logits = model(
+                input_ids=torch.tensor([text.ids[: text.first]]), decoder_input_ids=said
+            ).logits[0]
+        log = logits.log_softmax(-1)
+        assert lesson.chosen.tolist() == logits.argmax(-1).tolist()
+        told = torch.zeros_like(log).scatter_(1, lesson.tokens.long(), lesson.logprobs.float())
+        assert torch.allclose(told, log, atol=1e-2)
+        wanted = wanted - (log.exp() * log).sum()
+    batch = collate([{"input_ids": x.ids[:-1], "lesson": x} for x in taught], model.config)
+    assert int((batch["labels"] != -100).sum()) == len(batch["places"]) == 5 + 4 + 5
+    plain = distil.has_plain_head(model)
+    assert plain == (name == "bart")
+    for head in {plain, False}:
+        found, count = teaching_loss(model, batch, plain=head)
+        assert count == 14
+        assert torch.allclose(found, wanted, rtol=1e-3)
+    model.zero_grad()
+    (found / count).backward()
+    largest = max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)
+    assert largest < 1e-2  # it says what it says
+    assert agreement(model, taught, None) == 1.0

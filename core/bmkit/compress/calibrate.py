@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bmkit import model as models
 from bmkit.compress.recording import REFUSALS, Odd, Recorder, Stop, leaves, mapped
 from bmkit.errors import InputError, ResourceError
 from bmkit.nn import walk
@@ -397,10 +398,8 @@ def inputs(config: Any, row: Tensor) -> dict[str, Tensor]:
     whole = row[None]
     if not config.is_encoder_decoder:
         return {"input_ids": whole}
-    candidates = (getattr(config, "decoder_start_token_id", None), config.pad_token_id, 0)
-    begin = next(i for i in candidates if i is not None)
     half = len(row) // 2
-    said = torch.cat((torch.full_like(whole[:, :1], begin), whole[:, half:-1]), 1)
+    said = models.behind_start(config, whole[:, half:-1])
     return {"input_ids": whole[:, :half], "decoder_input_ids": said}
 
 

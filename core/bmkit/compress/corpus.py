@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ def gather(
     likeliest: int | None,
     seed: int,
     reporter: Reporter,
+    halves: bool = False,
 ) -> list[Text]:
     """Return texts to learn from: with `data.tokens` tokens, what is to be said counted alone.
 
@@ -65,9 +66,18 @@ def gather(
     up the prompts as well, as it would a user's turn (Magpie, arXiv 2406.08464). Its `likeliest`
     tokens at each place of an answer are kept, as they are known then. What was made lies in the
     folder `kept`, a batch a file, and a stopped run goes on from there to the same end. `voice` is
-    asked for only if there is something to say. Raises InputError for rows that can't be used.
+    asked for only if there is something to say. With `halves`, for an encoder-decoder, texts are
+    said from their middle on, and there must be some. Raises InputError for unusable rows.
     """
     given = [] if calibration is None else _given(tokenizer, data, calibration)
+    if halves:
+        given = [replace(t, first=len(t.ids) // 2) if t.first <= 1 else t for t in given]
+        if not any(t.first < len(t.ids) for t in given):
+            raise InputError(
+                "an encoder-decoder makes up nothing to learn from",
+                hint="name a file of texts, or of prompts and completions: "
+                "-s data.calibration=texts.txt",
+            )
     if calibration is not None and not given:
         raise InputError(f"{calibration} holds nothing to learn from")
     whole = [t for t in given if t.first < len(t.ids)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,27 +122,44 @@ def _among(tokens: Tensor, said: Sequence[int] | None) -> Tensor:
     return torch.where(known[at] == tokens, at.int(), torch.full_like(tokens, -1))
 
 
-def collate(lessons: Sequence[Any]) -> dict[str, Tensor]:
-    """Put examples of `input_ids` and a `lesson` together, padded on the right."""
-    longest = max(len(e["input_ids"]) for e in lessons)
-    ids = torch.zeros(len(lessons), longest, dtype=torch.long)
-    mask = torch.zeros(len(lessons), longest, dtype=torch.long)
-    labels = torch.full((len(lessons), longest + 1), -100)  # for the trainer, which counts them
+def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return rows of token ids padded on the right, and where they aren't."""
+    ids = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row)
+        mask[number, : len(row)] = 1
+    return ids, mask
+
+
+def collate(lessons: Sequence[Any], config: Any = None) -> dict[str, Tensor]:
+    """Put examples of `input_ids` and a `lesson` together, padded on the right.
+
+    With the `config` of an encoder-decoder, its encoder gets what comes first in the lessons' ids,
+    its decoder what is to be said, one token late.
+    """
+    halves = config is not None and config.is_encoder_decoder
+    given: list[Lesson] = [e["lesson"] for e in lessons]
+    if halves:
+        ids, mask = _padded([x.ids[: x.first] for x in given])
+        late = models.behind_start(config, _padded([x.ids[x.first : -1] for x in given])[0])
+        batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": late}
+    else:
+        ids, mask = _padded([e["input_ids"] for e in lessons])
+        batch = {"input_ids": ids, "attention_mask": mask}
+    longest = max(len(x.ids) for x in given)
+    labels = torch.full((len(given), longest), -100)  # for the trainer, which counts them
     places, tokens, logprobs, said = [], [], [], []
-    for row, example in enumerate(lessons):
-        lesson: Lesson = example["lesson"]
-        size = len(example["input_ids"])
-        ids[row, :size] = torch.tensor(example["input_ids"])
-        mask[row, :size] = 1
+    for row, lesson in enumerate(given):
         labels[row, lesson.first : len(lesson.ids)] = 0
-        where = torch.arange(lesson.first - 1, len(lesson.ids) - 1)
+        where = torch.arange(len(lesson.ids) - lesson.first)
+        if not halves:
+            where += lesson.first - 1
         places.append(torch.stack((torch.full_like(where, row), where), 1))
         tokens.append(lesson.tokens)
         logprobs.append(lesson.logprobs)
         said.append(lesson.said)
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
+    return batch | {
         "labels": labels,
         "places": torch.cat(places),
         "tokens": torch.cat(tokens),
@@ -224,7 +242,7 @@ def train_student(
         trained = train(
             student,
             examples,
-            collate,
+            partial(collate, config=student.config),
             step.train,
             seed=seed,
             work=work,
@@ -295,8 +313,11 @@ def agreement(student: Any, taught: Sequence[Lesson], rows: Tensor | None) -> fl
     student.eval()
     right = whole = 0
     for lesson in taught:
-        ids = torch.tensor([lesson.ids[:-1]], device=student.device)
-        logits = student(input_ids=ids, use_cache=False).logits[0, lesson.first - 1 :]
+        example = {"input_ids": lesson.ids[:-1], "lesson": lesson}
+        batch = {n: v.to(student.device) for n, v in collate([example], student.config).items()}
+        names = {"input_ids", "decoder_input_ids"} & batch.keys()
+        logits = student(**{n: batch[n] for n in names}, use_cache=False).logits
+        logits = logits[batch["places"][:, 0], batch["places"][:, 1]]
         said = logits.argmax(-1) if rows is None else rows[logits[:, rows].argmax(-1)]
         right += int((said.cpu() == lesson.chosen).sum())
         whole += len(lesson.chosen)

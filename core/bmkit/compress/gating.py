@@ -21,11 +21,13 @@ from bmkit.report import Reporter
 from bmkit.train.distil import Aim, has_plain_head, teaching_loss
 from bmkit.train.trainer import train
 
-LAYERS = "layers"
+LAYERS, HIDDEN = "layers", "hidden"
 
 
 class Gated(nn.Module):
     """A student with gates on its activations: groups of heads, neurons, and what blocks add.
+
+    Those on channels are the same wherever something is added to the hidden states.
 
     Only the gates are parameters of this module; the student's weights stay as they are.
     """
@@ -38,13 +40,21 @@ class Gated(nn.Module):
         """What the gates are at the moment, as `Bounded.draw` gives them."""
         self.handles: list[Any] = []
         blocks: Any = student.get_submodule(anatomy.stack)
+        kinds: tuple[Kind, ...] = ("heads", "ffn")
         for number, block in enumerate(blocks):
-            for kind in ("heads", "ffn"):
+            for kind in kinds:
                 if kind in gates.log_alpha:
                     self._gate_inputs(anatomy, number, kind)
             if LAYERS in gates.log_alpha:
                 hook = self._branch(number)
                 self.handles.append(block.register_forward_hook(hook, with_kwargs=True))
+            if HIDDEN in gates.log_alpha:
+                for kind in kinds:
+                    module = student.get_submodule(anatomy.inputs(number, kind))
+                    self.handles.append(module.register_forward_hook(self._channels))
+        if HIDDEN in gates.log_alpha:
+            hook = self._first_channels
+            self.handles.append(blocks[0].register_forward_pre_hook(hook, with_kwargs=True))
 
     @property
     def student(self) -> Any:
@@ -70,6 +80,16 @@ class Gated(nn.Module):
             return (new, *out[1:]) if isinstance(out, tuple) else new
 
         return gate
+
+    def _channels(self, _: Any, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        return out * self.values[HIDDEN][0]
+
+    def _first_channels(
+        self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (self._channels(_, (), args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": self._channels(_, (), kwargs["hidden_states"])}
 
     def remove(self) -> None:
         """Take the gates out of the student."""
@@ -144,6 +164,7 @@ def make(anatomy: Anatomy, target: Widths, warmup: int) -> Bounded:
         "heads": (now.layers, now.heads),
         "ffn": (now.layers, now.ffn),
         LAYERS: (1, now.layers),
+        HIDDEN: (1, now.hidden),
     }
     fewer = [kind for kind in sizes if getattr(target, kind) != getattr(now, kind)]
     targets = {kind: getattr(target, kind) / getattr(now, kind) for kind in fewer}
@@ -171,6 +192,9 @@ def expected(anatomy: Anatomy, gates: Bounded) -> float:
         if kind in shares:
             own = whole - anatomy.size(replace(now, **{kind: 0})) / now.layers
             each -= own * (1 - shares[kind])
+    if HIDDEN in shares:
+        without = anatomy.size(replace(now, hidden=0)) / now.layers
+        each = without + (each - without) * shares[HIDDEN]
     if LAYERS in gates.log_alpha:
         each *= open_share(gates.log_alpha[LAYERS][0]).cpu()
     return float(each.sum() / (whole * now.layers))
@@ -193,3 +217,12 @@ def decide(
             kept[i][kind] = row.topk(getattr(target, kind)).indices.sort().values
             values[i][kind] = settled(row)[kept[i][kind]]
     return chosen, kept, values
+
+
+@torch.no_grad()
+def channels(gates: Bounded, target: Widths) -> Tensor | None:
+    """Return which channels of the hidden states stay, ascending; None if they have no gates."""
+    if HIDDEN not in gates.log_alpha:
+        return None
+    row: Tensor = gates.log_alpha[HIDDEN][0].detach().cpu()
+    return row.topk(target.hidden).indices.sort().values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,13 +94,13 @@ def survey(
         with task(reporter, "look at the blocks", blocks.count, "blocks") as bar:
             for block in blocks.visit():
                 _watch(block, anatomy, influence, hidden)
-                for name, norm in _norms(blocks, anatomy, block.number).items():
+                for name, norm in _norms(blocks.model, anatomy, block.number).items():
                     if _is_raised(norm, anatomy.now.hidden, device):
                         raised.add(name)
                     energy[name] = torch.zeros_like(hidden)
                     norm.register_forward_pre_hook(_shares(energy[name]))
                 bar.advance()
-        for name, norm in _norms(blocks, anatomy, None).items():
+        for name, norm in _norms(blocks.model, anatomy, None).items():
             energy[name] = torch.zeros_like(hidden)
             for row in blocks.hidden:
                 _shares(energy[name])(norm, (row,))
@@ -134,14 +135,14 @@ def _watch(block: Block, anatomy: Anatomy, influence: Tensor, hidden: Tensor) ->
             module.register_forward_pre_hook(size)
 
 
-def _norms(blocks: Blocks, anatomy: Anatomy, layer: int | None) -> dict[str, Any]:
+def _norms(whole: Any, anatomy: Anatomy, layer: int | None) -> dict[str, Any]:
     """Return the norms of a block, or those outside of all blocks, by their weights' names."""
     found = {}
     for name, sides in anatomy.sides.items():
         module, _, last = name.rpartition(".")
         one = last == "weight" and len(anatomy.shapes[name]) == 1
         if one and sides[0].kind == "hidden" and anatomy.layer(name) == layer:
-            found[name] = blocks.model.get_submodule(module)
+            found[name] = whole.get_submodule(module)
     return found
 
 
@@ -164,6 +165,27 @@ def _is_raised(norm: Any, width: int, device: torch.device) -> bool:
         said = said - norm.bias
     norm.weight.data = weight
     return bool(said.abs().max() > 0.1)
+
+
+@torch.no_grad()
+def norms_of_zeros(source: Path, anatomy: Anatomy, kept: Tensor) -> dict[str, tuple[float, float]]:
+    """Return what `Survey.norms` does, where all channels but `kept` are zero in what goes in.
+
+    So norms ahead of the blocks, in whose inputs nothing is zero yet, stay as they are.
+    """
+    whole = empty(source)
+    order = [name for name, _ in whole.named_modules()]
+    found = {}
+    for layer in (None, *range(anatomy.now.layers)):
+        for name, norm in _norms(whole, anatomy, layer).items():
+            if order.index(name.rpartition(".")[0]) < order.index(anatomy.stack):
+                continue
+            plain = copy.deepcopy(norm).to_empty(device="cpu")
+            for value in plain.parameters():
+                value.zero_()
+            raised = _is_raised(plain, anatomy.now.hidden, torch.device("cpu"))
+            found[name] = ((anatomy.now.hidden / len(kept)) ** 0.5, float(raised))
+    return found
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ class Shared:
                 likeliest=max(counts, default=None),
                 seed=self.recipe.seed,
                 reporter=self.job.reporter,
+                halves=self.judges and not self.generates,
             )
         return self._texts
 
@@ -94,8 +95,8 @@ class Shared:
         if self._rows is None:
             data, file = self.recipe.data, self.job.files.get("data.calibration")
             most = data.tokens
-            if self.generates:
-                learns = any(isinstance(s, Distill | Gates) for s in self.recipe.steps)
+            learns = any(isinstance(s, Distill | Gates) for s in self.recipe.steps)
+            if self.generates or (learns and self.judges):
                 apart = set(corpus.dev_of(len(self.texts)) if learns else ())
                 ids = [t.ids for i, t in enumerate(self.texts) if i not in apart]
                 most *= 2  # prompts are looked at too

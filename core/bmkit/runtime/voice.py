@@ -107,7 +107,10 @@ class Voice:
 
     @torch.inference_mode()
     def logits(self, ids: list[int], first: int) -> Iterator[Tensor]:
-        """Yield the logits behind the tokens from `first` on, a few [tokens, vocabulary] a time."""
+        """Yield the logits behind the tokens from `first` on, a few [tokens, vocabulary] a time.
+
+        An encoder-decoder's encoder reads the tokens up to `first`, the decoder those behind.
+        """
         if self.decoder is not None:
             cache = self.decoder.cache(1, -(-len(ids) // 64) * 64)
             for low, logits in self.decoder.all_logits(cache, 0, ids, 64):
@@ -115,4 +118,9 @@ class Voice:
                     yield torch.from_numpy(logits[max(first - low, 0) :])
             return
         whole = torch.tensor([ids], device=self.model.device)
+        if self.model.config.is_encoder_decoder:
+            said = models.behind_start(self.model.config, whole[:, first + 1 :])
+            given = {"input_ids": whole[:, : first + 1], "decoder_input_ids": said}
+            yield self.model(**given, use_cache=False).logits[0]
+            return
         yield self.model(input_ids=whole, use_cache=False).logits[0, first:]

@@ -123,13 +123,16 @@ def has_plain_head(model: Any) -> bool:
     Some models add a bias, scale them or cap them.
     """
     head = model.get_output_embeddings()
-    if not hasattr(head, "weight"):
-        return False
+    if not hasattr(head, "weight") or not hasattr(model, model.base_model_prefix):
+        return False  # a T5's two stacks aren't one model of their own
     training = model.training
     model.eval()  # dropout would tell them apart
     ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
-    logits = model(input_ids=ids, use_cache=False).logits.float()
-    hidden = getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False)
+    given = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = ids
+    logits = model(**given, use_cache=False).logits.float()
+    hidden = getattr(model, model.base_model_prefix)(**given, use_cache=False)
     model.train(training)
     found = functional.linear(hidden.last_hidden_state, head.weight).float()
     return found.shape == logits.shape and torch.allclose(found, logits, rtol=1e-3, atol=1e-4)
@@ -149,7 +152,8 @@ def teaching_loss(
 ) -> tuple[Tensor, int]:
     """Return the summed loss of a batch's logits, and how many places it has.
 
-    `batch` holds `input_ids` and `attention_mask` [batch, time], and of the places that count:
+    `batch` holds `input_ids` and `attention_mask` [batch, time], for an encoder-decoder also
+    `decoder_input_ids`, to which places belong then, and of the places that count:
     `places` [count, 2] (row, time), `tokens` and `logprobs` [count, k], and `said` [count], the
     text's own next tokens. With `rows`, only those rows of the output head are learned: `tokens`
     and `said` are numbers among them, -1 for others. `plain` is what `has_plain_head` says: else
@@ -158,7 +162,8 @@ def teaching_loss(
     """
     aim = aim or Aim()
     body = model.get_base_model() if hasattr(model, "get_base_model") else model
-    given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    names = {"input_ids", "attention_mask", "decoder_input_ids"} & batch.keys()
+    given = {name: batch[name] for name in names}
     places = batch["places"]
     lesson = [batch[name] for name in ("tokens", "logprobs", "said")]
     if not plain:

@@ -53,6 +53,9 @@ class _Widths(Model):
         description="How many groups of heads that share keys and values stay in each layer.",
     )
     num_hidden_layers: int | None = Field(default=None, ge=1, description="How many layers stay.")
+    hidden_size: int | None = Field(
+        default=None, ge=1, description="How many channels of the hidden states stay."
+    )
     refit: bool = Field(
         default=True, description="Whether what stays makes up for what goes, by least squares."
     )
@@ -62,7 +65,7 @@ class _Widths(Model):
 
     @model_validator(mode="after")
     def _one_or_the_other(self) -> Self:
-        counts = {name for name in COUNTS if getattr(self, name, None) is not None}
+        counts = {name for name in COUNTS if getattr(self, name) is not None}
         if (self.parameters is not None) == bool(counts):
             raise contradiction(
                 "parameters", f"it takes either a share, or some of {', '.join(COUNTS)}"
@@ -79,9 +82,6 @@ class Shrink(_Widths):
     """Cut what carries least, the same number in all layers, as stock configs hold it."""
 
     method: Literal["shrink"]
-    hidden_size: int | None = Field(
-        default=None, ge=1, description="How many channels of the hidden states stay."
-    )
 
 
 class GateTrain(Train):
@@ -100,11 +100,6 @@ class Gates(_Widths):
     """Let gates on activations learn what stays, while the model says what it said."""
 
     method: Literal["gates"]
-    units: list[Literal["ffn", "heads", "layers"]] = Field(  # type: ignore[assignment]
-        default=["ffn"],
-        min_length=1,
-        description="With `parameters`: what is cut, all of them alike.",
-    )
     warmup: float = Field(
         default=0.5,
         ge=0,

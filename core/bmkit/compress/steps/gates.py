@@ -72,5 +72,8 @@ def run(work: Work, step: Gates) -> Metrics:
             device=shared.device,
             reporter=job.reporter,
         )
-    found = finish(work, anatomy, target, known, cutting.Cut(layers, None, {}, files, error))
+    hidden = gating.channels(gates, target)
+    norms = {} if hidden is None else cutting.norms_of_zeros(source, anatomy, hidden)
+    cut = cutting.Cut(layers, hidden, norms, files, error)
+    found = finish(work, anatomy, target, known, cut)
     return {**found, "expected_ratio": round(gating.expected(anatomy, gates), 6)}

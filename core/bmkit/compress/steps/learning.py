@@ -20,11 +20,11 @@ from bmkit.runtime.voice import Voice
 def distill(work: Work, step: Distill) -> Metrics:
     """Train the model as it is by now to say what its teacher says."""
     shared, config = work.shared, model.load_config(work.source)
-    if not shared.generates:
+    if not shared.judges:
         kind = (getattr(config, "architectures", None) or [config.model_type])[0]
         raise InputError(
             f"{kind} says no next token, which is what `distill` teaches",
-            hint="take a decoder, or methods that round weights or set them to zero",
+            hint="take a model that does, or methods that round weights or set them to zero",
         )
     tokens = read_frequent(work.source, config.get_text_config().vocab_size)
     memory = env.parse_bytes(step.teacher_memory) if step.teacher_memory else None

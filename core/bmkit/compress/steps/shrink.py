@@ -120,7 +120,7 @@ def wanted(anatomy: Anatomy, step: Shrink | Gates) -> Widths:
         "layers": step.num_hidden_layers,
         "heads": step.num_key_value_heads,
         "ffn": step.intermediate_size,
-        "hidden": step.hidden_size if isinstance(step, Shrink) else None,
+        "hidden": step.hidden_size,
     }
     asked = {unit: count for unit, count in counts.items() if count is not None}
     for unit, count in asked.items():

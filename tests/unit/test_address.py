@@ -103,7 +103,7 @@ def test_a_pattern_that_matches_nothing_names_the_nearest(where: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(f"{where}: ")) as caught:
         address.matched(LLAMA, given["target_modules"], given["exclude_modules"])
     assert caught.value.exit_code == 2
-    assert caught.value.hint == "did you mean `q_proj`?"
+    assert str(caught.value.hint).startswith("did you mean `q_proj`? (roles here: attn.q")
 
 
 def test_a_pattern_far_from_every_name_lists_what_there_is() -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bmkit.deltas.modules import Kind
 from bmkit.deltas.recipe import Lora
+
+KINDS: tuple[Kind, ...] = ("linear", "embedding")
+"""What LoRA can go to."""
 
 
 def config(spec: Lora, modules: Sequence[str]) -> Any:

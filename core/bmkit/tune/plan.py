@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bmkit.deltas import address
+from bmkit.deltas import address, lora
+from bmkit.deltas.stored import modules_of_headers
 from bmkit.env import format_bytes
 from bmkit.errors import InputError, RecipeError
 from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers
@@ -78,9 +79,18 @@ def placement(job: Job) -> Placement | None:
 def _trained(headers: Headers, recipe: TuneRecipe) -> tuple[list[str], int]:
     """Return the modules that get the delta, and how many parameters that trains."""
     delta = recipe.deltas[0]
-    modules = addressable(headers)
-    found = address.matched(modules, delta.target_modules, delta.exclude_modules, delta.layers)
-    return found, sum(delta.r * _widths(headers, name) for name in found)
+    modules = modules_of_headers(headers)
+    if not any(m.kind == "linear" and not m.head for m in modules.values()):
+        raise InputError(f"{headers.path} has no linear layers")
+    found = address.matched(
+        modules,
+        delta.target_modules,
+        delta.exclude_modules,
+        delta.layers,
+        kinds=lora.KINDS,
+        method=delta.type,
+    )
+    return found, sum(delta.r * sum(modules[name].shape) for name in found)
 
 
 def _activations(job: Job, headers: Headers, layers: int) -> int:
@@ -95,18 +105,3 @@ def _longest(job: Job, max_length: int) -> int:
     """Return the tokens of the longest row: a token is seldom less than two bytes of its line."""
     with job.files["data.train"].open("rb") as stream:
         return min(max_length, max((len(line) for line in stream), default=0) // 2 + 16)
-
-
-def addressable(headers: Headers) -> list[str]:
-    """Return the modules that a delta can go to: matrices that aren't embeddings or a head."""
-    outside = ("embed", "wte", "wpe", "lm_head", "shared")
-    names = [n for n in headers.modules if not any(w in n.rsplit(".", 1)[-1] for w in outside)]
-    if not names:
-        raise InputError(f"{headers.path} has no linear layers")
-    return names
-
-
-def _widths(headers: Headers, name: str) -> int:
-    tensor = headers.modules[name]
-    outputs = tensor.shape[0]
-    return outputs + headers.numel(tensor) // outputs

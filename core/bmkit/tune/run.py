@@ -14,8 +14,8 @@ from bmkit import model as models
 from bmkit.data.batch import Padding
 from bmkit.data.chat import Encoded, encode_file
 from bmkit.deltas import address, lora
+from bmkit.deltas.modules import modules_of_model
 from bmkit.errors import InputError
-from bmkit.nn import walk
 from bmkit.plan import Job, Outcome
 from bmkit.runtime import experts
 from bmkit.runtime.budget import room_in_ram
@@ -52,7 +52,12 @@ def run(job: Job) -> Outcome:
     )
     delta = recipe.deltas[0]
     modules = address.matched(
-        list(walk.linears(base)), delta.target_modules, delta.exclude_modules, delta.layers
+        modules_of_model(base),
+        delta.target_modules,
+        delta.exclude_modules,
+        delta.layers,
+        kinds=lora.KINDS,
+        method=delta.type,
     )
     torch.manual_seed(recipe.seed)
     config = METHODS[delta.type](delta, modules)

@@ -159,6 +159,6 @@ def architecture() -> Callable[..., Any]:
         made = getattr(transformers, kind or known)
         torch.manual_seed(0)
         with torch.device("cpu" if real else "meta"):
-            return made(made.config_class(**copy.deepcopy(values), **config)).eval()
+            return made(made.config_class(**(copy.deepcopy(values) | config))).eval()
 
     return build

@@ -80,9 +80,11 @@ def roles_of(modules: Mapping[str, Module]) -> dict[str, tuple[str, ...]]:
     """
     bare = {plain(name): module for name, module in modules.items()}
     unnamed = _unnamed_attention(bare)
+    stacks = {stack for name in bare if (stack := stack_of(name)) is not None}
     found = {}
     for name, module in modules.items():
-        roles = _roles(plain(name), module, bare, unnamed)
+        around = any(f"{stack}.".startswith(f"{plain(name)}.") for stack in stacks)
+        roles = () if around else _roles(plain(name), module, bare, unnamed)
         if roles:
             found[name] = roles
     return found

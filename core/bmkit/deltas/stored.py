@@ -93,9 +93,8 @@ def modules_of_headers(headers: Headers, architecture: str | None = None) -> dic
     found = _leaves(shapes)
     for name, module in _shared(found).items():
         found.setdefault(name, module)
-    if _SPEAKS.search(wanted):
-        name, module = _head(found, shapes, kind)
-        found[name] = module
+    if _SPEAKS.search(wanted) and not any(m.head for m in found.values()):
+        found |= _tied_head(found, shapes, kind)
     return with_blocks(found)
 
 
@@ -187,13 +186,10 @@ def _holds(found: Mapping[str, Module], start: str) -> bool:
     return any(name.startswith(start) for name in found)
 
 
-def _head(
+def _tied_head(
     found: Mapping[str, Module], shapes: Mapping[str, tuple[int, ...]], kind: str
-) -> tuple[str, Module]:
-    """Return the head that makes logits; of a tied one at most the bias is stored."""
-    stored = next(((n, m) for n, m in found.items() if m.head), None)
-    if stored is not None:
-        return stored
+) -> dict[str, Module]:
+    """Return the head that makes logits with the table of tokens: at most its bias is stored."""
     tables = {n: m.shape for n, m in found.items() if m.kind == "embedding"}
     tokens = [s for n, s in tables.items() if n.rpartition(".")[2] in TOKENS]
     shape = next(iter(tokens or tables.values()), ())
@@ -202,4 +198,4 @@ def _head(
         owner, _, attribute = tensor.rpartition(".")
         if attribute == "bias" and owner not in found and size == shape[:1]:
             name = f"{owner}.decoder" if _holds(found, f"{owner}.") else owner
-    return name, Module("linear", shape, head=True)
+    return {name: Module("linear", shape, head=True)}

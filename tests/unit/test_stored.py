@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
@@ -17,6 +18,8 @@ from bmkit.deltas.modules import Module, modules_of_model
 from bmkit.deltas.stored import modules_of_headers
 from bmkit.nn import walk
 from bmkit.plan import Headers, TensorHeader, read_headers
+from bmkit.runtime.placed import load
+from bmkit.runtime.placed.model import place_model
 
 FAMILIES = [
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi", "phi3", "gpt2", "gpt_neo"),
@@ -83,6 +86,20 @@ def test_a_checkpoint_with_a_head_can_be_asked_for_its_body(
     body = AutoModel.from_pretrained(tmp_path)
     found = modules_of_headers(read_headers(tmp_path), type(body).__name__)
     assert found == modules_of_model(body)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "qwen2_moe", "t5"])
+def test_a_model_on_packed_weights_is_made_of_the_same_modules(
+    name: str, architecture: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = architecture(name, real=True)
+    model.save_pretrained(tmp_path)
+    placed = place_model(
+        tmp_path, load.empty(tmp_path), device=torch.device("cpu"), dtype=torch.float32
+    )
+    found = modules_of_model(placed.model)
+    placed.close()
+    assert found == modules_of_model(model)
 
 
 def headers_of(config: dict[str, Any], **shapes: tuple[int, ...]) -> Headers:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from torch import nn
@@ -122,6 +122,9 @@ def _kind(leaf: str, module: nn.Module) -> Module | None:
     """Return what a module is by itself; None if nothing but its children tells."""
     from torch import nn
 
+    sides: list[Any] = [getattr(module, side, None) for side in ("nx", "nf")]
+    if all(isinstance(n, int) for n in sides):  # a Conv1D, packed or not
+        return Module("linear", tuple(sides))
     if isinstance(module, nn.Linear):
         return Module("linear", (module.out_features, module.in_features))
     if isinstance(module, nn.Embedding):
@@ -131,8 +134,6 @@ def _kind(leaf: str, module: nn.Module) -> Module | None:
     parameters = {n: p for n, p in module._parameters.items() if p is not None}
     weight = parameters.get("weight")
     shape = () if weight is None else tuple(weight.shape)
-    if type(module).__name__ == "Conv1D":
-        return Module("linear", shape)
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return Module("conv", shape)
     if len(shape) == 1:

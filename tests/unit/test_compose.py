@@ -1,0 +1,374 @@
+"""Several deltas on one model, against plain PEFT and the plain base."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    VeraConfig,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from bmkit.deltas import compose
+from bmkit.deltas.own import AdapterConfig, BitFitConfig, ParallelAdapterConfig
+from bmkit.errors import InputError, RecipeError
+
+IDS = torch.tensor([[5, 9, 3, 7, 2, 11], [4, 4, 8, 1, 30, 12]])
+
+
+def llama(seed: int = 1) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+    )
+    model = LlamaForCausalLM(config).eval()
+    torch.manual_seed(seed)  # so that no delta is drawn twice alike
+    return model
+
+
+def t5(seed: int = 1) -> Any:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=40,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+    )
+    model = T5ForConditionalGeneration(config).eval()
+    torch.manual_seed(seed)
+    return model
+
+
+MODELS: dict[str, Callable[..., Any]] = {"llama": llama, "t5": t5}
+
+
+def configs(kind: str) -> dict[str, PeftConfig]:
+    """One delta of each type; several of them are on the same modules."""
+    q, ff, norm = ("q_proj", "mlp", "input_layernorm") if kind == "llama" else (
+        "SelfAttention.q",
+        "DenseReluDense",
+        "layer_norm",
+    )  # fmt: skip
+    task = "CAUSAL_LM" if kind == "llama" else "SEQ_2_SEQ_LM"
+    return {
+        "lora": LoraConfig(r=2, target_modules=[q], task_type=task),
+        "ia3": IA3Config(target_modules=[q], feedforward_modules=[], task_type=task),
+        "adapter": AdapterConfig(target_modules=[q, ff], bottleneck_dim=4, task_type=task),
+        "parallel": ParallelAdapterConfig(target_modules=[ff], bottleneck_dim=4, task_type=task),
+        "bitfit": BitFitConfig(target_modules=[q, norm], task_type=task),
+        "norms": LNTuningConfig(target_modules=[norm], task_type=task),
+        "prefix": PrefixTuningConfig(num_virtual_tokens=2, task_type=task),
+    }
+
+
+PAIRS = list(itertools.combinations(configs("llama"), 2))
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        if getattr(model.config, "is_encoder_decoder", False):
+            found: Tensor = model(input_ids=IDS, decoder_input_ids=IDS[:, :4]).logits
+        else:
+            found = model(input_ids=IDS).logits
+    return found
+
+
+def train(model: Any, steps: int = 4) -> list[float]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=3e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_two_deltas_train_together_and_each_is_saved_without_the_other(
+    pair: tuple[str, str], kind: str, tmp_path: Path
+) -> None:
+    make, every = MODELS[kind], configs(kind)
+    base = logits(make())
+    model = compose.attach(make(), {name: every[name] for name in pair})
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    both = logits(model)
+    with compose.active(model, None):
+        assert torch.equal(logits(model), base)
+    for name in pair:
+        compose.save(model, name, tmp_path / name)
+        trained = compose.parameters(model, name)
+        assert trained and all(p.requires_grad for p in trained.values())
+        values = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert not any("base_layer" in key or "embed" in key.split(".") for key in values)
+        if name != "prefix":  # of which the file has what its encoder gives
+            assert sorted(t.sum().item() for t in values.values()) == sorted(
+                p.sum().item() for p in trained.values()
+            )
+        with compose.active(model, [name]):
+            alone = logits(model)
+        plain = PeftModel.from_pretrained(make(2), tmp_path / name)
+        assert torch.equal(logits(plain), alone)
+        assert not torch.equal(alone, base)
+    assert torch.equal(logits(model), both)
+    again = compose.load(make(3), {name: tmp_path / name for name in pair})
+    assert torch.equal(logits(again), both)
+    for name in pair:
+        compose.save(again, name, tmp_path / f"{name}-again")
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            assert (tmp_path / name / file).read_bytes() == (
+                tmp_path / f"{name}-again" / file
+            ).read_bytes()
+    left, right = pair
+    with compose.active(again, [right]):
+        wanted = logits(again)
+    again = compose.unplug(again, left)
+    assert compose.names(again) == [right]
+    assert torch.equal(logits(again), wanted)
+    again = compose.unplug(again, right)
+    assert torch.equal(logits(again), base)
+    assert list(again.state_dict()) == list(make().state_dict())
+
+
+def test_six_types_work_at_once_and_any_of_them_alone(tmp_path: Path) -> None:
+    model = compose.attach(llama(), configs("llama"))
+    assert compose.names(model) == [
+        *("norms", "lora", "ia3", "adapter", "parallel", "bitfit", "prefix")
+    ]
+    train(model)
+    every = logits(model)
+    for name in compose.names(model):
+        compose.save(model, name, tmp_path / name)
+    again = compose.load(llama(2), {n: tmp_path / n for n in compose.names(model)})
+    assert torch.equal(logits(again), every)
+    assert not any(p.requires_grad for p in again.parameters())
+    some = ["lora", "bitfit"]
+    with compose.active(model, some):
+        found = logits(model)
+    assert torch.equal(found, logits(compose.load(llama(), {n: tmp_path / n for n in some})))
+
+
+def test_only_deltas_are_trained_and_the_base_keeps_its_values() -> None:
+    every = configs("llama")
+    model = compose.attach(llama(), {n: every[n] for n in ("lora", "adapter", "norms")})
+    train(model)
+    deltas = {id(p) for n in compose.names(model) for p in compose.parameters(model, n).values()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == deltas
+    plain = {n.replace(".base_layer", ""): p for n, p in model.named_parameters()}
+    for name, parameter in llama().named_parameters():
+        assert torch.equal(plain[name], parameter)
+
+
+def test_two_deltas_of_one_type_on_the_same_layers_add_up(tmp_path: Path) -> None:
+    one, other = (LoraConfig(r=r, target_modules=["q_proj"]) for r in (2, 3))
+    model = compose.attach(llama(), {"one": one, "other": other})
+    train(model)
+    weight = llama().model.layers[1].self_attn.q_proj.weight.detach().clone()
+    for name, rank in (("one", 2), ("other", 3)):
+        compose.save(model, name, tmp_path / name)
+        values = load_file(tmp_path / name / "adapter_model.safetensors")
+        key = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight"
+        weight += 8 / rank * values[key.format("B")] @ values[key.format("A")]
+    x = torch.randn(3, 16)
+    found = model.model.layers[1].self_attn.q_proj(x)
+    torch.testing.assert_close(found, x @ weight.T, rtol=1e-4, atol=1e-5)
+
+
+def test_a_delta_that_shares_weights_goes_with_others(tmp_path: Path) -> None:
+    every = {
+        "vera": VeraConfig(r=4, target_modules=["q_proj", "o_proj"]),
+        "adapter": configs("llama")["adapter"],
+    }
+    model = compose.attach(llama(), every)
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    for name in every:
+        compose.save(model, name, tmp_path / name)
+        with compose.active(model, [name]):
+            alone = logits(model)
+        assert torch.equal(logits(PeftModel.from_pretrained(llama(2), tmp_path / name)), alone)
+    with compose.active(model, ()):
+        assert torch.equal(logits(model), logits(llama()))
+    again = compose.load(llama(2), {name: tmp_path / name for name in every})
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_modules_that_are_trained_whole_belong_to_their_delta(tmp_path: Path) -> None:
+    head = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = compose.attach(llama(), {"head": head, "adapter": configs("llama")["adapter"]})
+    train(model)
+    with compose.active(model, None):
+        assert torch.equal(logits(model), logits(llama()))
+    compose.save(model, "head", tmp_path / "head")
+    with compose.active(model, ["head"]):
+        alone = logits(model)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(2), tmp_path / "head")), alone)
+    with compose.active(model, ["adapter"]):
+        wanted = logits(model)
+    assert torch.equal(logits(compose.unplug(model, "head")), wanted)
+
+
+def test_a_name_may_be_that_of_a_module_or_hold_dots(tmp_path: Path) -> None:
+    every = configs("llama")
+    names = {"mlp": every["lora"], "run.1/b": every["adapter"], "weight": every["bitfit"]}
+    model = compose.attach(llama(), names)
+    train(model)
+    assert compose.names(model) == list(names)
+    for i, name in enumerate(names):
+        compose.save(model, name, tmp_path / str(i))
+        with compose.active(model, [name]):
+            alone = logits(model)
+        assert torch.equal(logits(PeftModel.from_pretrained(llama(2), tmp_path / str(i))), alone)
+
+
+def test_deltas_on_a_bfloat16_base_are_float32() -> None:
+    every = configs("llama")
+    model = compose.attach(
+        llama().to(torch.bfloat16), {n: every[n] for n in ("lora", "adapter", "bitfit", "ia3")}
+    )
+    for name in compose.names(model):
+        kinds = {p.dtype for p in compose.parameters(model, name).values()}
+        assert kinds == {torch.float32}, name
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    assert logits(model).dtype == torch.bfloat16
+
+
+def test_a_loaded_delta_stays_frozen_beside_a_new_one(tmp_path: Path) -> None:
+    every = configs("llama")
+    first = compose.attach(llama(), {"lora": every["lora"]})
+    train(first)
+    compose.save(first, "lora", tmp_path)
+    model = compose.load(llama(), {"lora": tmp_path})
+    model = compose.attach(model, {"adapter": every["adapter"]})
+    assert torch.equal(logits(model), logits(first))
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    with compose.active(model, ["lora"]):
+        assert torch.equal(logits(model), logits(first))
+        trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == set(compose.parameters(model, "adapter"))
+
+
+def test_generating_follows_the_active_deltas() -> None:
+    every = configs("llama")
+    base = llama().generate(IDS[:1], max_new_tokens=8, do_sample=False)
+    model = compose.attach(llama(), {n: every[n] for n in ("lora", "adapter", "prefix")})
+    train(model, 12)
+    model.eval()
+    assert not torch.equal(model.generate(input_ids=IDS[:1], max_new_tokens=8), base)
+    with compose.active(model, None):
+        assert torch.equal(model.generate(input_ids=IDS[:1], max_new_tokens=8), base)
+
+
+def test_two_prompts_are_refused_and_so_are_two_names_alike() -> None:
+    prompts = {
+        "prefix": configs("llama")["prefix"],
+        "soft": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    }
+    with pytest.raises(RecipeError, match="`soft` can't be beside"):
+        compose.attach(llama(), prompts)
+    model = compose.attach(llama(), {"a": configs("llama")["lora"]})
+    with pytest.raises(RecipeError, match="two of the name `a`"):
+        compose.attach(model, {"a": configs("llama")["adapter"]})
+
+
+def test_two_deltas_that_train_one_module_whole_are_refused() -> None:
+    one, other = (
+        LoraConfig(r=2, target_modules=[name], modules_to_save=["lm_head"])
+        for name in ("q_proj", "v_proj")
+    )
+    with pytest.raises(RecipeError, match="the same module whole"):
+        compose.attach(llama(), {"one": one, "other": other})
+
+
+def test_a_config_that_names_no_module_is_refused() -> None:
+    with pytest.raises(RecipeError, match="`a` doesn't fit the model"):
+        compose.attach(llama(), {"a": LoraConfig(target_modules=["q_prog"])})
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model = compose.attach(llama(), {"adapter": configs("llama")["adapter"]})
+    compose.save(model, "adapter", tmp_path)
+    return tmp_path
+
+
+def test_a_damaged_file_is_an_input_error(saved: Path) -> None:
+    file = saved / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match="is damaged"):
+        compose.load(llama(), {"a": saved})
+
+
+def test_a_tensor_that_fits_nowhere_is_an_input_error(saved: Path) -> None:
+    file = saved / "adapter_model.safetensors"
+    save_file({**load_file(file), "base_model.model.model.layers.7.x": torch.ones(1)}, file)
+    with pytest.raises(InputError, match=r"no place in it, as base_model.model.model.layers.7.x"):
+        compose.load(llama(), {"a": saved})
+
+
+def test_a_tensor_that_is_missing_is_an_input_error(saved: Path) -> None:
+    file = saved / "adapter_model.safetensors"
+    values = load_file(file)
+    gone = sorted(values)[0]
+    del values[gone]
+    save_file(values, file)
+    with pytest.raises(InputError, match=f"1 tensors are missing, as {gone}"):
+        compose.load(llama(), {"a": saved})
+
+
+def test_a_tensor_of_another_size_is_an_input_error(saved: Path) -> None:
+    file = saved / "adapter_model.safetensors"
+    values = load_file(file)
+    changed = sorted(values)[0]
+    save_file({**values, changed: torch.ones(99)}, file)
+    with pytest.raises(InputError, match="size mismatch"):
+        compose.load(llama(), {"a": saved})
+
+
+def test_an_unknown_type_and_a_folder_without_a_delta_are_input_errors(saved: Path) -> None:
+    file = saved / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "peft_type": "BRAND_NEW"}))
+    with pytest.raises(InputError, match="type `BRAND_NEW`"):
+        compose.load(llama(), {"a": saved})
+    file.unlink()
+    with pytest.raises(InputError, match="holds no delta"):
+        compose.load(llama(), {"a": saved})
+
+
+def test_a_name_that_no_delta_has_is_an_input_error() -> None:
+    model = compose.attach(llama(), {"adapter": configs("llama")["adapter"]})
+    with pytest.raises(InputError, match="no delta `lora`"), compose.active(model, ["lora"]):
+        pass
+    with pytest.raises(InputError, match="no delta `lora`"):
+        compose.unplug(model, "lora")

@@ -153,6 +153,7 @@ class BesideTuner(BaseTuner):  # type: ignore[misc]
         except ValueError as exc:
             self.drop(adapter_name)
             raise ValueError(f"{current_key}: {exc}") from None
+        layer.train(target.training)
         where = device_of(target) or device_of(self.model)
         layer._move_adapter_to_device_of_base_layer(adapter_name, where)
 

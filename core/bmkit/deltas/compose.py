@@ -106,9 +106,9 @@ def active(model: Any, names: Collection[str] | None) -> Iterator[None]:
     """
     chosen = [_inner(model, name) for name in names or ()]
     base = base_of(model)
-    before = [(m, m._active_adapter, m._disable_adapters) for m in _switches(base)]
+    before = [(m, m._active_adapter, m._disable_adapters) for m in switches(base)]
     with ExitStack() as stack:
-        if _is_prompt(model) and model.active_adapter not in chosen:
+        if is_prompt(model) and model.active_adapter not in chosen:
             stack.enter_context(model.disable_adapter())
         try:
             _use(base, chosen)
@@ -128,8 +128,8 @@ def unplug(model: Any, name: str) -> Any:
     trained = [p for p in model.parameters() if p.requires_grad]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT says which adapter is active now
-        for module in list(_switches(base)):
-            if inner in _held(module):
+        for module in list(switches(base)):
+            if inner in held_by(module):
                 _drop(module, inner)
     _unwrap(base)
     for held in (_known(base), found.peft_config, getattr(base, "peft_config", {})):
@@ -140,9 +140,7 @@ def unplug(model: Any, name: str) -> Any:
     for parameter in trained:
         parameter.requires_grad_(True)
     if not _known(base):
-        for attribute in ("bmkit_deltas", "peft_config"):
-            with suppress(AttributeError):
-                delattr(base, attribute)
+        forget(base)
     return model if found is base else base
 
 
@@ -150,7 +148,7 @@ def parameters(model: Any, name: str) -> dict[str, nn.Parameter]:
     """Return the parameters of a delta by their names in `model`, trained modules included."""
     inner = _inner(model, name)
     found, _ = _owner(model, name)
-    if _is_prompt(found):
+    if is_prompt(found):
         return dict(found.prompt_encoder[inner].named_parameters(prefix=f"prompt_encoder.{inner}"))
     tagged = re.compile(rf"\.{re.escape(inner)}(\.|$)")
     return {n: p for n, p in model.named_parameters() if tagged.search(n)}
@@ -187,7 +185,7 @@ def _insert(model: Any, name: str, config: PeftConfig) -> Any:
     except (ValueError, TypeError) as exc:
         raise RecipeError(f"deltas: `{name}` doesn't fit the model: {first_line(exc)}") from None
     known[name] = inner
-    if isinstance(model, PeftModel) and not _is_prompt(model):
+    if isinstance(model, PeftModel) and not is_prompt(model):
         model.base_model.peft_config.update(base.peft_config)
     for module in base.modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and len(module._adapters) > 1:
@@ -237,18 +235,23 @@ def _wrapped(base: Any, config: PeftConfig, inner: str) -> Any:
 
 def _use(base: nn.Module, chosen: list[str]) -> None:
     """Let the adapters `chosen` work, each where it is, in their order."""
-    for module in _switches(base):
-        here = [n for n in chosen if n in _held(module)]
-        module._active_adapter, module._disable_adapters = here, not here
+    for module in switches(base):
+        here: list[str] | str = [n for n in chosen if n in held_by(module)]
+        module._disable_adapters = not here
+        if here and isinstance(module, AuxiliaryTrainingWrapper):
+            here = here[0]
+        module._active_adapter = here
 
 
-def _switches(base: nn.Module) -> Iterator[Any]:
+def switches(base: nn.Module) -> Iterator[Any]:
+    """Give all layers and wrappers of PEFT in which deltas are."""
     for module in base.modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             yield module
 
 
-def _held(module: Any) -> set[str]:
+def held_by(module: Any) -> set[str]:
+    """Return PEFT's names of the deltas that a layer or wrapper holds."""
     if isinstance(module, AuxiliaryTrainingWrapper):
         return set(module._adapters)
     return set(module._all_available_adapter_names())
@@ -264,17 +267,24 @@ def _drop(module: Any, inner: str) -> None:
 def _unwrap(base: nn.Module) -> None:
     """Put modules back in the place of layers that hold no adapter, and that none looks at."""
     for module in list(base.modules()):
-        if isinstance(module, Beside) and not _held(module):
+        if isinstance(module, Beside) and not held_by(module):
             module.remove()
     for name, module in list(base.named_modules()):
         aux = isinstance(module, AuxiliaryTrainingWrapper)
         if not (aux or isinstance(module, BaseTunerLayer)) or isinstance(module, Beside):
             continue
         inside = getattr(module, "original_module" if aux else "base_layer", None)
-        if inside is None or _held(module) or module._forward_hooks or module._forward_pre_hooks:
+        if inside is None or held_by(module) or module._forward_hooks or module._forward_pre_hooks:
             continue
         parent, _, attribute = name.rpartition(".")
         setattr(base.get_submodule(parent), attribute, inside)
+
+
+def forget(base: Any) -> None:
+    """Take off what says which deltas a model has, when it has none any more."""
+    for attribute in ("bmkit_deltas", "peft_config"):
+        with suppress(AttributeError):
+            delattr(base, attribute)
 
 
 def _owner(model: Any, name: str) -> tuple[Any, str]:
@@ -305,7 +315,7 @@ def _without_wrappers(base: nn.Module, key: str, inner: str) -> str:
     kept, module = [], base
     for part in key.split("."):
         layer = isinstance(module, BaseTunerLayer) and not isinstance(module, Beside)
-        if not (layer and part == "base_layer" and inner not in _held(module)):
+        if not (layer and part == "base_layer" and inner not in held_by(module)):
             kept.append(part)
         module = module._modules.get(part) or nn.Module()
     return ".".join(kept)
@@ -344,5 +354,6 @@ def _wraps(config: PeftConfig) -> bool:
     return bool(config.is_prompt_learning or getattr(tuner, "uses_shared_state", False))
 
 
-def _is_prompt(model: Any) -> bool:
+def is_prompt(model: Any) -> bool:
+    """Tell whether a model is wrapped for prompt learning."""
     return isinstance(model, PeftModel) and bool(model._is_prompt_learning)

@@ -74,12 +74,15 @@ def put(model: Any, given: Mapping[str, Tensor], name: str, wanted: Mapping[str,
 
 
 def write(folder: Path, config: Any, states: Mapping[str, Tensor], base: Any) -> None:
-    """Write a delta of `base`; the same delta gives the same bytes. `config` is changed."""
+    """Write a delta; the same one gives the same bytes. `config` is changed.
+
+    `base` is the model that it is of; None if the config says that already.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config.inference_mode = True
-    if not config.base_model_name_or_path:
+    if base is not None and not config.base_model_name_or_path:
         config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
-    if config.task_type is None:
+    if base is not None and config.task_type is None:
         config.auto_mapping = {
             "base_model_class": type(base).__name__,
             "parent_library": type(base).__module__,

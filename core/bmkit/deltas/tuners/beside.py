@@ -97,6 +97,9 @@ class Beside(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """Return what the module shall give, of the first tensor `h` [..., width] that it gives."""
         raise NotImplementedError
 
+    def look(self) -> None:
+        """Raise ValueError if what works here can't be merged into the module's weights."""
+
     def remove(self) -> None:
         """Take this off its module, which is then as it was before."""
         for handle in self.handles:

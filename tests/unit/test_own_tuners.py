@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from peft import (
-    LoraConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
@@ -18,7 +17,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -385,50 +384,3 @@ def test_registering_again_does_nothing() -> None:
     assert PeftType("BMKIT_ADAPTER") is PeftType["BMKIT_ADAPTER"]
     assert before.count(PeftType["BMKIT_BITFIT"]) == 1
     assert copy.deepcopy(PeftType["BMKIT_BITFIT"]) is PeftType["BMKIT_BITFIT"]
-
-
-def test_lora_goes_under_and_over_an_adapter() -> None:
-    block = AdapterConfig(target_modules=["model.layers.1", "q_proj"], bottleneck_dim=4)
-    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    x = torch.randn(3, 16)
-    for order in ((block, lora), (lora, block)):
-        model = fresh("llama")
-        for config in order:
-            inject_adapter_in_model(config, model, "b" if config is block else "l")
-        for n, p in model.named_parameters():
-            if "delta_adapter" in n:
-                p.data = torch.randn_like(p) * 0.1
-        layer = model.model.layers[0].self_attn.q_proj
-        weight = fresh("llama").model.layers[0].self_attn.q_proj.weight
-        update = 4 * (layer.lora_B["l"].weight @ layer.lora_A["l"].weight)  # alpha 8 / r 2
-        beside = (layer.base_layer if config is lora else layer).delta_adapter
-        change = beside.bottlenecks["b"]
-        if config is lora:
-            h = x @ weight.T
-            wanted = h + change(h) + x @ update.T
-        else:
-            h = x @ (weight + update).T
-            wanted = h + change(h)
-        torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-5)
-        assert hasattr(model.model.layers[1].mlp.down_proj, "lora_A")  # inside the block
-        assert train(model, "llama", 3)
-
-
-def test_names_of_which_one_begins_another_are_told_apart() -> None:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{**DECODER, "num_hidden_layers": 11}))
-    targets = ["model.layers.1", "model.layers.1.mlp", "model.layers.10.mlp.down_proj"]
-    model = inject_adapter_in_model(AdapterConfig(target_modules=targets), model)
-    assert [
-        n.removesuffix(".delta_adapter")
-        for n, _ in model.named_modules()
-        if n.endswith(".delta_adapter")
-    ] == ["model.layers.1.mlp", "model.layers.1", "model.layers.10.mlp.down_proj"]
-
-
-def test_excluded_modules_stay_as_they_are() -> None:
-    config = BitFitConfig(target_modules="all-linear", exclude_modules=["k_proj", "down_proj"])
-    model = inject_adapter_in_model(config, fresh("llama"))
-    found = {n.split(".")[-2] for n, m in model.named_modules() if n.endswith(".delta_bitfit")}
-    assert found == {"q_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
-    assert not any(isinstance(m, nn.Linear) for n, m in model.named_modules() if "bitfit" in n)

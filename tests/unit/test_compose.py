@@ -20,9 +20,16 @@ from peft import (
     PromptTuningConfig,
     VeraConfig,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from bmkit.deltas import compose
 from bmkit.deltas.own import AdapterConfig, BitFitConfig, ParallelAdapterConfig
@@ -239,7 +246,7 @@ def test_modules_that_are_trained_whole_belong_to_their_delta(tmp_path: Path) ->
 
 def test_a_name_may_be_that_of_a_module_or_hold_dots(tmp_path: Path) -> None:
     every = configs("llama")
-    names = {"mlp": every["lora"], "run.1/b": every["adapter"], "weight": every["bitfit"]}
+    names = {"up": every["lora"], "run.1/b": every["adapter"], "mlp": every["bitfit"]}
     model = compose.attach(llama(), names)
     train(model)
     assert compose.names(model) == list(names)
@@ -279,6 +286,28 @@ def test_a_loaded_delta_stays_frozen_beside_a_new_one(tmp_path: Path) -> None:
     assert trainable == set(compose.parameters(model, "adapter"))
 
 
+@pytest.mark.parametrize("name", ["lora", "adapter", "bitfit", "norms", "prefix"])
+def test_weights_are_swapped_while_the_delta_stays(name: str, tmp_path: Path) -> None:
+    config = configs("llama")[name]
+    found = {}
+    for seed in (1, 2):
+        one = compose.attach(llama(seed), {"x": config})
+        train(one, 2 * seed)
+        compose.save(one, "x", tmp_path / str(seed))
+        found[seed] = logits(compose.load(llama(), {"x": tmp_path / str(seed)}))
+    model = compose.load(llama(), {"y": tmp_path / "1"})
+    for seed in (2, 1):
+        compose.swap(model, "y", tmp_path / str(seed))
+        assert torch.equal(logits(model), found[seed])
+    file = tmp_path / "2" / "adapter_config.json"
+    key = {"adapter": "scale", "lora": "lora_alpha", "prefix": "prefix_projection"}.get(name)
+    if key:
+        file.write_text(json.dumps({**json.loads(file.read_text()), key: 3}))
+        with pytest.raises(InputError, match=f"place of `y`: {key} is 3"):
+            compose.swap(model, "y", tmp_path / "2")
+    assert torch.equal(logits(model), found[1])
+
+
 def test_generating_follows_the_active_deltas() -> None:
     every = configs("llama")
     base = llama().generate(IDS[:1], max_new_tokens=8, do_sample=False)
@@ -311,59 +340,17 @@ def test_two_deltas_that_train_one_module_whole_are_refused() -> None:
         compose.attach(llama(), {"one": one, "other": other})
 
 
+def test_a_delta_that_would_copy_another_one_is_refused() -> None:
+    every = configs("llama")
+    compose.attach(llama(), {"bitfit": every["bitfit"], "norms": every["norms"]})
+    model = compose.attach(llama(), {"bitfit": every["bitfit"]})
+    with pytest.raises(RecipeError, match="`norms` copies a module that another"):
+        compose.attach(model, {"norms": every["norms"]})
+
+
 def test_a_config_that_names_no_module_is_refused() -> None:
     with pytest.raises(RecipeError, match="`a` doesn't fit the model"):
         compose.attach(llama(), {"a": LoraConfig(target_modules=["q_prog"])})
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    model = compose.attach(llama(), {"adapter": configs("llama")["adapter"]})
-    compose.save(model, "adapter", tmp_path)
-    return tmp_path
-
-
-def test_a_damaged_file_is_an_input_error(saved: Path) -> None:
-    file = saved / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(InputError, match="is damaged"):
-        compose.load(llama(), {"a": saved})
-
-
-def test_a_tensor_that_fits_nowhere_is_an_input_error(saved: Path) -> None:
-    file = saved / "adapter_model.safetensors"
-    save_file({**load_file(file), "base_model.model.model.layers.7.x": torch.ones(1)}, file)
-    with pytest.raises(InputError, match=r"no place in it, as base_model.model.model.layers.7.x"):
-        compose.load(llama(), {"a": saved})
-
-
-def test_a_tensor_that_is_missing_is_an_input_error(saved: Path) -> None:
-    file = saved / "adapter_model.safetensors"
-    values = load_file(file)
-    gone = sorted(values)[0]
-    del values[gone]
-    save_file(values, file)
-    with pytest.raises(InputError, match=f"1 tensors are missing, as {gone}"):
-        compose.load(llama(), {"a": saved})
-
-
-def test_a_tensor_of_another_size_is_an_input_error(saved: Path) -> None:
-    file = saved / "adapter_model.safetensors"
-    values = load_file(file)
-    changed = sorted(values)[0]
-    save_file({**values, changed: torch.ones(99)}, file)
-    with pytest.raises(InputError, match="size mismatch"):
-        compose.load(llama(), {"a": saved})
-
-
-def test_an_unknown_type_and_a_folder_without_a_delta_are_input_errors(saved: Path) -> None:
-    file = saved / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "peft_type": "BRAND_NEW"}))
-    with pytest.raises(InputError, match="type `BRAND_NEW`"):
-        compose.load(llama(), {"a": saved})
-    file.unlink()
-    with pytest.raises(InputError, match="holds no delta"):
-        compose.load(llama(), {"a": saved})
 
 
 def test_a_name_that_no_delta_has_is_an_input_error() -> None:
@@ -372,3 +359,41 @@ def test_a_name_that_no_delta_has_is_an_input_error() -> None:
         pass
     with pytest.raises(InputError, match="no delta `lora`"):
         compose.unplug(model, "lora")
+
+
+def test_weights_of_experts_are_changed_beside_an_adapter(tmp_path: Path) -> None:
+    def make(seed: int = 1) -> Any:
+        torch.manual_seed(0)
+        model = Qwen2MoeForCausalLM(
+            Qwen2MoeConfig(
+                vocab_size=40,
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=8,
+                shared_expert_intermediate_size=24,
+                initializer_range=0.3,
+            )
+        ).eval()
+        torch.manual_seed(seed)
+        return model
+
+    experts = ["experts.gate_up_proj", "experts.down_proj"]  # PEFT's layers are around each other
+    every = {
+        "experts": LoraConfig(r=2, target_modules=[], target_parameters=experts),
+        "adapter": AdapterConfig(target_modules=["mlp", "mlp.experts"], bottleneck_dim=4),
+    }
+    model = compose.attach(make(), every)
+    train(model)
+    for name in every:
+        compose.save(model, name, tmp_path / name)
+        with compose.active(model, [name]):
+            alone = logits(model)
+        assert torch.equal(logits(PeftModel.from_pretrained(make(2), tmp_path / name)), alone)
+    again = compose.load(make(2), {name: tmp_path / name for name in every})
+    assert torch.equal(logits(again), logits(model))
+    with compose.active(again, None):
+        assert torch.equal(logits(again), logits(make()))

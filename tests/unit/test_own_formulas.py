@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -184,6 +185,15 @@ def test_unloading_takes_the_ear_of_a_parallel_adapter_away_as_well() -> None:
     assert len(ears) == 1
     bare = model.unload()
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in bare.modules())
+
+
+def test_a_model_is_copied_between_the_two_modules_of_a_parallel_adapter() -> None:
+    config = ParallelAdapterConfig(target_modules=["down_proj"], input_modules=["gate_proj"])
+    model = get_peft_model(llama(), config)
+    mlp = model.base_model.model.model.layers[0].mlp
+    mlp.gate_proj(torch.randn(2, 16, requires_grad=True) * 1)  # as a checkpoint that stops early
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
 def test_the_input_is_found_in_the_same_block_or_it_is_refused() -> None:

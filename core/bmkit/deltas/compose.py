@@ -36,6 +36,8 @@ from bmkit.errors import InputError, RecipeError, first_line
 PREFIX = "base_model.model."
 _COPIES = {"ln_tuning_layers", "modules_to_save"}
 """Where PEFT keeps copies of modules."""
+_INSIDE = {"down", "up", "left", "right", "rule", "weight", "bias", "base_layer", "shared"}
+"""Parts of the names of deltas' own parameters."""
 _SAFE = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -96,6 +98,25 @@ def save(model: Any, name: str, folder: Path) -> None:
     config = copy.deepcopy(found.peft_config[inner])
     states = {key: tensor for key, _, tensor in _states(model, name)}
     stored.write(folder, config, states, base_of(model))
+
+
+def swap(model: Any, name: str, folder: Path) -> None:
+    """Give a delta the weights of a saved one of the same kind and sizes, in place.
+
+    Raises InputError, with nothing changed, for a name that no delta has, and for a folder whose
+    delta would compute something else than weights can tell.
+    """
+    found, inner = _owner(model, name)
+    held = {key: (raw, tensor.shape) for key, raw, tensor in _states(model, name)}
+    given, said = (
+        stored.tensors(folder),
+        stored.differ(stored.config(folder), found.peft_config[inner]),
+    )
+    if not said and {k: t.shape for k, t in given.items()} != {k: s for k, (_, s) in held.items()}:
+        said = "its tensors are others"
+    said = said or stored.put(found, given, inner, {key: raw for key, (raw, _) in held.items()})
+    if said:
+        raise InputError(f"{folder} can't take the place of `{name}`: {said}")
 
 
 @contextmanager
@@ -337,7 +358,7 @@ def _inner(model: Any, name: str) -> str:
 def _safe(base: nn.Module, name: str) -> str:
     """Return a name for PEFT: no part of a parameter's name, else it would mistake one for it."""
     parts = {part for n, _ in base.named_parameters() for part in n.split(".")}
-    parts |= set(_known(base).values())
+    parts |= _INSIDE | set(_known(base).values())
     if _SAFE.fullmatch(name) and name not in parts:
         return name
     return next(n for i in range(len(parts) + 1) if (n := f"delta{i}") not in parts)

@@ -73,6 +73,20 @@ def put(model: Any, given: Mapping[str, Tensor], name: str, wanted: Mapping[str,
     return ""
 
 
+_ELSEWHERE = {"inference_mode", "base_model_name_or_path", "revision", "task_type", "auto_mapping"}
+_ELSEWHERE |= {"peft_version", "target_modules", "exclude_modules", "init_std"}
+"""What a config says that doesn't change what given weights compute."""
+
+
+def differ(one: Any, other: Any) -> str:
+    """Tell in which setting two deltas compute differently, in words; nothing if in none."""
+    values, others = one.to_dict(), other.to_dict()
+    if one.peft_type != other.peft_type:
+        return f"it is of type {one.peft_type.lower()}, not {other.peft_type.lower()}"
+    keys = (k for k in values if k not in _ELSEWHERE and values[k] != others.get(k))
+    return next((f"{k} is {values[k]}, not {others.get(k)}" for k in keys), "")
+
+
 def write(folder: Path, config: Any, states: Mapping[str, Tensor], base: Any) -> None:
     """Write a delta; the same one gives the same bytes. `config` is changed.
 

@@ -25,8 +25,6 @@ from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -210,11 +208,17 @@ def test_two_deltas_of_one_type_on_the_same_layers_add_up(tmp_path: Path) -> Non
     torch.testing.assert_close(found, x @ weight.T, rtol=1e-4, atol=1e-5)
 
 
-def test_a_delta_that_shares_weights_goes_with_others(tmp_path: Path) -> None:
-    every = {
-        "vera": VeraConfig(r=4, target_modules=["q_proj", "o_proj"]),
-        "adapter": configs("llama")["adapter"],
-    }
+@pytest.mark.parametrize(
+    "other",
+    [
+        VeraConfig(r=4, target_modules=["q_proj", "o_proj"]),  # whose layers share weights
+        LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 5, 9]),
+        PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    ],
+    ids=["vera", "tokens", "prompt"],
+)
+def test_deltas_that_are_more_than_layers_go_with_others(other: PeftConfig, tmp_path: Path) -> None:
+    every = {"other": other, "adapter": configs("llama")["adapter"]}
     model = compose.attach(llama(), every)
     losses = train(model)
     assert losses[-1] < losses[0]
@@ -227,6 +231,10 @@ def test_a_delta_that_shares_weights_goes_with_others(tmp_path: Path) -> None:
         assert torch.equal(logits(model), logits(llama()))
     again = compose.load(llama(2), {name: tmp_path / name for name in every})
     assert torch.equal(logits(again), logits(model))
+    for name in every:
+        again = compose.unplug(again, name)
+    assert torch.equal(logits(again), logits(llama()))
+    assert list(again.state_dict()) == list(llama().state_dict())
 
 
 def test_modules_that_are_trained_whole_belong_to_their_delta(tmp_path: Path) -> None:
@@ -348,6 +356,13 @@ def test_a_delta_that_would_copy_another_one_is_refused() -> None:
         compose.attach(model, {"norms": every["norms"]})
 
 
+def test_a_delta_that_begins_by_changing_the_base_goes_alone() -> None:
+    pissa = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    assert compose.names(compose.attach(llama(), {"pissa": pissa})) == ["pissa"]
+    with pytest.raises(RecipeError, match="`adapter` can't be beside the others"):
+        compose.attach(llama(), {"pissa": pissa, "adapter": configs("llama")["adapter"]})
+
+
 def test_a_config_that_names_no_module_is_refused() -> None:
     with pytest.raises(RecipeError, match="`a` doesn't fit the model"):
         compose.attach(llama(), {"a": LoraConfig(target_modules=["q_prog"])})
@@ -359,41 +374,3 @@ def test_a_name_that_no_delta_has_is_an_input_error() -> None:
         pass
     with pytest.raises(InputError, match="no delta `lora`"):
         compose.unplug(model, "lora")
-
-
-def test_weights_of_experts_are_changed_beside_an_adapter(tmp_path: Path) -> None:
-    def make(seed: int = 1) -> Any:
-        torch.manual_seed(0)
-        model = Qwen2MoeForCausalLM(
-            Qwen2MoeConfig(
-                vocab_size=40,
-                hidden_size=16,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                num_experts=4,
-                num_experts_per_tok=2,
-                moe_intermediate_size=8,
-                shared_expert_intermediate_size=24,
-                initializer_range=0.3,
-            )
-        ).eval()
-        torch.manual_seed(seed)
-        return model
-
-    experts = ["experts.gate_up_proj", "experts.down_proj"]  # PEFT's layers are around each other
-    every = {
-        "experts": LoraConfig(r=2, target_modules=[], target_parameters=experts),
-        "adapter": AdapterConfig(target_modules=["mlp", "mlp.experts"], bottleneck_dim=4),
-    }
-    model = compose.attach(make(), every)
-    train(model)
-    for name in every:
-        compose.save(model, name, tmp_path / name)
-        with compose.active(model, [name]):
-            alone = logits(model)
-        assert torch.equal(logits(PeftModel.from_pretrained(make(2), tmp_path / name)), alone)
-    again = compose.load(make(2), {name: tmp_path / name for name in every})
-    assert torch.equal(logits(again), logits(model))
-    with compose.active(again, None):
-        assert torch.equal(logits(again), logits(make()))

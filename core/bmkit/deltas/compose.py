@@ -20,7 +20,6 @@ from peft import (
     PeftConfig,
     PeftModel,
     get_peft_model,
-    get_peft_model_state_dict,
     inject_adapter_in_model,
 )
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -30,10 +29,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from bmkit.deltas import own, stored
+from bmkit.deltas.held import Held, base_of, held_by, is_prompt, switches
 from bmkit.deltas.tuners.beside import Beside
 from bmkit.errors import InputError, RecipeError, first_line
 
-PREFIX = "base_model.model."
 _COPIES = {"ln_tuning_layers", "modules_to_save"}
 """Where PEFT keeps copies of modules."""
 _INSIDE = {"down", "up", "left", "right", "rule", "weight", "bias", "base_layer", "shared"}
@@ -78,10 +77,7 @@ def load(model: Any, folders: Mapping[str, Path]) -> Any:
             model = _insert(model, name, configs[name])
         except RecipeError as exc:
             raise InputError(f"{where}: {exc}", hint=exc.hint or hint) from None
-        found, inner = _owner(model, name)
-        states = {key: raw for key, raw, _ in _states(model, name)}
-        said = stored.put(found, tensors[name], inner, states)
-        if said:
+        if said := _held(model, name).put(tensors[name]):
             raise InputError(f"{where}: {said}", hint=hint)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -94,10 +90,8 @@ def save(model: Any, name: str, folder: Path) -> None:
     Embeddings of the model are not among its weights, unless the delta trains them. Raises
     InputError for a name that no delta has.
     """
-    found, inner = _owner(model, name)
-    config = copy.deepcopy(found.peft_config[inner])
-    states = {key: tensor for key, _, tensor in _states(model, name)}
-    stored.write(folder, config, states, base_of(model))
+    held = _held(model, name)
+    stored.write(folder, copy.deepcopy(held.config), held.tensors(), held.base)
 
 
 def swap(model: Any, name: str, folder: Path) -> None:
@@ -106,15 +100,11 @@ def swap(model: Any, name: str, folder: Path) -> None:
     Raises InputError, with nothing changed, for a name that no delta has, and for a folder whose
     delta would compute something else than weights can tell.
     """
-    found, inner = _owner(model, name)
-    held = {key: (raw, tensor.shape) for key, raw, tensor in _states(model, name)}
-    given, said = (
-        stored.tensors(folder),
-        stored.differ(stored.config(folder), found.peft_config[inner]),
-    )
-    if not said and {k: t.shape for k, t in given.items()} != {k: s for k, (_, s) in held.items()}:
+    held, given = _held(model, name), stored.tensors(folder)
+    said = stored.differ(stored.config(folder), held.config)
+    if not said and _shapes(given) != _shapes(held.tensors()):
         said = "its tensors are others"
-    said = said or stored.put(found, given, inner, {key: raw for key, (raw, _) in held.items()})
+    said = said or held.put(given)
     if said:
         raise InputError(f"{folder} can't take the place of `{name}`: {said}")
 
@@ -144,8 +134,8 @@ def unplug(model: Any, name: str) -> Any:
 
     Raises InputError for a name that no delta has.
     """
-    found, inner = _owner(model, name)
-    base = base_of(model)
+    held, base = _held(model, name), base_of(model)
+    inner = held.name
     trained = [p for p in model.parameters() if p.requires_grad]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT says which adapter is active now
@@ -153,8 +143,9 @@ def unplug(model: Any, name: str) -> Any:
             if inner in held_by(module):
                 _drop(module, inner)
     _unwrap(base)
-    for held in (_known(base), found.peft_config, getattr(base, "peft_config", {})):
-        held.pop(name if held is _known(base) else inner, None)
+    del _known(base)[name]
+    for configs in (held.owner.peft_config, base.__dict__.get("peft_config", {})):
+        configs.pop(inner, None)
     _use(base, list(_known(base).values()))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -162,15 +153,17 @@ def unplug(model: Any, name: str) -> Any:
         parameter.requires_grad_(True)
     if not _known(base):
         forget(base)
-    return model if found is base else base
+    return model if held.owner is base else base
 
 
 def parameters(model: Any, name: str) -> dict[str, nn.Parameter]:
     """Return the parameters of a delta by their names in `model`, trained modules included."""
-    inner = _inner(model, name)
-    found, _ = _owner(model, name)
-    if is_prompt(found):
-        return dict(found.prompt_encoder[inner].named_parameters(prefix=f"prompt_encoder.{inner}"))
+    held = _held(model, name)
+    inner = held.name
+    if is_prompt(held.owner):
+        return dict(
+            held.owner.prompt_encoder[inner].named_parameters(prefix=f"prompt_encoder.{inner}")
+        )
     tagged = re.compile(rf"\.{re.escape(inner)}(\.|$)")
     return {n: p for n, p in model.named_parameters() if tagged.search(n)}
 
@@ -178,11 +171,6 @@ def parameters(model: Any, name: str) -> dict[str, nn.Parameter]:
 def names(model: Any) -> list[str]:
     """Return the names of a model's deltas, in the order in which they were put in."""
     return list(_known(base_of(model)))
-
-
-def base_of(model: Any) -> Any:
-    """Return the transformers model inside, which holds the deltas that need no wrapper."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _insert(model: Any, name: str, config: PeftConfig) -> Any:
@@ -196,6 +184,13 @@ def _insert(model: Any, name: str, config: PeftConfig) -> Any:
         raise RecipeError(
             f"deltas: `{name}` can't be beside another one of its kind",
             hint="one prefix, prompt, p-tuning or VeRA-like delta fits, beside any others",
+        )
+    if known and any(
+        _changes_base(c) for c in (config, *base.__dict__.get("peft_config", {}).values())
+    ):
+        raise RecipeError(
+            f"deltas: `{name}` can't be beside the others",
+            hint="PiSSA, OLoRA, CorDA and LoftQ begin by changing the base: one goes alone",
         )
     inner = _safe(base, name)
     try:
@@ -264,20 +259,6 @@ def _use(base: nn.Module, chosen: list[str]) -> None:
         module._active_adapter = here
 
 
-def switches(base: nn.Module) -> Iterator[Any]:
-    """Give all layers and wrappers of PEFT in which deltas are."""
-    for module in base.modules():
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            yield module
-
-
-def held_by(module: Any) -> set[str]:
-    """Return PEFT's names of the deltas that a layer or wrapper holds."""
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        return set(module._adapters)
-    return set(module._all_available_adapter_names())
-
-
 def _drop(module: Any, inner: str) -> None:
     if isinstance(module, AuxiliaryTrainingWrapper):
         module.delete_adapter(inner, new_active_adapters=None)
@@ -285,20 +266,30 @@ def _drop(module: Any, inner: str) -> None:
         module.delete_adapter(inner)
 
 
-def _unwrap(base: nn.Module) -> None:
+def _unwrap(module: nn.Module) -> None:
     """Put modules back in the place of layers that hold no adapter, and that none looks at."""
-    for module in list(base.modules()):
-        if isinstance(module, Beside) and not held_by(module):
-            module.remove()
-    for name, module in list(base.named_modules()):
-        aux = isinstance(module, AuxiliaryTrainingWrapper)
-        if not (aux or isinstance(module, BaseTunerLayer)) or isinstance(module, Beside):
+    for name, child in list(module.named_children()):
+        inside = child
+        while (within := _idle(inside)) is not None:
+            inside = within
+        if isinstance(inside, Beside) and not held_by(inside):
+            inside.remove()
             continue
-        inside = getattr(module, "original_module" if aux else "base_layer", None)
-        if inside is None or held_by(module) or module._forward_hooks or module._forward_pre_hooks:
-            continue
-        parent, _, attribute = name.rpartition(".")
-        setattr(base.get_submodule(parent), attribute, inside)
+        if inside is not child:
+            setattr(module, name, inside)
+        _unwrap(inside)
+
+
+def _idle(module: nn.Module) -> nn.Module | None:
+    """Return what a layer or wrapper that does nothing any more is around, None for any other."""
+    if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) or held_by(module):
+        return None
+    beside = [m for m in module.children() if isinstance(m, Beside) and held_by(m)]
+    if beside or module._forward_pre_hooks:
+        return None  # it stands for the module that another delta is beside, or reads
+    attribute = "base_layer" if isinstance(module, BaseTunerLayer) else "original_module"
+    inside: nn.Module | None = getattr(module, attribute, None)
+    return inside
 
 
 def forget(base: Any) -> None:
@@ -308,38 +299,14 @@ def forget(base: Any) -> None:
             delattr(base, attribute)
 
 
-def _owner(model: Any, name: str) -> tuple[Any, str]:
-    """Return what holds a delta's config, the PeftModel or the base, and its name there."""
+def _held(model: Any, name: str) -> Held:
     inner, base = _inner(model, name), base_of(model)
-    if isinstance(model, PeftModel) and inner == model.active_adapter:
-        return model, inner
-    return base, inner
+    around = isinstance(model, PeftModel) and inner == model.active_adapter
+    return Held(model if around else base, base, inner)
 
 
-def _states(model: Any, name: str) -> list[tuple[str, str, Tensor]]:
-    """Return a delta's tensors: the name alone on the plain base, the name here, the tensor."""
-    found, inner = _owner(model, name)
-    base, named = base_of(model), []
-    states: dict[str, Tensor] = get_peft_model_state_dict(
-        found, adapter_name=inner, save_embedding_layers=False
-    )
-    for key, tensor in states.items():
-        plain = key
-        if found is base or key.startswith(PREFIX):
-            plain = PREFIX + _without_wrappers(base, key.removeprefix(PREFIX), inner)
-        named.append((plain, key, tensor))
-    return named
-
-
-def _without_wrappers(base: nn.Module, key: str, inner: str) -> str:
-    """Return a key without the places of other deltas' layers in it."""
-    kept, module = [], base
-    for part in key.split("."):
-        layer = isinstance(module, BaseTunerLayer) and not isinstance(module, Beside)
-        if not (layer and part == "base_layer" and inner not in held_by(module)):
-            kept.append(part)
-        module = module._modules.get(part) or nn.Module()
-    return ".".join(kept)
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _known(base: Any) -> dict[str, str]:
@@ -375,6 +342,6 @@ def _wraps(config: PeftConfig) -> bool:
     return bool(config.is_prompt_learning or getattr(tuner, "uses_shared_state", False))
 
 
-def is_prompt(model: Any) -> bool:
-    """Tell whether a model is wrapped for prompt learning."""
-    return isinstance(model, PeftModel) and bool(model._is_prompt_learning)
+def _changes_base(config: PeftConfig) -> bool:
+    begun = getattr(config, "init_lora_weights", None)
+    return isinstance(begun, str) and begun.startswith(("pissa", "olora", "corda", "loftq"))

@@ -7,7 +7,8 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
-from bmkit.deltas.compose import base_of, forget, is_prompt, switches
+from bmkit.deltas.compose import forget
+from bmkit.deltas.held import base_of, is_prompt, switches
 from bmkit.deltas.tuners.beside import Beside
 from bmkit.deltas.tuners.width import bare
 from bmkit.errors import RecipeError, first_line

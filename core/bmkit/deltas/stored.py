@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, set_peft_model_state_dict
+from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
@@ -47,30 +47,6 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     except (SafetensorError, ValueError, KeyError) as exc:
         raise InputError(f"{file} is damaged: {first_line(exc)}") from None
     return found
-
-
-def put(model: Any, given: Mapping[str, Tensor], name: str, wanted: Mapping[str, str]) -> str:
-    """Copy a delta's tensors into `model`, where PEFT calls it `name`.
-
-    `wanted` tells their names in `model` by those in the file. Returns what doesn't fit, in words;
-    nothing if all do.
-    """
-    missing = sorted(set(wanted) - set(given))
-    if missing:
-        return f"{len(missing)} tensors are missing, as {missing[0]}"
-    try:
-        result = set_peft_model_state_dict(
-            model, {wanted.get(k, k): tensor for k, tensor in given.items()}, name
-        )
-    except (RuntimeError, KeyError, ValueError) as exc:
-        lines = str(exc).splitlines()
-        return (lines[1].strip() if len(lines) > 1 else first_line(exc))[:300]
-    strange = {name.removeprefix("base_model.model.") for name in result.unexpected_keys}
-    others = set(given) - set(wanted)
-    lost = sorted(n for n in others if n.removeprefix("base_model.model.") in strange)
-    if lost:
-        return f"{len(lost)} of its tensors have no place in it, as {lost[0]}"
-    return ""
 
 
 _ELSEWHERE = {"inference_mode", "base_model_name_or_path", "revision", "task_type", "auto_mapping"}

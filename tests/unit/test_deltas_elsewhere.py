@@ -1,4 +1,4 @@
-"""Deltas on a base whose weights are packed and run again for their gradients."""
+"""Deltas on a base of packed weights that runs again for its gradients, and on experts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from bmkit.deltas import compose
 from bmkit.deltas.own import AdapterConfig, BitFitConfig, ParallelAdapterConfig
@@ -54,3 +54,49 @@ def test_gradients_are_those_on_the_dense_base(tiny_checkpoint: Path) -> None:
     for name, gradient in gradients.items():
         assert gradient.any(), name
         torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    found: Tensor = model(input_ids=IDS).logits
+    return found
+
+
+def test_weights_of_experts_are_changed_beside_an_adapter(tmp_path: Path) -> None:
+    def make(seed: int = 1) -> Any:
+        torch.manual_seed(0)
+        model = Qwen2MoeForCausalLM(
+            Qwen2MoeConfig(
+                vocab_size=40,
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=8,
+                shared_expert_intermediate_size=24,
+                initializer_range=0.3,
+            )
+        ).eval()
+        torch.manual_seed(seed)
+        return model
+
+    experts = ["experts.gate_up_proj", "experts.down_proj"]  # PEFT's layers are around each other
+    every = {
+        "experts": LoraConfig(r=2, target_modules=[], target_parameters=experts),
+        "adapter": AdapterConfig(target_modules=["mlp", "mlp.experts"], bottleneck_dim=4),
+    }
+    model = compose.attach(make(), every)
+    for name in every:
+        for parameter in compose.parameters(model, name).values():
+            parameter.data += torch.randn_like(parameter) * 0.1
+    for name in every:
+        compose.save(model, name, tmp_path / name)
+        with compose.active(model, [name]):
+            alone = logits(model)
+        assert torch.equal(logits(PeftModel.from_pretrained(make(2), tmp_path / name)), alone)
+    again = compose.load(make(2), {name: tmp_path / name for name in every})
+    assert torch.equal(logits(again), logits(model))
+    with compose.active(again, None):
+        assert torch.equal(logits(again), logits(make()))

@@ -31,7 +31,7 @@ from transformers import (
 
 from bmkit.deltas import compose
 from bmkit.deltas.own import AdapterConfig, BitFitConfig, ParallelAdapterConfig
-from bmkit.errors import InputError, RecipeError
+from bmkit.errors import InputError
 
 IDS = torch.tensor([[5, 9, 3, 7, 2, 11], [4, 4, 8, 1, 30, 12]])
 
@@ -316,6 +316,23 @@ def test_weights_are_swapped_while_the_delta_stays(name: str, tmp_path: Path) ->
     assert torch.equal(logits(model), found[1])
 
 
+def test_a_module_that_another_delta_reads_outlives_its_own(tmp_path: Path) -> None:
+    every = {
+        "lora": LoraConfig(r=2, target_modules=["gate_proj"]),
+        "parallel": ParallelAdapterConfig(
+            target_modules=["down_proj"], input_modules=["gate_proj"], bottleneck_dim=4
+        ),
+    }
+    model = compose.attach(llama(), every)
+    train(model)
+    with compose.active(model, ["parallel"]):
+        wanted = logits(model)
+    model = compose.unplug(model, "lora")
+    assert torch.equal(logits(model), wanted)
+    model = compose.unplug(model, "parallel")
+    assert list(model.state_dict()) == list(llama().state_dict())
+
+
 def test_generating_follows_the_active_deltas() -> None:
     every = configs("llama")
     base = llama().generate(IDS[:1], max_new_tokens=8, do_sample=False)
@@ -327,50 +344,19 @@ def test_generating_follows_the_active_deltas() -> None:
         assert torch.equal(model.generate(input_ids=IDS[:1], max_new_tokens=8), base)
 
 
-def test_two_prompts_are_refused_and_so_are_two_names_alike() -> None:
-    prompts = {
-        "prefix": configs("llama")["prefix"],
-        "soft": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
-    }
-    with pytest.raises(RecipeError, match="`soft` can't be beside"):
-        compose.attach(llama(), prompts)
-    model = compose.attach(llama(), {"a": configs("llama")["lora"]})
-    with pytest.raises(RecipeError, match="two of the name `a`"):
-        compose.attach(model, {"a": configs("llama")["adapter"]})
-
-
-def test_two_deltas_that_train_one_module_whole_are_refused() -> None:
-    one, other = (
-        LoraConfig(r=2, target_modules=[name], modules_to_save=["lm_head"])
-        for name in ("q_proj", "v_proj")
-    )
-    with pytest.raises(RecipeError, match="the same module whole"):
-        compose.attach(llama(), {"one": one, "other": other})
-
-
-def test_a_delta_that_would_copy_another_one_is_refused() -> None:
-    every = configs("llama")
-    compose.attach(llama(), {"bitfit": every["bitfit"], "norms": every["norms"]})
-    model = compose.attach(llama(), {"bitfit": every["bitfit"]})
-    with pytest.raises(RecipeError, match="`norms` copies a module that another"):
-        compose.attach(model, {"norms": every["norms"]})
-
-
-def test_a_delta_that_begins_by_changing_the_base_goes_alone() -> None:
-    pissa = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
-    assert compose.names(compose.attach(llama(), {"pissa": pissa})) == ["pissa"]
-    with pytest.raises(RecipeError, match="`adapter` can't be beside the others"):
-        compose.attach(llama(), {"pissa": pissa, "adapter": configs("llama")["adapter"]})
-
-
-def test_a_config_that_names_no_module_is_refused() -> None:
-    with pytest.raises(RecipeError, match="`a` doesn't fit the model"):
-        compose.attach(llama(), {"a": LoraConfig(target_modules=["q_prog"])})
-
-
-def test_a_name_that_no_delta_has_is_an_input_error() -> None:
-    model = compose.attach(llama(), {"adapter": configs("llama")["adapter"]})
-    with pytest.raises(InputError, match="no delta `lora`"), compose.active(model, ["lora"]):
+def test_adapters_behind_one_module_keep_their_order() -> None:
+    one, other = (AdapterConfig(target_modules=["mlp"], bottleneck_dim=d) for d in (3, 4))
+    model = compose.attach(llama(), {"one": one, "other": other})
+    train(model)
+    both = logits(model)
+    with compose.active(model, ["other", "one"]):
+        assert torch.equal(logits(model), both)
+    with compose.active(model, ["other"]), compose.active(model, ["one"]):
         pass
-    with pytest.raises(InputError, match="no delta `lora`"):
-        compose.unplug(model, "lora")
+    assert torch.equal(logits(model), both)
+    layer = model.model.layers[1].mlp
+    x = torch.randn(2, 16)
+    first, second = (layer.delta_adapter.bottlenecks[n] for n in ("one", "other"))
+    h = llama().model.layers[1].mlp(x)
+    h = h + first(h)
+    torch.testing.assert_close(layer(x), h + second(h))

@@ -96,3 +96,15 @@ def test_a_setting_that_makes_no_sense_is_an_input_error(saved: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "non_linearity": "nothing"}))
     with pytest.raises(InputError, match="transformers has no activation `nothing`"):
         compose.load(llama(), {"a": saved})
+
+
+def test_weights_of_other_sizes_are_not_swapped_in_and_change_nothing(saved: Path) -> None:
+    file = saved / "adapter_model.safetensors"
+    values = {name: torch.ones_like(tensor) for name, tensor in load_file(file).items()}
+    save_file({**values, sorted(values)[-1]: torch.ones(3, 3)}, file)
+    model = compose.attach(llama(), {"x": AdapterConfig(target_modules=["mlp"])})
+    before = {n: p.detach().clone() for n, p in compose.parameters(model, "x").items()}
+    with pytest.raises(InputError, match="its tensors are others"):
+        compose.swap(model, "x", saved)
+    for name, parameter in compose.parameters(model, "x").items():
+        assert torch.equal(parameter, before[name])

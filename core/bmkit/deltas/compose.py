@@ -113,10 +113,11 @@ def swap(model: Any, name: str, folder: Path) -> None:
 def active(model: Any, names: Collection[str] | None) -> Iterator[None]:
     """Let only the deltas `names` work while the block runs; without one the base is as it was.
 
-    What is trainable stays so. Raises InputError for a name that no delta has.
+    They work in the order in which they were put in. What is trainable stays so. Raises InputError
+    for a name that no delta has.
     """
-    chosen = [_inner(model, name) for name in names or ()]
-    base = base_of(model)
+    base, wanted = base_of(model), {_inner(model, name) for name in names or ()}
+    chosen = [inner for inner in _known(base).values() if inner in wanted]
     before = [(m, m._active_adapter, m._disable_adapters) for m in switches(base)]
     with ExitStack() as stack:
         if is_prompt(model) and model.active_adapter not in chosen:

@@ -97,6 +97,9 @@ class Beside(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """Return what the module shall give, of the first tensor `h` [..., width] that it gives."""
         raise NotImplementedError
 
+    def look(self) -> None:
+        """Raise ValueError if what works here can't be merged into the module's weights."""
+
     def remove(self) -> None:
         """Take this off its module, which is then as it was before."""
         for handle in self.handles:
@@ -153,6 +156,7 @@ class BesideTuner(BaseTuner):  # type: ignore[misc]
         except ValueError as exc:
             self.drop(adapter_name)
             raise ValueError(f"{current_key}: {exc}") from None
+        layer.train(target.training)
         where = device_of(target) or device_of(self.model)
         layer._move_adapter_to_device_of_base_layer(adapter_name, where)
 

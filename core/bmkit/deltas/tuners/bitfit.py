@@ -40,6 +40,11 @@ class BitFitLayer(Beside):
             h = h + self.bmkit_bitfit_bias[name].to(h.dtype)
         return h
 
+    def look(self) -> None:
+        """Raise ValueError if the layer has no bias of its own."""
+        if self.working() and self.own_bias() is None:
+            raise ValueError(no_bias(self.where))
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add biases to the layer's own. Raises ValueError if it has none, or one of its kind."""
         bias = self.own_bias()

@@ -100,8 +100,13 @@ class ParallelAdapterLayer(Beside):
         self.listening.clear()
         super().remove()
 
+    def look(self) -> None:
+        """Raise ValueError if one works here: a non-linear function has no place in weights."""
+        if self.working():
+            raise ValueError(UNMERGEABLE)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raise ValueError: a non-linear function has no place in the weights."""
+        """Raise ValueError."""
         raise ValueError(UNMERGEABLE)
 
     def unmerge(self) -> None:

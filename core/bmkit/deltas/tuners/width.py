@@ -55,17 +55,22 @@ def output_width(module: nn.Module, config: Any = None) -> int:
 
 
 def input_width(module: nn.Module, config: Any = None) -> int:
-    """Return the last dimension of what goes into `module`; as `output_width`."""
+    """Return the last dimension of what `module` reads, of the first tensor if it reads several.
+
+    A block's is that of its first linear layer, and without one the width of what it gives. Raises
+    ValueError as `output_width` does, and for an embedding.
+    """
     module = bare(module)
     if is_linear(module):
         return _int(getattr(module, "nx", None) or module.in_features)
     if isinstance(module, nn.Embedding):
         raise ValueError("an embedding takes numbers of tokens, which an adapter can't read")
-    return output_width(module, config)
+    first = next((m for m in _parts(module) if is_linear(m)), None)
+    return output_width(module, config) if first is None else input_width(first)
 
 
 def _of_block(module: nn.Module, config: Any) -> int:
-    inner = [m for m in _parts(module) if m is not module]
+    inner = _parts(module)
     if not inner:
         raise ValueError(f"the width of what {type(module).__name__} gives can't be told")
     widths = [output_width(m) for m in inner if is_linear(m)]

@@ -1,0 +1,59 @@
+"""Deltas put into the weights that they change, after which there are none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+
+from bmkit.deltas.compose import forget
+from bmkit.deltas.held import base_of, is_prompt, switches
+from bmkit.deltas.tuners.beside import Beside
+from bmkit.deltas.tuners.width import bare
+from bmkit.errors import RecipeError, first_line
+
+
+def merge(model: Any) -> Any:
+    """Put the active deltas of `compose` into the weights, in place; return the plain model.
+
+    Raises RecipeError, with nothing changed, if one of them has no place in the weights.
+    """
+    base = base_of(model)
+    if is_prompt(model):
+        raise _refused("what comes before a prompt has no place in the weights")
+    inside = [m for m in switches(base) if isinstance(m, BaseTunerLayer)]
+    beside = [m for m in inside if isinstance(m, Beside)]
+    around = [m for m in inside if not isinstance(m, Beside)]
+    try:
+        for layer in beside:
+            layer.look()
+    except ValueError as exc:
+        raise _refused(first_line(exc)) from None
+    for layer in around:
+        if type(layer).merge is BaseTunerLayer.merge:
+            raise _refused(f"{type(layer).__name__} can't be merged")
+    for layer in (*reversed(around), *beside):  # of layers around each other the inner one first
+        if layer.active_adapters:
+            layer.merge(adapter_names=list(layer.active_adapters))
+    for layer in beside:
+        layer.remove()
+    done: tuple[str, ...] = ()
+    for name, module in list(base.named_modules()):
+        if name.startswith(done):
+            continue
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            plain = module.unload_and_optionally_merge_module(False, False, None)
+        elif isinstance(module, BaseTunerLayer):
+            plain = bare(module)
+        else:
+            continue
+        parent, _, attribute = name.rpartition(".")
+        setattr(base.get_submodule(parent), attribute, plain)
+        done = (*done, f"{name}.")
+    forget(base)
+    return base
+
+
+def _refused(why: str) -> RecipeError:
+    return RecipeError(f"merge: {why}", hint="leave merge out, and keep the deltas beside it")

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.trainer_utils import SaveStrategy
 from bmkit.data.chat import Example
 from bmkit.errors import DivergedError, ResourceError, first_line, machine_refusal
 from bmkit.report import Reporter, Task
+from bmkit.train import head as heads
 from bmkit.train.loss import next_token_loss
 from bmkit.train.recipe import Train
 
@@ -51,17 +53,24 @@ def train(
     work: Path,
     device: torch.device,
     reporter: Reporter,
-    loss: Loss = next_token_loss,
+    loss: Loss | None = None,
 ) -> Trained:
     """Train what is trainable in `model`, in place.
 
     Checkpoints go to `work`; if a killed run has left one there, training goes on from it, with
     the same batches, random draws and final loss as if it had never stopped. `loss` takes the model
-    and a batch, and returns the sum and what it is divided by. Raises DivergedError when a loss is
+    and a batch, and returns the sum and what it is divided by; if there is none, it is that of
+    `default_loss`. Raises DivergedError when a loss is
     not a number, leaving the last good checkpoint in `work`.
     """
     with _alone_on(device):
+        loss = loss or default_loss(model)
         return _train(model, examples, collate, spec, seed, work, device, reporter, loss)
+
+
+def default_loss(model: Any) -> Loss:
+    """Return the cross-entropy of the next token, with the model's head apart if it can be."""
+    return partial(next_token_loss, head=heads.find(model))
 
 
 def _train(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bmkit.data.chat import Example
 from bmkit.errors import InputError
 from bmkit.nn import walk
+from bmkit.train.checkpointing import restore
 from bmkit.train.stored_states import StoredStates
 
 Loss = Callable[[Any, dict[str, Tensor]], tuple[Tensor, int]]
@@ -120,7 +121,7 @@ class FrozenPrefix:
 
 @contextmanager
 def injected(blocks: Sequence[Any], states: Sequence[Tensor]) -> Iterator[None]:
-    """Let the last of `blocks` say `states` (one [time, width] a row), and all of them do nothing.
+    """Let the first of `blocks` say `states` (one [time, width] a row), and others hand them on.
 
     What the model makes for its blocks besides (masks, positions) stays its own.
     """
@@ -135,13 +136,14 @@ def injected(blocks: Sequence[Any], states: Sequence[Tensor]) -> Iterator[None]:
     def other(*args: Any, **kwargs: Any) -> Any:
         return args[0] if args else kwargs["hidden_states"]
 
+    before = [vars(block).get("forward") for block in blocks]
     for i, block in enumerate(blocks):
         block.forward = other if i else first
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward
+        for block, forward in zip(blocks, before, strict=True):
+            restore(block, forward)
 
 
 def frozen_blocks(model: Any) -> int:

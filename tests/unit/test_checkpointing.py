@@ -140,7 +140,7 @@ def test_what_is_foretold_is_what_is_kept(made: Any) -> None:
     for count in range(BLOCKS):
         with checkpointing.recomputed(blocks[:count]), counted(model) as kept:
             next_token_loss(model, batch())
-        assert kept.total <= foretold.peak(count) <= 1.1 * kept.total  # some is kept for all rows
+        assert 0.95 * kept.total <= foretold.peak(count) <= 1.1 * kept.total
 
 
 def test_measuring_keeps_nothing_and_changes_nothing() -> None:

@@ -95,6 +95,11 @@ def find(model: Any) -> Head | None:
     return None
 
 
+def prompted(model: Any) -> bool:
+    """Tell whether PEFT puts virtual tokens, or keys and values, in front of the model's rows."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
 def _hooked(module: nn.Module) -> bool:
     """Tell whether something else listens to the module, or stands in for its forward."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)

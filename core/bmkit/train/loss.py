@@ -52,7 +52,7 @@ def next_token_loss(
 def keeps_some(model: Any) -> bool:
     """Tell whether `model` takes `logits_to_keep` for a row's own positions, wrapped or not."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if heads.prompted(model):
         return False  # it may put tokens of its own in front
     return "logits_to_keep" in inspect.signature(base.forward).parameters
 

@@ -10,33 +10,50 @@ from torch import Tensor
 from torch.nn import functional
 
 from bmkit.data.chat import IGNORED
+from bmkit.train import head as heads
+from bmkit.train.head import Head
+
+BESIDE = frozenset({"labels", "row", "row_tokens"})
+"""What a batch holds beside the model's inputs."""
 
 
-def next_token_loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+def next_token_loss(
+    model: Any, batch: dict[str, Tensor], *, head: Head | None = None
+) -> tuple[Tensor, int]:
     """Return the summed cross-entropy of `batch["labels"]` [batch, time], and how many there are.
 
-    Position t predicts the label at t + 1. The output head runs only at positions where some row
-    has a label (`logits_to_keep`), where the model's forward can do that: with masked prompts this
-    saves most of the head's time and memory.
+    Position t predicts the label at t + 1. With the model's `head` (`train.head.find`), it runs at
+    the labelled positions alone, and no logits are kept if it is linear. Without, the model makes
+    its own logits, at positions where some row has a label (`logits_to_keep`), if its forward can
+    do that.
     """
     labels = batch["labels"]
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = {name: value for name, value in batch.items() if name not in BESIDE}
     targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)  # [batch, time]
-    keep = (targets != IGNORED).any(0).nonzero().squeeze(-1)  # [kept]
+    there = targets != IGNORED
+    if head is not None:
+        hidden = head.read(model, {**inputs, "use_cache": False})
+        return head.cross_entropy(hidden[there], targets[there]), int(there.sum())
+    keep = there.any(0).nonzero().squeeze(-1)  # [kept]
     if keeps_some(model):
         logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
     else:
-        logits = model(**inputs, use_cache=False).logits[:, keep]
-    targets = targets[:, keep]
+        logits = model(**inputs, use_cache=False).logits
+        logits = logits[:, logits.shape[1] - labels.shape[1] + keep]  # virtual tokens are in front
     loss = functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        logits.flatten(0, 1).float(),
+        targets[:, keep].flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
     )
-    return loss, int((targets != IGNORED).sum())
+    return loss, int(there.sum())
 
 
 def keeps_some(model: Any) -> bool:
-    """Tell whether `model` takes `logits_to_keep`, looking through a PEFT wrapper."""
+    """Tell whether `model` takes `logits_to_keep` for a row's own positions, wrapped or not."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if heads.prompted(model):
+        return False  # it may put tokens of its own in front
     return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
@@ -46,8 +63,10 @@ def mean_loss(model: Any, batches: list[dict[str, Tensor]], device: torch.device
     total, count = 0.0, 0
     training = model.training
     model.eval()
+    head = heads.find(model)
     for batch in batches:
-        loss, labelled = next_token_loss(model, {k: v.to(device) for k, v in batch.items()})
+        given = {k: v.to(device) for k, v in batch.items()}
+        loss, labelled = next_token_loss(model, given, head=head)
         total += float(loss)
         count += labelled
     model.train(training)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SaveStrategy
 
 from bmkit.data.chat import Example
-from bmkit.errors import DivergedError, ResourceError, first_line, machine_refusal
+from bmkit.errors import DivergedError, InputError, ResourceError, first_line, machine_refusal
 from bmkit.report import Reporter, Task
+from bmkit.train import checkpointing
+from bmkit.train import head as heads
 from bmkit.train.loss import next_token_loss
 from bmkit.train.recipe import Train
 
@@ -51,17 +54,24 @@ def train(
     work: Path,
     device: torch.device,
     reporter: Reporter,
-    loss: Loss = next_token_loss,
+    loss: Loss | None = None,
 ) -> Trained:
     """Train what is trainable in `model`, in place.
 
     Checkpoints go to `work`; if a killed run has left one there, training goes on from it, with
     the same batches, random draws and final loss as if it had never stopped. `loss` takes the model
-    and a batch, and returns the sum and what it is divided by. Raises DivergedError when a loss is
+    and a batch, and returns the sum and what it is divided by; if there is none, it is that of
+    `default_loss`. Raises DivergedError when a loss is
     not a number, leaving the last good checkpoint in `work`.
     """
     with _alone_on(device):
+        loss = loss or default_loss(model)
         return _train(model, examples, collate, spec, seed, work, device, reporter, loss)
+
+
+def default_loss(model: Any) -> Loss:
+    """Return the cross-entropy of the next token, with the model's head apart if it can be."""
+    return partial(next_token_loss, head=heads.find(model))
 
 
 def _train(
@@ -76,6 +86,9 @@ def _train(
     loss: Loss,
 ) -> Trained:
     last = _last_whole_checkpoint(work)
+    again = _again(model, examples, collate, spec, device, loss)
+    if again and spec.gradient_checkpointing is not True:
+        reporter.info(f"{len(again)} blocks compute their activations again, to fit in memory")
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=spec.max_steps,
@@ -85,7 +98,7 @@ def _train(
         warmup_steps=spec.warmup_steps,
         per_device_train_batch_size=spec.per_device_train_batch_size,
         gradient_accumulation_steps=spec.gradient_accumulation_steps,
-        gradient_checkpointing=spec.gradient_checkpointing,
+        gradient_checkpointing=again is None,
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
         train_sampling_strategy="group_by_length",
@@ -119,7 +132,8 @@ def _train(
     if last is not None:
         reporter.info(f"going on from step {watch.start}, where the last run was stopped")
     try:
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        with checkpointing.recomputed(again or []):
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
     except (torch.OutOfMemoryError, RuntimeError) as exc:
         if machine_refusal(exc) != "out of memory":
             raise
@@ -131,6 +145,28 @@ def _train(
         watch.close()
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     return Trained(trainer.state.global_step, losses, watch.start)
+
+
+def _again(
+    model: Any,
+    examples: Sequence[Example],
+    collate: Callable[[Sequence[Example]], dict[str, Tensor]],
+    spec: Train,
+    device: torch.device,
+    loss: Loss,
+) -> list[Any] | None:
+    """Return the blocks that compute their activations again; None: transformers finds them."""
+
+    def longest() -> dict[str, Tensor]:
+        row = max(examples, key=lambda e: len(e["input_ids"]))
+        return {name: value.to(device) for name, value in collate([row]).items()}
+
+    rows = spec.per_device_train_batch_size
+    model.train()
+    try:
+        return checkpointing.again(model, spec.gradient_checkpointing, longest, loss, rows=rows)
+    except InputError:
+        return None if spec.gradient_checkpointing is True else []
 
 
 @contextmanager

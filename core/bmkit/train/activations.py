@@ -1,0 +1,76 @@
+"""How many bytes autograd keeps for the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+
+@dataclass
+class Kept:
+    """What was kept while `counted` ran: each storage once, the model's own not at all."""
+
+    total: int = 0
+    """Bytes in all."""
+    blocks: list[int] = field(default_factory=list)
+    """Bytes first kept by each of the blocks."""
+
+    @property
+    def rest(self) -> int:
+        """Return the bytes kept outside of the blocks."""
+        return self.total - sum(self.blocks)
+
+
+@contextmanager
+def counted(
+    model: nn.Module, blocks: tuple[nn.Module, ...] = (), *, drop: bool = False
+) -> Iterator[Kept]:
+    """Count the bytes that the forward passes of the block keep for a backward pass.
+
+    With `drop` they are let go at once, so that counting takes no more memory than a forward pass
+    without gradients; a backward pass then fails.
+    """
+    own = {_address(t) for t in chain(model.parameters(), model.buffers())}
+    seen: dict[int, StorageWeakRef] = {}  # while it lives, a storage's address isn't given again
+    kept = Kept(blocks=[0] * len(blocks))
+    inside: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor | None:
+        if _address(tensor) not in own:
+            reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+            if reference.cdata not in seen:
+                seen[reference.cdata] = reference
+                size = tensor.untyped_storage().nbytes()
+                kept.total += size
+                if inside:
+                    kept.blocks[inside[-1]] += size
+        return None if drop else tensor
+
+    def unpack(tensor: Tensor | None) -> Tensor:
+        assert tensor is not None, "what was kept has been let go"
+        return tensor
+
+    hooks = []
+    for number, block in enumerate(blocks):
+        hooks.append(block.register_forward_pre_hook(lambda *_, n=number: inside.append(n)))
+        hooks.append(block.register_forward_hook(lambda *_: void(inside.pop())))
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def void(_: object) -> None:
+    """Take a value and say nothing: a forward hook that returns one would replace the output."""
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -153,6 +153,9 @@ def _type(annotation: Any) -> str:
     if origin is list:
         item = _type(args[0])
         return f"list of {PLURALS.get(item, item)}"
+    if origin is dict:
+        item = _type(args[1])
+        return f"mapping of {PLURALS.get(item, item)}"
     return WORDS[annotation]
 
 

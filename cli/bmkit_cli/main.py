@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bmkit_cli import stopping
-from bmkit_cli.commands import books, infer, spec_decode, stages
+from bmkit_cli.commands import books, infer, spec_decode, stages, tune
 
 app = typer.Typer(
     name="bmkit",
@@ -41,7 +41,8 @@ def root(
 
 app.command()(stages.pull)
 app.command()(stages.compress)
-app.command()(stages.tune)
+app.command()(tune.tune)
+app.command()(tune.merge)
 app.command()(infer.infer)
 app.command()(spec_decode.spec_decode)
 app.command()(spec_decode.phrases)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.tree import Tree as RichTree
 
 MARKS: dict[State, str] = {"delta": "+", "trainable": "*", "frozen": "·"}
+WIDTH = 200
 STYLES: dict[State, str] = {"delta": "green", "trainable": "yellow", "frozen": "dim"}
 
 
@@ -24,6 +25,20 @@ def render(tree: Tree) -> RichTree:
     root = RichTree(head, guide_style="dim")
     _add(root, tree.root)
     return root
+
+
+def text(tree: Tree, *, colours: bool) -> str:
+    """Return a model's tree as lines of text, with codes for colours if a terminal reads it."""
+    import io
+
+    from rich.console import Console
+
+    stream = io.StringIO()
+    console = Console(
+        file=stream, force_terminal=colours, no_color=not colours, width=WIDTH, highlight=False
+    )
+    console.print(render(tree), soft_wrap=True)
+    return stream.getvalue()
 
 
 def summary(tree: Tree) -> str:

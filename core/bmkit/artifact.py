@@ -45,6 +45,10 @@ SIDE_FILES = (
     "frequent_tokens.json",  # the rows of its head that a draft uses
     EXPERTS,
 )
+DELTAS = "adapters"
+"""Where an artifact of several deltas has them, each an adapter by itself."""
+ORDER = "deltas.json"
+"""Their names, in the order in which they are put on the model."""
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 """Either holds or names a model's weights; the first wins, as in transformers."""
 _LOADED = (*SIDE_FILES, "*.safetensors", "*.safetensors.index.json", "adapter_*.json")
@@ -155,6 +159,30 @@ def open_artifact(path: Path) -> Artifact:
             for name, file in sorted(content_files(path).items())
         }
     return Artifact(path, kind, content_digest(kind, files))
+
+
+def write_order(path: Path, names: Iterable[str]) -> None:
+    """Say which deltas an artifact has, in their order."""
+    text = json.dumps({"deltas": list(names)}, indent=1) + "\n"
+    (path / ORDER).write_text(text, encoding="utf-8")
+
+
+def deltas(path: Path) -> list[Path]:
+    """Return the adapters of a delta artifact, in the order in which they go on the model.
+
+    Raises InputError for an order that names what isn't there.
+    """
+    if not (path / ORDER).is_file():
+        return [path]
+    try:
+        names = json.loads((path / ORDER).read_text(encoding="utf-8"))["deltas"]
+        found = [path / DELTAS / PurePosixPath(name).name for name in names]
+    except (ValueError, KeyError, TypeError) as exc:
+        raise InputError(f"{path / ORDER} is damaged: {exc}") from None
+    for folder in found:
+        if not (folder / "adapter_config.json").is_file():
+            raise InputError(f"{path}: it names the delta {folder.name}, which isn't there")
+    return found
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -71,7 +71,7 @@ class DivergedError(BmkitError):
 
 
 class LibraryRefusal:
-    """A block in which a library's refusal of a user's file becomes an InputError.
+    """A block in which a library's refusal of a user's file becomes an InputError, or `error`.
 
     The Rust tokenizers raise bare `Exception`, which no `except` clause can name without catching
     bugs as well; here it is told by its exact type.
@@ -79,8 +79,10 @@ class LibraryRefusal:
 
     KINDS = (ValueError, KeyError, IndexError, TypeError, OSError, struct.error)
 
-    def __init__(self, what: str, hint: str | None = None) -> None:
-        self.what, self.hint = what, hint
+    def __init__(
+        self, what: str, hint: str | None = None, error: type[BmkitError] | None = None
+    ) -> None:
+        self.what, self.hint, self.error = what, hint, error or InputError
 
     def __enter__(self) -> None:
         """Do nothing."""
@@ -93,7 +95,7 @@ class LibraryRefusal:
         if exc is not None and machine_refusal(exc) is not None:
             return  # the machine refused, not the library
         if kind is not None and (kind is Exception or issubclass(kind, refusals)):
-            raise InputError(f"{self.what}: {first_line(exc)}", hint=self.hint) from None
+            raise self.error(f"{self.what}: {first_line(exc)}", hint=self.hint) from None
 
 
 _REFUSALS = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +153,7 @@ def load_tokenizer(path: Path) -> Any:
 
 POOLER = ".pooler."
 """In the names of what some encoders put behind their token vectors, and not all files hold."""
-OTHER_HEADS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
+OTHER_HEADS = ("ForQuestionAnswering", "ForMultipleChoice")
 
 
 def auto_class(config: Any) -> Any:
@@ -172,22 +171,37 @@ def auto_class(config: Any) -> Any:
         )
     if name.endswith("EncoderModel") and hasattr(transformers, name):
         return getattr(transformers, name)
-    kind = {"classify": "AutoModelForSequenceClassification", "embed": "AutoModel"}.get(
-        task(config), "AutoModelForCausalLM"
-    )
+    kind = {
+        "classify": "AutoModelForSequenceClassification",
+        "tag": "AutoModelForTokenClassification",
+        "embed": "AutoModel",
+    }.get(task(config), "AutoModelForCausalLM")
     if config.is_encoder_decoder and task(config) == "generate":
         kind = "AutoModelForSeq2SeqLM"
     return getattr(transformers, kind)
 
 
-def load_model(path: Path, *, device: torch.device, dtype: str = "auto") -> Any:
-    """Load a model that generates, decoder or encoder-decoder, dense, in eval mode.
+def load_model(
+    path: Path,
+    *,
+    device: torch.device,
+    dtype: str = "auto",
+    config: Any = None,
+    fresh: list[str] | None = None,
+) -> Any:
+    """Load a checkpoint's model, dense, in eval mode, for its own task, or that of `config`.
 
-    Quantised checkpoints are unpacked to the compute dtype. Peak memory: the dense model and one
+    Quantised checkpoints are unpacked to the compute dtype. With `fresh`, parameters may be
+    missing: they are drawn, and their names put into it. Peak memory: the dense model and one
     shard. Raises InputError for a checkpoint that doesn't fit its config, ResourceError for memory.
     """
-    config = load_config(path)
-    kind = auto_class(config)
+    if config is None:
+        config = load_config(path)
+        kind = auto_class(config)
+    else:
+        import transformers
+
+        kind = getattr(transformers, config.architectures[0])
     chosen = compute_dtype(dtype, stored_dtype(config), device)
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
     where: Path | None = path
@@ -196,7 +210,8 @@ def load_model(path: Path, *, device: torch.device, dtype: str = "auto") -> Any:
         if is_ours(quantization):
             where, options = None, {"state_dict": unpacked(path)}
             del config.quantization_config
-            kind = kind._model_mapping[type(config)]  # an auto class wants a path
+            if hasattr(kind, "_model_mapping"):  # an auto class wants a path
+                kind = kind._model_mapping[type(config)]
     try:
         model, info = kind.from_pretrained(
             where,
@@ -213,77 +228,14 @@ def load_model(path: Path, *, device: torch.device, dtype: str = "auto") -> Any:
     missing = sorted(info["missing_keys"])
     if task(config) == "embed" and all(POOLER in f".{key}" for key in missing):
         missing = []  # token vectors are pooled here
-    if missing:
+    if fresh is not None:
+        fresh += missing
+    elif missing:
         raise InputError(
             f"{path}: {len(missing)} tensors are missing, as {missing[0]}",
             hint="the weights belong to another config.json; fetch the checkpoint again",
         )
     return model.eval()
-
-
-def attach(model: Any, adapters: Mapping[str, Path]) -> Any:
-    """Put PEFT adapters on `model` by their names, all active at once; `adapter` takes one.
-
-    Raises InputError for one that doesn't fit the model.
-    """
-    if not adapters:
-        return model
-    from peft import PeftModel
-
-    wrapped = None
-    names = [f"a{i}" for i in range(len(adapters))]  # PEFT allows no dots in them
-    for name, path in zip(names, adapters.values(), strict=True):
-        try:
-            if wrapped is None:
-                wrapped = PeftModel.from_pretrained(model, path, adapter_name=name)
-            else:
-                wrapped.load_adapter(path, adapter_name=name)
-            lost = _lost(wrapped, path, name)
-        except (SafetensorError, ValueError, RuntimeError, KeyError, OSError, TypeError) as exc:
-            raise InputError(
-                f"{path} doesn't fit this model: {first_line(exc)}",
-                hint="was it trained on another base?",
-            ) from None
-        if lost:
-            raise InputError(
-                f"{path} doesn't fit this model: {len(lost)} of its tensors have no place in it, "
-                f"as {lost[0]}",
-                hint="was it trained on another base?",
-            )
-    assert wrapped is not None  # there is at least one adapter
-    if len(names) > 1:
-        wrapped.base_model.set_adapter(names)
-    wrapped.bmkit_adapters = dict(zip(adapters, names, strict=True))
-    return wrapped.eval()
-
-
-def _lost(wrapped: Any, path: Path, name: str) -> list[str]:
-    """Return the tensors of an adapter that no module of the model has taken."""
-    from peft.utils import load_peft_weights, set_peft_model_state_dict
-
-    weights = load_peft_weights(str(path), device="cpu")
-    result = set_peft_model_state_dict(wrapped, weights, adapter_name=name)
-    return sorted(getattr(result, "unexpected_keys", None) or [])
-
-
-@contextmanager
-def adapter(model: Any, name: str | None) -> Iterator[None]:
-    """Let only adapter `name` of an `attach`ed model work while the block runs; None: no adapter.
-
-    `*` stands for all, as they are outside of the block.
-    """
-    known: dict[str, str] = getattr(model, "bmkit_adapters", {})
-    if not known or name == "*":
-        yield
-    elif name is None:
-        with model.disable_adapter():
-            yield
-    else:
-        model.base_model.set_adapter([known[name]])
-        try:
-            yield
-        finally:
-            model.base_model.set_adapter(list(known.values()))
 
 
 def _dense(quantization: Any, path: Path) -> dict[str, Any]:

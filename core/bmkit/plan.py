@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bmkit import env
-from bmkit.artifact import WEIGHTS, Artifact
+from bmkit.artifact import WEIGHTS, Artifact, deltas
 from bmkit.errors import InputError, ResourceError
 from bmkit.recipe import Recipe
 from bmkit.report import Reporter
@@ -29,7 +29,7 @@ RUNTIME_BYTES = 700 * 2**20  # torch, transformers and their code, as measured o
 """Resident memory of a process that has imported torch, transformers and peft."""
 
 
-Task = Literal["generate", "classify", "embed"]
+Task = Literal["generate", "classify", "tag", "embed"]
 ENCODERS = (
     *("albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie"),
     *("esm", "modernbert", "mpnet", "nomic_bert", "roberta", "roformer", "xlm-roberta"),
@@ -43,6 +43,8 @@ def task(config: Mapping[str, Any]) -> Task:
     names = config.get("architectures") or [""]
     if names[0].endswith("ForSequenceClassification"):
         return "classify"
+    if names[0].endswith("ForTokenClassification"):
+        return "tag"
     if names[0].endswith("EncoderModel"):  # of an encoder-decoder, the encoder alone
         return "embed"
     return "embed" if config.get("model_type") in ENCODERS else "generate"
@@ -278,6 +280,11 @@ class Job:
     def deltas(self) -> tuple[Artifact, ...]:
         """Return the adapters to put on the model, that of `model` first."""
         return (self.model, *self.adapters) if self.base else self.adapters
+
+    @property
+    def adapter_paths(self) -> list[Path]:
+        """Return the PEFT directories of `deltas`, in the order in which they go on the model."""
+        return [folder for delta in self.deltas for folder in deltas(delta.path)]
 
     @property
     def checkpoint(self) -> Path:

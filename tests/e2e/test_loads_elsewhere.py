@@ -111,8 +111,9 @@ def test_a_delta_loads_in_plain_peft_on_its_int8_base(delta: Path, bmkit: Run) -
         with model.disable_adapter():
             base = model(IDS).logits
     from bmkit import model as models
+    from bmkit.deltas import plugged
 
-    ours = models.attach(
+    ours = plugged.load(
         models.load_model(delta.parent / "a", device=torch.device("cpu")), {"a": delta}
     )
     with torch.no_grad():
@@ -129,10 +130,9 @@ def test_merge_writes_a_model_that_answers_as_base_and_delta(
     merged = bmkit(*words, "-s", "merge=true", "-o", "m", "--json")
     assert json.loads(merged.stdout)["kind"] == "model", merged.stderr
     from bmkit import model as models
+    from bmkit.deltas import plugged
 
-    apart = models.attach(
-        models.load_model(tiny, device=torch.device("cpu")), {"a": tmp_path / "d"}
-    )
+    apart = plugged.load(models.load_model(tiny, device=torch.device("cpu")), {"a": tmp_path / "d"})
     with torch.no_grad():
         expected = apart(IDS).logits
     found = logits(tmp_path / "m")

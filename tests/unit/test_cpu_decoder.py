@@ -18,6 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from bmkit.deltas import plugged
 from bmkit.errors import InputError
 from bmkit.nn.rounding import Grid, dequantize, quantize, round_matrix
 from bmkit.runtime import family
@@ -260,7 +261,6 @@ def named(paths: list[Path]) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", ["llama", "llama, biases, untied", "qwen3"])
 def test_adapters_equal_pefts(tmp_path: Path, name: str) -> None:
-    from bmkit import model as models
 
     config = CONFIGS[name]
     every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -273,7 +273,7 @@ def test_adapters_equal_pefts(tmp_path: Path, name: str) -> None:
     decoder = Decoder(config, plain(dict(model.state_dict())), threads=2)
     for chosen in (paths[:1], paths[1:], paths):
         load.attach(decoder, named(chosen))
-        wanted = logits_of(models.attach(model_of(config), named(chosen)), IDS)
+        wanted = logits_of(plugged.load(model_of(config), named(chosen)), IDS)
         cache = decoder.cache(2, 128)
         close(decoder.chain(cache, 0, IDS)[0], wanted[-1])
         for i, token in enumerate(IDS):

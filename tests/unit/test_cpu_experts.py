@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
+from bmkit.deltas import plugged
 from bmkit.errors import InputError
 from bmkit.nn.rounding import Grid, dequantize, quantize, round_matrix
 from bmkit.runtime import experts
@@ -341,9 +342,8 @@ def test_adapters_on_experts_equal_pefts(tmp_path: Path) -> None:
         config, plain(dict(model_of(config).state_dict())), threads=2, experts=divided
     )
     load.attach(decoder, paths)
-    from bmkit import model as models
 
-    wanted = models.attach(model_of(config), paths)
+    wanted = plugged.load(model_of(config), paths)
     masked(wanted.base_model.model, divided)
     check(decoder, wanted)
 

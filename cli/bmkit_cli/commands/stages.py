@@ -1,4 +1,4 @@
-"""`bmkit compress`, `bmkit tune`, `bmkit pull`: the stages that write an artifact."""
+"""`bmkit compress` and `bmkit pull`, and what all stages that write an artifact have in common."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import typer
 from bmkit_cli import session
 from bmkit_cli.options import (
     CpuOpt,
-    DataOpt,
     DeviceOpt,
     ForceOpt,
     GpuOpt,
@@ -91,42 +90,14 @@ def compress(
     run_stage("compress", {**locals()})
 
 
-def tune(
-    recipe: RecipeArg,
-    model: ModelOpt,
-    data: DataOpt = None,
-    out: OutOpt = None,
-    assign: SetOpt = None,
-    device: DeviceOpt = None,
-    seed: SeedOpt = None,
-    threads: ThreadsOpt = None,
-    gpu_memory: GpuOpt = None,
-    cpu_memory: CpuOpt = None,
-    plan: PlanOpt = False,
-    as_json: JsonOpt = False,
-    report: ReportOpt = None,
-    force: ForceOpt = False,
-    how: ProgressOpt = Progress.auto,
-    verbose: VerboseOpt = False,
-    quiet: QuietOpt = False,
-) -> None:
-    """Train a delta on a frozen model."""
-    run_stage("tune", {**locals()})
-
-
-def run_stage(stage: str, given: dict[str, Any]) -> None:
-    """Run a stage with the options of its command, and print what it left."""
-    reporter = session.start(given["how"], quiet=given["quiet"], loud=given["verbose"])
-    from dataclasses import replace
-
-    from bmkit import place
+def request_of(stage: str, given: dict[str, Any]) -> Any:
+    """Return the request that a command's options make; its model is not known yet."""
     from bmkit.errors import UsageError
-    from bmkit.pipeline import stage as stages
-    from bmkit_cli.output import out as stdout
+    from bmkit.pipeline.stage import Request
 
-    stream = stdout()
-    place.refuse_directory(given["report"])
-    request = stages.Request(
+    if given["recipe"] == "-" and given["model"] == "-":
+        raise UsageError("the recipe and -m both want stdin", hint="name one of them")
+    return Request(
         stage=stage,
         recipe=given["recipe"],
         model="",
@@ -140,8 +111,20 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
         cpu_memory=given["cpu_memory"],
         force=given["force"],
     )
-    if given["recipe"] == "-" and given["model"] == "-":
-        raise UsageError("the recipe and -m both want stdin", hint="name one of them")
+
+
+def run_stage(stage: str, given: dict[str, Any]) -> None:
+    """Run a stage with the options of its command, and print what it left."""
+    reporter = session.start(given["how"], quiet=given["quiet"], loud=given["verbose"])
+    from dataclasses import replace
+
+    from bmkit import place
+    from bmkit.pipeline import stage as stages
+    from bmkit_cli.output import out as stdout
+
+    stream = stdout()
+    place.refuse_directory(given["report"])
+    request = request_of(stage, given)
     checked = stages.check(request)  # a typo is told before the stage before this one is done
     request = replace(checked, model=session.model_path(given["model"]))
     if given["plan"]:

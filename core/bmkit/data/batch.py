@@ -1,4 +1,4 @@
-"""Examples of different lengths -> one padded batch."""
+"""Examples of different lengths -> one padded batch, for each kind of task."""
 
 from __future__ import annotations
 
@@ -27,3 +27,80 @@ class Padding:
             rows["attention_mask"].append([1] * len(e["input_ids"]) + [0] * gap)
             rows["labels"].append(e["labels"] + [IGNORED] * gap)
         return {name: torch.tensor(values) for name, values in rows.items()}
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A collator of texts with a label, or with one for each token."""
+
+    pad_token_id: int
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Return what the tokenizer gave [batch, time], and `labels` [batch] or [batch, time]."""
+        names = [name for name in examples[0] if name not in ("label", "labels")]
+        fill = {"input_ids": self.pad_token_id}
+        batch = {name: _padded([e[name] for e in examples], fill.get(name, 0)) for name in names}
+        if "attention_mask" not in batch:
+            batch["attention_mask"] = _padded([[1] * len(e["input_ids"]) for e in examples], 0)
+        if "label" in examples[0]:
+            batch["labels"] = torch.tensor([e["label"][0] for e in examples])
+        else:
+            batch["labels"] = _padded([e["labels"] for e in examples], IGNORED)
+        return batch
+
+
+@dataclass(frozen=True)
+class Halves:
+    """A collator for encoder-decoders: the decoder reads its labels one place late."""
+
+    pad_token_id: int
+    start_token_id: int
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Return `input_ids`, `attention_mask`, `decoder_input_ids` and `labels` [batch, time]."""
+        late = [[self.start_token_id, *e["labels"][:-1]] for e in examples]
+        return {
+            "input_ids": _padded([e["input_ids"] for e in examples], self.pad_token_id),
+            "attention_mask": _padded([[1] * len(e["input_ids"]) for e in examples], 0),
+            "decoder_input_ids": _padded(late, self.pad_token_id),
+            "labels": _padded([e["labels"] for e in examples], IGNORED),
+        }
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """A collator that hides tokens, to be found again (BERT, arXiv 1810.04805).
+
+    Of the places that may be, a share is asked for, in each row one at least: eight of ten are the
+    mask token, one is any token, one stays.
+    """
+
+    pad_token_id: int
+    mask_token_id: int
+    vocabulary: int
+    share: float = 0.15
+    seed: int | None = None
+    """The same gaps each time, for measuring; None: others each time."""
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Return `input_ids`, `attention_mask` and `labels` [batch, time]."""
+        draw = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        ids = _padded([e["input_ids"] for e in examples], self.pad_token_id)
+        may = _padded([e["labels"] for e in examples], IGNORED) != IGNORED
+        chance = torch.rand(ids.shape, generator=draw).masked_fill(~may, 2.0)
+        hidden = chance < self.share
+        hidden |= (chance == chance.min(1, keepdim=True).values) & may
+        labels = ids.masked_fill(~hidden, IGNORED)
+        how = torch.rand(ids.shape, generator=draw)
+        other = torch.randint(self.vocabulary, ids.shape, generator=draw)
+        shown = torch.where(how < 0.8, self.mask_token_id, torch.where(how < 0.9, other, ids))
+        return {
+            "input_ids": torch.where(hidden, shown, ids),
+            "attention_mask": _padded([[1] * len(e["input_ids"]) for e in examples], 0),
+            "labels": labels,
+        }
+
+
+def _padded(values: Sequence[Sequence[int]], fill: int) -> Tensor:
+    longest = max(len(row) for row in values)
+    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in values])

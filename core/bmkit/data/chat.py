@@ -32,7 +32,7 @@ class Encoded:
     @property
     def labelled(self) -> int:
         """Return the number of tokens that bear loss."""
-        return sum(label != IGNORED for e in self.examples for label in e["labels"])
+        return sum(label != IGNORED for e in self.examples for label in e.get("labels", [0]))
 
 
 def encode_file(path: Path, tokenizer: Any, *, max_length: int, raw: bool) -> Encoded:

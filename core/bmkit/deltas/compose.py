@@ -92,7 +92,8 @@ def save(model: Any, name: str, folder: Path) -> None:
     InputError for a name that no delta has.
     """
     held = _held(model, name)
-    saved.write(folder, copy.deepcopy(held.config), held.tensors(), held.base)
+    tensors = held.tensors()  # AdaLoRA's config is put right with them
+    saved.write(folder, copy.deepcopy(held.config), tensors, held.base)
 
 
 def swap(model: Any, name: str, folder: Path) -> None:
@@ -129,6 +130,11 @@ def active(model: Any, names: Collection[str] | None) -> Iterator[None]:
         finally:
             for module, adapters, disabled in before:
                 module._active_adapter, module._disable_adapters = adapters, disabled
+
+
+def tuners(model: Any) -> list[Any]:
+    """Return PEFT's tuner where one wraps the model: some have something to do at each step."""
+    return [model.base_model] if isinstance(model, PeftModel) and not is_prompt(model) else []
 
 
 def unplug(model: Any, name: str) -> Any:
@@ -325,10 +331,11 @@ def _inner(model: Any, name: str) -> str:
 
 
 def _safe(base: nn.Module, name: str) -> str:
-    """Return a name for PEFT: no part of a parameter's name, else it would mistake one for it."""
-    parts = {part for n, _ in base.named_parameters() for part in n.split(".")}
+    """Return a name for PEFT: inside of no parameter's name, else it would mistake one for it."""
+    names = [n for n, _ in base.named_parameters()]
+    parts = {part for n in names for part in n.split(".")}
     parts |= _INSIDE | set(_known(base).values())
-    if _SAFE.fullmatch(name) and name not in parts:
+    if _SAFE.fullmatch(name) and name not in parts and not any(name in n for n in names):
         return name
     return next(n for i in range(len(parts) + 1) if (n := f"delta{i}") not in parts)
 
@@ -341,7 +348,8 @@ def _rank(config: PeftConfig) -> int:
 
 def _wraps(config: PeftConfig) -> bool:
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
-    return bool(config.is_prompt_learning or getattr(tuner, "uses_shared_state", False))
+    alone = config.peft_type == PeftType.ADALORA  # its tuner has something to do at each step
+    return bool(config.is_prompt_learning or alone or getattr(tuner, "uses_shared_state", False))
 
 
 def _changes_base(config: PeftConfig) -> bool:

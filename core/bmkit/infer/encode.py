@@ -46,6 +46,34 @@ class Labelled:
 
 
 @dataclass(frozen=True)
+class Tagged:
+    """One row, and the likeliest tag of each of its words."""
+
+    streamed: ClassVar = False
+    """Whether its text was written while it was made."""
+
+    id: Any
+    prompt: str
+    words: Sequence[str]
+    tags: list[str]
+    probabilities: list[float]
+
+    def values(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        return {
+            "id": self.id,
+            "prompt": self.prompt,
+            "tokens": list(self.words),
+            "tags": self.tags,
+            "probabilities": [round(p, 6) for p in self.probabilities],
+        }
+
+    def line(self) -> str:
+        """Return what is printed as text."""
+        return " ".join(f"{word}/{tag}" for word, tag in zip(self.words, self.tags, strict=True))
+
+
+@dataclass(frozen=True)
 class Embedded:
     """One row as a vector."""
 
@@ -98,19 +126,32 @@ class Pooling:
         return torch.nn.functional.normalize(found, dim=-1) if self.normalise else found
 
 
+def _padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([[*r, *[fill] * (longest - len(r))] for r in rows], device=device)
+
+
 @torch.inference_mode()
 def encode(
-    model: Any, rows: Sequence[list[int]], pad: int, pooling: Pooling | None
-) -> list[list[float]]:
+    model: Any,
+    rows: Sequence[list[int]],
+    pad: int,
+    pooling: Pooling | None,
+    types: Sequence[Sequence[int] | None] = (),
+) -> list[Any]:
     """Return a vector a row of token ids: pooled, or without `pooling` the labels' probabilities.
 
-    Raises InputError if the model's output is not a number.
+    They are lists of floats; of a model that labels tokens, of lists of floats, one a token.
+    `types` say of pairs of texts which of both a token is in. Raises InputError if the model's
+    output is not a number.
     """
-    longest = max(map(len, rows))
     device = model.device
-    ids = torch.tensor([r + [pad] * (longest - len(r)) for r in rows], device=device)
-    mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows], device=device)
-    out = model(input_ids=ids, attention_mask=mask)
+    mask = _padded([[1] * len(r) for r in rows], 0, device)
+    given = {"input_ids": _padded(rows, pad, device), "attention_mask": mask}
+    if any(types):
+        both = [t or [0] * len(r) for t, r in zip(types, rows, strict=True)]
+        given["token_type_ids"] = _padded(both, 0, device)
+    out = model(**given)
     if pooling is not None:
         found = pooling(out.last_hidden_state.float(), mask)
     elif getattr(model.config, "problem_type", None) == "multi_label_classification":
@@ -119,5 +160,6 @@ def encode(
         found = out.logits.float().softmax(-1)
     if not found.isfinite().all():
         raise InputError("the model's output is not a number; its weights are damaged")
-    rounded: list[list[float]] = [[round(v, 7) for v in row] for row in found.cpu().tolist()]
-    return rounded
+    if found.ndim == 3:  # virtual tokens stand in front
+        return list(found[:, found.shape[1] - mask.shape[1] :].cpu())
+    return [[round(v, 7) for v in row] for row in found.cpu().tolist()]

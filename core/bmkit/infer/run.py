@@ -12,10 +12,12 @@ import torch
 
 from bmkit import model as models
 from bmkit.data.rows import BadRow, Row
+from bmkit.deltas import plugged
 from bmkit.errors import InputError, ResourceError, UsageError
 from bmkit.infer import encode, score
 from bmkit.infer.recipe import InferRecipe
 from bmkit.plan import Job
+from bmkit.runtime import heads
 from bmkit.runtime.answered import Answered, how_to
 from bmkit.runtime.generate import Answer, eos_ids, generate
 from bmkit.runtime.opening import names, open_engine, peak_gpu_bytes
@@ -25,8 +27,10 @@ WINDOW_BATCHES = 8
 """Rows of this many batches are sorted by length together: less padding, answers still flow."""
 
 
-Result = Answered | score.Scored | encode.Labelled | encode.Embedded
+Result = Answered | score.Scored | encode.Labelled | encode.Tagged | encode.Embedded
 _NOTHING: tuple[Any, Any] = (None, None)
+_READING: dict[str, Any] = {"classify": "encode", "embed": "encode", "tag": "tag"}
+"""How rows are read for a model's task, where it isn't to generate."""
 
 
 class Session:
@@ -39,7 +43,7 @@ class Session:
         if job.threads:
             torch.set_num_threads(job.threads)
         self.tokenizer = models.load_tokenizer(job.checkpoint)
-        config = models.load_config(job.checkpoint)
+        config, head = _config(job, self.tokenizer)
         task = models.task(config)
         if recipe.score and task != "generate":
             raise UsageError(f"{job.checkpoint} doesn't generate text: it has nothing to --score")
@@ -48,18 +52,19 @@ class Session:
         self.encoder_decoder = bool(config.is_encoder_decoder)
         self.tokens = self.scored_tokens = 0
         self.logprob = self.seconds = 0.0
-        self.adapters = names([delta.path for delta in job.deltas])
+        self.adapters = names(job.adapter_paths)
         self.reader = Reader(
             self.tokenizer,
             recipe,
             context=self.context,
             encoder=self.encoder_decoder or self.encodes is not None,
-            task="score" if recipe.score else "encode" if self.encodes else "generate",
+            task="score" if recipe.score else _READING.get(task, "generate"),
             adapters=self.adapters,
         )
         self.pads = config.model_type not in models.READ_PADDING
         self.pooling = encode.Pooling.of(job.checkpoint) if task == "embed" else None
-        self.engine = open_engine(job, config)
+        self.tags = task == "tag"
+        self.engine = open_engine(job, config, head=head is not None)
         self.reader.most = self.engine.most_tokens
         self.rss_before_bytes = self.engine.rss_before_bytes
         self.server = self._server(job)
@@ -191,7 +196,7 @@ class Session:
             self.engine.decoder.choose(prompt.adapter)
             found = score.packed(self.engine.decoder, prompt.ids, prompt.scored, self.context)
         else:
-            with models.adapter(self.engine.model, prompt.adapter):
+            with plugged.only(self.engine.model, prompt.adapter):
                 found = score.score(self.engine.model, prompt.ids, prompt.scored, self.context)
         seconds = time.perf_counter() - start
         result = score.Scored(prompt.id, prompt.text, prompt.ids, found, seconds)
@@ -212,11 +217,7 @@ class Session:
         while taken := list(itertools.islice(read, 1 if alone else self.engine.rows)):
             good = [p for p in taken if isinstance(p, Prompt)]
             start = time.perf_counter()
-            vectors = iter(
-                encode.encode(self.engine.model, [p.ids for p in good], pad, self.pooling)
-                if good
-                else ()
-            )
+            vectors = iter(self._vectors(good, pad))
             self.seconds += time.perf_counter() - start
             self.tokens += sum(len(p.ids) for p in good)
             for found in taken:
@@ -224,10 +225,30 @@ class Session:
                     yield found.row
                 elif self.pooling is not None:
                     yield encode.Embedded(found.id, found.text, next(vectors))
+                elif self.tags:
+                    yield self._tagged(found, next(vectors))
                 else:
                     labels = self.engine.model.config.id2label
                     pairs = {str(labels[i]): p for i, p in enumerate(next(vectors))}
                     yield encode.Labelled(found.id, found.text, pairs)
+
+    def _vectors(self, prompts: list[Prompt], pad: int) -> list[Any]:
+        """Return what the model says of prompts, those of one adapter read together."""
+        found: list[Any] = [None] * len(prompts)
+        for adapter in dict.fromkeys(p.adapter for p in prompts):
+            mine = [i for i, p in enumerate(prompts) if p.adapter == adapter]
+            with plugged.only(self.engine.model, adapter):
+                rows, types = ([getattr(prompts[i], n) for i in mine] for n in ("ids", "types"))
+                said = encode.encode(self.engine.model, rows, pad, self.pooling, types)
+            for i, vector in zip(mine, said, strict=True):
+                found[i] = vector
+        return found
+
+    def _tagged(self, prompt: Prompt, shares: Any) -> encode.Tagged:
+        labels = self.engine.model.config.id2label
+        best = shares[list(prompt.places)].max(-1)
+        tags = [str(labels[i]) for i in best.indices.tolist()]
+        return encode.Tagged(prompt.id, prompt.text, prompt.words, tags, best.values.tolist())
 
     def peak_gpu_bytes(self) -> int:
         """Return the most GPU memory that was held, CUDA's own included; 0 on the CPU."""
@@ -275,7 +296,7 @@ class Session:
             return []
         how = how_to(self.recipe, min(map(self._room, prompts)))
         start = time.perf_counter()
-        with models.adapter(self.engine.model, prompts[0].adapter):
+        with plugged.only(self.engine.model, prompts[0].adapter):
             answers = generate(
                 self.engine.model,
                 self.tokenizer,
@@ -289,6 +310,22 @@ class Session:
         self.seconds += time.perf_counter() - start
         self.tokens += sum(len(a.token_ids) for a in answers)
         return list(zip(prompts, answers, strict=True))
+
+
+def _config(job: Job, tokenizer: Any) -> tuple[Any, heads.Head | None]:
+    """Return the model's config, with the head that its adapter was trained with, if it was."""
+    found = {head for path in job.adapter_paths if (head := heads.read(path))}
+    if len(found) > 1:
+        raise InputError("these adapters were trained with different labels or tasks")
+    if not found:
+        return models.load_config(job.checkpoint), None
+    (head,) = found
+    if head.task == "masked_lm":
+        raise InputError(
+            "this adapter was trained to fill gaps, which `infer` doesn't",
+            hint="use it in `bmkit prompt`, or merge it: bmkit tune with merge: true",
+        )
+    return heads.config_of(job.checkpoint, head, tokenizer.pad_token_id), head
 
 
 def run(job: Job) -> Session:

@@ -68,7 +68,7 @@ def choose(job: Job, headers: Headers, *, tokens: int | None = None) -> Chosen:
     answer = recipe.max_new_tokens if generates and not recipe.scores else 0
     guesses = recipe.guesses if answer else 0
     tokens = tokens or min(answer + prompt, context) + guesses
-    besides = budget.lora_bytes([read_headers(delta.path) for delta in job.deltas])
+    besides = budget.lora_bytes([read_headers(path) for path in job.adapter_paths])
     besides += budget.experts_bytes(headers, quant)
     if recipe.scores:
         besides += 4 * budget.SCORE_BYTES
@@ -76,7 +76,7 @@ def choose(job: Job, headers: Headers, *, tokens: int | None = None) -> Chosen:
     beside = _Beside() if job.draft is None else _draft(job, recipe, tokens)
     besides += beside.fixed
     rows = 1 if recipe.scores else min(recipe.batch_size, job.rows or recipe.batch_size)
-    lora = all(family.plain_lora(delta.path) for delta in job.deltas)
+    lora = all(family.plain_lora(path) for path in job.adapter_paths)
     if recipe.device == "cpu" and exact and lora and generates and family.covers(headers.config):
         found = budget.place(
             headers,
@@ -91,7 +91,7 @@ def choose(job: Job, headers: Headers, *, tokens: int | None = None) -> Chosen:
         )
         return Chosen("packed", found)
     packed = any(t.name.endswith(("_packed", "_kept")) for t in headers.tensors)
-    whole = next((d.path for d in job.deltas if family.replaces_modules(d.path)), None)
+    whole = next((p for p in job.adapter_paths if family.replaces_modules(p)), None)
     if whole is not None and (limit is not None or recipe.quant):
         raise ResourceError(
             f"{whole} brings modules of its own: it works on a model that is loaded as a whole",

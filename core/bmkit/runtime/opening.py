@@ -11,6 +11,7 @@ import torch
 
 from bmkit import env
 from bmkit import model as models
+from bmkit.deltas import plugged
 from bmkit.errors import ResourceError
 from bmkit.plan import Job, read_headers
 from bmkit.runtime import budget, experts
@@ -67,10 +68,13 @@ def names(paths: list[Path]) -> list[str]:
     return found
 
 
-def open_engine(job: Job, config: Any, *, said: Sequence[int] | None = None) -> Engine:
+def open_engine(
+    job: Job, config: Any, *, said: Sequence[int] | None = None, head: bool = False
+) -> Engine:
     """Load the job's model with its adapters, in the way that `choose` says.
 
-    With `said`, a fused decoder's head has only the rows of those tokens.
+    With `said`, a fused decoder's head has only the rows of those tokens. With `head`, `config`
+    names another head than the checkpoint has, which an adapter brings.
     Raises InputError for what can't be loaded, ResourceError for a budget that can't work.
     """
     recipe = job.recipe
@@ -85,13 +89,14 @@ def open_engine(job: Job, config: Any, *, said: Sequence[int] | None = None) -> 
         found = _placed(job, recipe, chosen, device)
     if found is None:
         before = env.rss_bytes()
-        model = models.load_model(job.checkpoint, device=device, dtype=recipe.dtype)
+        asked: dict[str, Any] = {"config": config, "fresh": []} if head else {}
+        model = models.load_model(job.checkpoint, device=device, dtype=recipe.dtype, **asked)
         found = Engine(device, before, rows, model=model)
     if found.model is not None:
         if models.task(config) == "generate":
             plain_defaults(found.model)
-        paths = [delta.path for delta in job.deltas]
-        found.model = models.attach(found.model, dict(zip(names(paths), paths, strict=True)))
+        paths = job.adapter_paths
+        found.model = plugged.load(found.model, dict(zip(names(paths), paths, strict=True)))
         experts.attach_stored(found.model, job.checkpoint)
     return found
 
@@ -143,7 +148,7 @@ def _packed(
         job.reporter.warn(f"{text}; not used")
         return None
     if job.deltas:
-        paths = [delta.path for delta in job.deltas]
+        paths = job.adapter_paths
         load.attach(decoder, dict(zip(names(paths), paths, strict=True)))
     most = None if job.cpu_memory is None else chosen.placement.tokens
     return Engine(device, before, chosen.placement.rows, decoder=decoder, most_tokens=most)

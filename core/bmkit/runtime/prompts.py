@@ -12,7 +12,7 @@ from bmkit.runtime.generate import EVERY
 from bmkit.runtime.recipe import GenerateRecipe
 
 ADAPTER = "adapter"
-Task = Literal["generate", "score", "encode"]
+Task = Literal["generate", "score", "encode", "tag"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,12 @@ class Prompt:
     """Which adapter answers: a name, None for the model alone, or all of them."""
     scored: int = 0
     """How many of `ids`, at the end, have a likelihood to tell; 0 where it isn't asked for."""
+    types: Sequence[int] | None = None
+    """Of a pair of texts, which of both each token is in, for models that are told."""
+    words: Sequence[str] = ()
+    """What gets tags, where words do."""
+    places: Sequence[int] = ()
+    """Of each word's first token."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,16 @@ class Reader:
         """Turn a row into token ids, or say what is wrong with it."""
         if isinstance(row, BadRow):
             return Bad(number, row)
+        more: dict[str, Any] = {}
         try:
-            text, ids, scored = self._ids(row.values)
+            if self.task == "tag":
+                text, ids, more = self._words(row.values)
+                scored = 0
+            elif self.task == "encode" and "text_pair" in row.values:
+                text, ids, more = self._two(row.values)
+                scored = 0
+            else:
+                text, ids, scored = self._ids(row.values)
             adapter = self._adapter(row.values)
         except ValueError as exc:
             return Bad(number, BadRow(row.line, str(exc)))
@@ -76,7 +90,7 @@ class Reader:
             problem = f"it takes {need} tokens, the memory budget was planned for {self.most}"
         if problem:
             return Bad(number, BadRow(row.line, problem))
-        return Prompt(number, row.values.get("id", number), text, ids, adapter, scored)
+        return Prompt(number, row.values.get("id", number), text, ids, adapter, scored, **more)
 
     def _needs(self, ids: list[int]) -> int:
         """Return the tokens that are in the cache at the most."""
@@ -117,8 +131,34 @@ class Reader:
             raise ValueError("the completion is empty")
         return text, ids + more, len(more)
 
+    def _two(self, values: dict[str, Any]) -> tuple[str, list[int], dict[str, Any]]:
+        """Tokenise a pair of texts, as a model reads it that classifies them."""
+        texts = [values.get("text", values.get("prompt")), values["text_pair"]]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(rows.unknown_shape(values, "`text`, `text_pair`"))
+        found = self.tokenizer(*[rows.require_text(text) for text in texts])
+        return texts[0], found["input_ids"], {"types": found.get("token_type_ids")}
+
+    def _words(self, values: dict[str, Any]) -> tuple[str, list[int], dict[str, Any]]:
+        """Tokenise words that are to be tagged: `tokens`, or those of a text."""
+        words = values.get("tokens")
+        if words is None:
+            text = values.get("prompt", values.get("text"))
+            if not isinstance(text, str):
+                raise ValueError(rows.unknown_shape(values, "`tokens` or `prompt`"))
+            words = text.split()
+        if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
+            raise ValueError("`tokens` is not a list of words")
+        found = self.tokenizer([rows.require_text(w) for w in words], is_split_into_words=True)
+        owners = found.word_ids()
+        places = [owners.index(number) for number in range(len(words)) if number in owners]
+        kept = [word for number, word in enumerate(words) if number in owners]
+        return " ".join(words), found["input_ids"], {"words": kept, "places": places}
+
     def _tokenise(self, values: dict[str, Any]) -> tuple[str, list[int]]:
         messages = values.get("messages")
+        if self.task == "encode" and messages is None and "prompt" not in values:
+            values = {**values, "prompt": values.get("text")}
         if messages is not None:
             if problem := rows.messages_problem(messages):
                 raise ValueError(problem)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bmkit import model as models
+from bmkit.deltas import plugged
 from bmkit.plan import Job
 from bmkit.runtime import experts
 from bmkit.runtime.generate import Generation, generate, plain_defaults
@@ -139,13 +140,13 @@ class Transformers:
         model = models.load_model(path, device=device, dtype=job.recipe.dtype)
         plain_defaults(model)
         if path == job.checkpoint:
-            paths = [delta.path for delta in job.deltas]
-            model = models.attach(model, dict(zip(names(paths), paths, strict=True)))
+            paths = job.adapter_paths
+            model = plugged.load(model, dict(zip(names(paths), paths, strict=True)))
         experts.attach_stored(model, path)
         return model
 
     def _answer(self, prompt: Any, **more: Any) -> list[int]:
-        with models.adapter(self.model, prompt.adapter):
+        with plugged.only(self.model, prompt.adapter):
             (answer,) = generate(
                 self.model,
                 self.tokenizer,

@@ -78,7 +78,7 @@ class Session:
         if models.task(config) != "generate":
             raise InputError(f"{job.checkpoint} doesn't generate text")
         self.context = models.context(config)
-        self.adapters = names([delta.path for delta in job.deltas])
+        self.adapters = names(job.adapter_paths)
         self.digest = pool.tokenizer_digest(self.tokenizer)
         self.vocabulary = max(len(self.tokenizer), int(config.get_text_config().vocab_size))
         self.pool = self._pool(job.phrases)

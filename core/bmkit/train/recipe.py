@@ -35,3 +35,20 @@ class Train(Model):
     save_steps: int = Field(
         default=10, ge=1, description="Steps between checkpoints that a killed run resumes from."
     )
+    eval_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps between measurements on `data.dev`; once an epoch if not given.",
+    )
+    load_best_model_at_end: bool = Field(
+        default=False, description="Keep the weights that were best on `data.dev`, not the last."
+    )
+    metric_for_best_model: str | None = Field(
+        default=None,
+        description="The figure that says which are best: `dev_loss`, or one of the task's.",
+    )
+    early_stopping_patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Stop after so many measurements without a better one.",
+    )

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from bmkit.errors import DivergedError, InputError, ResourceError, first_line, m
 from bmkit.report import Reporter, Task
 from bmkit.train import checkpointing
 from bmkit.train import head as heads
+from bmkit.train.dev import Dev, Progress
+from bmkit.train.learned import load_learned, save_learned
 from bmkit.train.loss import next_token_loss
 from bmkit.train.recipe import Train
 
@@ -37,6 +39,10 @@ class Trained:
     steps: int
     losses: list[float]
     resumed_from: int
+    history: list[dict[str, float]] = field(default_factory=list)
+    """What was measured, step by step: `step` with `loss` and others, or with what `Dev` says."""
+    best_step: int | None = None
+    """The step whose weights the model has by now, if the best were to be kept."""
 
     @property
     def loss(self) -> float:
@@ -55,18 +61,22 @@ def train(
     device: torch.device,
     reporter: Reporter,
     loss: Loss | None = None,
+    dev: Dev | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
     """Train what is trainable in `model`, in place.
 
     Checkpoints go to `work`; if a killed run has left one there, training goes on from it, with
     the same batches, random draws and final loss as if it had never stopped. `loss` takes the model
     and a batch, and returns the sum and what it is divided by; if there is none, it is that of
-    `default_loss`. Raises DivergedError when a loss is
-    not a number, leaving the last good checkpoint in `work`.
+    `default_loss`. `dev` measures in between. Raises DivergedError when a loss is not a number,
+    leaving the last good checkpoint in `work`.
     """
     with _alone_on(device):
         loss = loss or default_loss(model)
-        return _train(model, examples, collate, spec, seed, work, device, reporter, loss)
+        return _train(
+            model, examples, collate, spec, seed, work, device, reporter, loss, dev, callbacks
+        )
 
 
 def default_loss(model: Any) -> Loss:
@@ -84,6 +94,8 @@ def _train(
     device: torch.device,
     reporter: Reporter,
     loss: Loss,
+    dev: Dev | None,
+    callbacks: Sequence[TrainerCallback],
 ) -> Trained:
     last = _last_whole_checkpoint(work)
     again = _again(model, examples, collate, spec, device, loss)
@@ -125,9 +137,14 @@ def _train(
     )
     trainer.loss_of = loss
     trainer.model_accepts_loss_kwargs = True  # our loss takes the number of labelled tokens
-    total = _steps(spec, len(examples))
+    total = steps_of(spec, len(examples))
     watch = _Watch(reporter, total, work, start=int(last.name.rpartition("-")[2]) if last else 0)
     trainer.remove_callback(PrinterCallback)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    progress = None if dev is None else Progress(dev, model, work, watch.start, reporter)
+    if progress is not None:
+        trainer.add_callback(progress)
     trainer.add_callback(watch)
     if last is not None:
         reporter.info(f"going on from step {watch.start}, where the last run was stopped")
@@ -143,8 +160,19 @@ def _train(
         ) from None
     finally:
         watch.close()
-    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    return Trained(trainer.state.global_step, losses, watch.start)
+    history = [_measured(entry) for entry in trainer.state.log_history if "loss" in entry]
+    losses = [entry["loss"] for entry in history]
+    best = None
+    if progress is not None:
+        history = sorted([*history, *progress.history], key=lambda entry: entry["step"])
+        best = progress.take_best()
+    return Trained(trainer.state.global_step, losses, watch.start, history, best)
+
+
+def _measured(entry: dict[str, Any]) -> dict[str, float]:
+    """Return what a step's log says that is the same in each run: no times."""
+    names = ("step", "epoch", "loss", "grad_norm", "learning_rate")
+    return {name: float(entry[name]) for name in names if name in entry}
 
 
 def _again(
@@ -189,7 +217,8 @@ def _alone_on(device: torch.device) -> Iterator[None]:
         os.environ.update(saved)
 
 
-def _steps(spec: Train, rows: int) -> int:
+def steps_of(spec: Train, rows: int) -> int:
+    """Return how many optimizer steps so many rows make."""
     if spec.max_steps > 0:
         return spec.max_steps
     batches = math.ceil(rows / spec.per_device_train_batch_size)
@@ -214,6 +243,15 @@ class _Trainer(Trainer):  # type: ignore[misc]
 
     loss_is_scaled_for_ga = True  # it is divided by the labels of the whole accumulated step
     loss_of: Loss
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write what is trained, not the frozen base."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_learned(self.model, folder / "learned.safetensors")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_learned(model or self.model, Path(resume_from_checkpoint) / "learned.safetensors")
 
     def compute_loss(
         self,

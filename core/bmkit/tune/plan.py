@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from bmkit.deltas import address, lora
+import math
+from collections.abc import Mapping
+
+from bmkit.deltas import address
+from bmkit.deltas.modules import Module
+from bmkit.deltas.recipe import names
+from bmkit.deltas.sizes import parameters
 from bmkit.deltas.stored import modules_of_headers
+from bmkit.deltas.targets import addressed
 from bmkit.env import format_bytes
 from bmkit.errors import InputError, RecipeError
-from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers
+from bmkit.plan import (
+    RUNTIME_BYTES,
+    Estimate,
+    Headers,
+    Job,
+    Peak,
+    read_headers,
+)
 from bmkit.runtime.budget import Placement, Sizes, place_any
 from bmkit.runtime.family import readable
 from bmkit.tune.recipe import TuneRecipe
@@ -21,10 +35,8 @@ def estimate(job: Job) -> Estimate:
     recipe = job.recipe
     assert isinstance(recipe, TuneRecipe)  # the registry pairs recipe and plan
     headers = read_headers(job.checkpoint)
-    delta = recipe.deltas[0]
-    found, trained = _trained(headers, recipe)
-    step = f"train {delta.type} on {len(found)} modules ({trained} parameters)"
-    steps = [step, *(["merge it into the model"] if recipe.merge else [])]
+    parts, trained = _trained(headers, recipe)
+    steps = [*parts, *(["merge it into the model"] if recipe.merge else [])]
     disk = (2 * headers.dense_numel if recipe.merge else 4 * trained) + 2**24
     work = 3 * (12 * trained + 2**22)  # two checkpoints are kept while a third is written
     placed = placement(job)
@@ -77,20 +89,35 @@ def placement(job: Job) -> Placement | None:
 
 
 def _trained(headers: Headers, recipe: TuneRecipe) -> tuple[list[str], int]:
-    """Return the modules that get the delta, and how many parameters that trains."""
-    delta = recipe.deltas[0]
+    """Return what is trained, a line each, and how many parameters that is together."""
+    if "all" in recipe.unfreeze:
+        return [f"train the whole model ({headers.dense_numel} parameters)"], headers.dense_numel
+    sizes = Sizes.of(headers.config)
     modules = modules_of_headers(headers)
-    if not any(m.kind == "linear" and not m.head for m in modules.values()):
-        raise InputError(f"{headers.path} has no linear layers")
-    found = address.matched(
-        modules,
-        delta.target_modules,
-        delta.exclude_modules,
-        delta.layers,
-        kinds=lora.KINDS,
-        method=delta.type,
+    steps, whole = [], 0
+    for name, spec in zip(names(recipe.deltas), recipe.deltas, strict=True):
+        found = addressed(spec, modules)[0]
+        shapes = [modules[module].shape for module in found]
+        count = parameters(spec, shapes, sizes.hidden, sizes.layers)
+        where = f" on {len(found)} modules" if found else ""
+        steps.append(f"train {name}{where} ({count} parameters)")
+        whole += count
+    own = _unfrozen(modules, recipe)
+    if own:
+        steps.append(f"train {', '.join(recipe.unfreeze)} ({own} parameters)")
+    return steps, whole + own
+
+
+def _unfrozen(modules: Mapping[str, Module], recipe: TuneRecipe) -> int:
+    """Return how many weights the modules have that are trained themselves, biases left out."""
+    if not recipe.unfreeze:
+        return 0
+    found = address.matched(modules, recipe.unfreeze, method="`unfreeze`")
+    return sum(
+        math.prod(module.shape)
+        for name, module in modules.items()
+        if module.shape and any(f"{name}.".startswith(f"{outer}.") for outer in found)
     )
-    return found, sum(delta.r * sum(modules[name].shape) for name in found)
 
 
 def _activations(job: Job, headers: Headers, layers: int) -> int:

@@ -4,26 +4,43 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from bmkit.deltas.recipe import Lora
-from bmkit.recipe import Model, Recipe
+from bmkit.deltas.recipe import Delta, names
+from bmkit.recipe import Model, Recipe, contradiction
 from bmkit.train.recipe import Train
+
+Task = Literal[
+    "auto",
+    "causal_lm",
+    "seq2seq_lm",
+    "masked_lm",
+    "sequence_classification",
+    "token_classification",
+]
 
 
 class Data(Model):
     """What to train on."""
 
     train: str = Field(
-        description="JSON lines of `messages`, `prompt`/`completion` or `text` rows."
+        description="JSON lines: `messages`, `prompt`/`completion` or `text` to say; `text` (and "
+        "`text_pair`) with a `label`; `tokens` with `tags`."
     )
-    dev: str | None = Field(default=None, description="Held-out rows: loss before and after.")
+    dev: str | None = Field(
+        default=None, description="Held-out rows: what is measured before, meanwhile and after."
+    )
     format: Literal["auto", "chat", "raw"] = Field(
         default="auto",
         description="`chat` puts prompts through the model's chat template, `raw` doesn't; `auto` "
         "does if there is one.",
     )
     max_length: int = Field(default=512, ge=8, description="Tokens of a row; longer rows are cut.")
+    labels: list[str] | None = Field(
+        default=None,
+        min_length=2,
+        description="The labels that there are, in their order; those of `train` if not given.",
+    )
 
 
 class TuneRecipe(Recipe):
@@ -33,16 +50,56 @@ class TuneRecipe(Recipe):
         "train_loss",
         "dev_loss",
         "dev_loss_before",
+        "dev_accuracy",
+        "dev_accuracy_before",
+        "dev_f1",
+        "dev_f1_before",
         "steps",
+        "best_step",
         "tokens",
         "trainable_parameters",
+        "delta_bytes",
     )
     FILES: ClassVar = ("data.train", "data.dev")
 
     kind: Literal["tune"]
-    deltas: list[Lora] = Field(min_length=1, max_length=1, description="What to train.")
+    task: Task = Field(
+        default="auto",
+        description="What the model is to do; `auto` goes by the rows, else by the model.",
+    )
+    deltas: list[Delta] = Field(
+        default=[], description="What to train beside the model; several work together."
+    )
+    unfreeze: list[str] = Field(
+        default=[],
+        description="Modules of the model that are trained as well, addressed as `target_modules` "
+        "are; `all` is the whole model.",
+    )
     data: Data
     train: Train = Train()
     merge: bool = Field(
         default=False, description="Write the delta merged into its base, as a model."
     )
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> TuneRecipe:
+        if not self.deltas and not self.unfreeze:
+            raise contradiction("deltas", "nothing is trained: name a delta, or `unfreeze` modules")
+        if not self.deltas and not self.merge:
+            raise contradiction(
+                "merge", "it has to be true: without `deltas` there is only a model"
+            )
+        if "all" in self.unfreeze and self.deltas:
+            raise contradiction("unfreeze", "`all` goes without `deltas`")
+        names(self.deltas)
+        if sum(delta.PROMPT for delta in self.deltas) > 1:
+            raise contradiction("deltas", "only one may stand in front of what the model reads")
+        return self
+
+    @model_validator(mode="after")
+    def _dev_for_what_needs_it(self) -> TuneRecipe:
+        wants = ("load_best_model_at_end", "early_stopping_patience")
+        for name in wants:
+            if getattr(self.train, name) and self.data.dev is None:
+                raise contradiction("train", f"{name} needs data.dev")
+        return self

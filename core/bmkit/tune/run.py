@@ -1,34 +1,37 @@
-"""The tune engine: a frozen model, a delta beside it, rows to learn from."""
+"""The tune engine: a model, deltas beside it, rows to learn from."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bmkit import env, plan
+from bmkit import artifact, plan
 from bmkit import model as models
-from bmkit.data.batch import Padding
-from bmkit.data.chat import Encoded, encode_file
-from bmkit.deltas import address, lora
-from bmkit.deltas.modules import modules_of_model
-from bmkit.errors import InputError
+from bmkit.data.chat import Encoded
+from bmkit.deltas import compose
+from bmkit.deltas.merge import merge
+from bmkit.errors import RecipeError
 from bmkit.plan import Job, Outcome
-from bmkit.runtime import experts
-from bmkit.runtime.budget import room_in_ram
-from bmkit.train.loss import mean_loss
+from bmkit.runtime import experts, heads
+from bmkit.train.dev import Dev
+from bmkit.train.ranks import Ranks
 from bmkit.train.trainer import train
-from bmkit.tune.plan import placement
+from bmkit.tune.attach import METHODS, attach
+from bmkit.tune.base import Base, open_base
+from bmkit.tune.merging import write_whole
+from bmkit.tune.objectives import Batch, Objective, batches_of, objective
 from bmkit.tune.recipe import TuneRecipe
+from bmkit.tune.written import write_history
 
-METHODS: dict[str, Callable[[Any, Sequence[str]], Any]] = {"lora": lora.config}
+__all__ = ["METHODS", "run"]
 
 
 def run(job: Job) -> Outcome:
-    """Train the recipe's delta, writing a PEFT adapter (or the merged model) into `job.out`.
+    """Train the recipe's deltas, writing PEFT adapters (or the merged model) into `job.out`.
 
     Peak memory: the dense model in the compute dtype, and the activations of one batch.
     """
@@ -38,124 +41,46 @@ def run(job: Job) -> Outcome:
         torch.set_num_threads(job.threads)
     device = models.pick_device(recipe.device)
     tokenizer = models.load_tokenizer(job.checkpoint)
-    encoded = _encode(job, recipe, tokenizer, "data.train")
+    config = models.load_config(job.checkpoint)
+    goal = objective(recipe, config, job.files["data.train"], tokenizer)
+    encoded = _encode(job, goal, "data.train")
     assert encoded is not None  # `train` is required
-    dev = _encode(job, recipe, tokenizer, "data.dev")
-    from peft import get_peft_model
-
-    report: dict[str, Any] = {"budget_bytes": {"cpu": job.cpu_memory, "gpu": job.gpu_memory}}
-    placed = _placed(job, recipe, device, report)
-    base = (
-        placed.model
-        if placed
-        else models.load_model(job.checkpoint, device=device, dtype=recipe.dtype)
-    )
-    delta = recipe.deltas[0]
-    modules = address.matched(
-        modules_of_model(base),
-        delta.target_modules,
-        delta.exclude_modules,
-        delta.layers,
-        kinds=lora.KINDS,
-        method=delta.type,
-    )
-    torch.manual_seed(recipe.seed)
-    config = METHODS[delta.type](delta, modules)
-    peft_model = get_peft_model(base, config)
-    experts.attach_stored(peft_model, job.checkpoint)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    collate = Padding(pad)
-    batches = _batches(dev, collate, recipe.train.per_device_eval_batch_size)
-    metrics: dict[str, float | int | str] = {}
-    if batches:
-        metrics["dev_loss_before"] = round(mean_loss(peft_model, batches, device), 6)
-    trained = train(
-        peft_model,
-        encoded.examples,
-        collate,
-        recipe.train.model_copy(update={"gradient_checkpointing": False})  # blocks do that
-        if placed
-        else recipe.train,
-        seed=recipe.seed,
-        work=job.work,
-        device=device,
-        reporter=job.reporter,
-    )
-    metrics["train_loss"] = round(trained.loss, 6)
-    if batches:
-        metrics["dev_loss"] = round(mean_loss(peft_model, batches, device), 6)
-        before, after = metrics["dev_loss_before"], metrics["dev_loss"]
-        job.reporter.info(f"held-out loss: {before:.3f} before, {after:.3f} after")
+    dev = _encode(job, goal, "data.dev")
+    base = open_base(job, goal, tokenizer, device)
+    model, called = attach(job, recipe, goal, base, tokenizer, len(encoded.examples))
+    experts.attach_stored(model, job.checkpoint)
+    size = recipe.train.per_device_eval_batch_size
+    batches = [] if dev is None else batches_of(dev, goal.collate_dev, size)
+    metrics = _train(job, recipe, goal, base, model, encoded, batches, device)
     metrics |= {
-        "steps": trained.steps,
         "rows": len(encoded.examples),
         "tokens": encoded.tokens,
         "labelled_tokens": encoded.labelled,
         "rows_truncated": encoded.truncated,
         "rows_dropped": encoded.dropped,
-        "trainable_parameters": sum(p.numel() for p in peft_model.parameters() if p.requires_grad),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
     if recipe.merge:
-        models.save(peft_model.merge_and_unload(), job.checkpoint, job.out)
-        return Outcome("model", metrics, ("transformers",), report)
-    if placed:
-        placed.close()
-    peft_model.save_pretrained(job.out, safe_serialization=True)
-    (job.out / "README.md").unlink(missing_ok=True)  # a template with nothing filled in
-    _put_in_order(job.out / "adapter_config.json", job.checkpoint.absolute())
-    return Outcome("delta", metrics, ("peft",), report)
+        write_whole(merge(model), job.checkpoint, job.out, goal.head)
+        return Outcome("model", metrics, ("transformers",), base.report)
+    base.close()
+    metrics["delta_bytes"] = _write_deltas(job, goal, model, called)
+    ours = any(spec.type in OURS for spec in recipe.deltas)
+    loads = ("peft with bmkit.deltas.own",) if ours else ("peft",)
+    return Outcome("delta", metrics, loads, base.report)
 
 
-def _placed(job: Job, recipe: TuneRecipe, device: torch.device, report: dict[str, Any]) -> Any:
-    """Return the frozen base on placed weights, where there is a budget; else None.
-
-    `report` gets the resident memory just before the model is opened.
-    """
-    found = placement(job)
-    if found is None:
-        report["rss_before_bytes"] = env.rss_bytes()
-        return None
-    from bmkit.runtime.placed import load
-    from bmkit.runtime.placed.model import Room, place_model
-
-    model = load.empty(job.checkpoint)
-    dtype = models.compute_dtype(recipe.dtype, models.stored_dtype(model.config), device)
-    on_cpu = device.type == "cpu"
-    if on_cpu:
-        load.warm()
-    env.forget_peak_rss()
-    report["rss_before_bytes"] = env.rss_bytes()
-    limit = job.cpu_memory if on_cpu else job.gpu_memory
-    assert limit is not None  # else there is no placement
-    weights = limit - found.fixed_bytes + found.rest_bytes
-    job.reporter.info(
-        f"{len(found.resident)} of {len(found.units)} units resident, "
-        f"{env.format_bytes(found.streamed_bytes)} streamed there and back each step"
-    )
-    return place_model(
-        job.checkpoint,
-        model,
-        device=device,
-        dtype=dtype,
-        room=Room(weights, None if on_cpu else room_in_ram(job.cpu_memory)),
-        checkpoint=True,
-    )
+OURS = ("adapter", "parallel_adapter", "compacter", "low_rank_adapter", "bitfit")
+"""Methods that PEFT doesn't have: it reads them once bmkit has registered them."""
 
 
-def _encode(job: Job, recipe: TuneRecipe, tokenizer: Any, which: str) -> Encoded | None:
+def _encode(job: Job, goal: Objective, which: str) -> Encoded | None:
     path: Path | None = job.files.get(which)
     if path is None:
         return None
-    if recipe.data.format == "chat" and tokenizer.chat_template is None:
-        raise InputError(
-            f"{job.checkpoint} has no chat template", hint="set data.format to raw or auto"
-        )
-    encoded = encode_file(
-        path,
-        tokenizer,
-        max_length=recipe.data.max_length,
-        raw=recipe.data.format == "raw",
-    )
+    recipe = job.recipe
+    assert isinstance(recipe, TuneRecipe)  # as above
+    encoded = goal.encode(path)
     if encoded.truncated or encoded.dropped:
         job.reporter.warn(
             f"{path.name}: {encoded.truncated} rows cut at {recipe.data.max_length} tokens, "
@@ -164,11 +89,103 @@ def _encode(job: Job, recipe: TuneRecipe, tokenizer: Any, which: str) -> Encoded
     return encoded
 
 
-def _batches(dev: Encoded | None, collate: Padding, size: int) -> list[dict[str, torch.Tensor]]:
-    if dev is None:
-        return []
-    rows = sorted(dev.examples, key=lambda e: len(e["input_ids"]))
-    return [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+def _train(
+    job: Job,
+    recipe: TuneRecipe,
+    goal: Objective,
+    base: Base,
+    model: Any,
+    encoded: Encoded,
+    batches: list[Batch],
+    device: torch.device,
+) -> dict[str, float | int | str]:
+    """Train, measuring before, meanwhile and after; return the figures."""
+    metrics: dict[str, float | int | str] = {}
+    spec = recipe.train
+    if batches:
+        before = goal.figures(model.eval(), batches, device)
+        metrics |= {f"{name}_before": round(value, 6) for name, value in before.items()}
+    ranks = [Ranks(t) for t in compose.tuners(model) if hasattr(t, "update_and_allocate")]
+
+    def loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
+        found, count = goal.loss(model, batch)
+        for each in ranks:
+            found = found + count * each.penalty()
+        return found, count
+
+    trained = train(
+        model,
+        encoded.examples,
+        goal.collate,
+        spec.model_copy(update={"gradient_checkpointing": False})  # blocks do that
+        if base.placed
+        else spec,
+        seed=recipe.seed,
+        work=job.work,
+        device=device,
+        reporter=job.reporter,
+        loss=loss if ranks else goal.loss,
+        dev=_dev(recipe, goal, model, batches, device),
+        callbacks=ranks,
+    )
+    metrics["train_loss"] = round(trained.loss, 6)
+    metrics["steps"] = trained.steps
+    if trained.best_step is not None:
+        metrics["best_step"] = trained.best_step
+    if batches:
+        after = goal.figures(model.eval(), batches, device)
+        metrics |= {name: round(value, 6) for name, value in after.items()}
+        told = [f"{n} {before[n]:.3f} before, {after[n]:.3f} after" for n in after]
+        job.reporter.info("held out: " + "; ".join(told).replace("dev_", ""))
+    write_history(job.out, trained.history)
+    return metrics
+
+
+def _dev(
+    recipe: TuneRecipe,
+    goal: Objective,
+    model: Any,
+    batches: Sequence[Batch],
+    device: torch.device,
+) -> Dev | None:
+    """Return what is measured while training; None without held-out rows, or if nobody asked."""
+    spec = recipe.train
+    best = spec.load_best_model_at_end or spec.early_stopping_patience is not None
+    if not batches or not (best or spec.eval_steps):
+        return None
+    name = spec.metric_for_best_model or "dev_loss"
+    figures = ["dev_loss", *(["dev_accuracy", "dev_f1"] if goal.head and goal.head.labels else [])]
+    if best and name not in figures:
+        raise RecipeError(
+            f"train.metric_for_best_model: `{name}` isn't measured",
+            hint=f"there are {', '.join(figures)}",
+        )
+    return Dev(
+        lambda: goal.figures(model, batches, device),
+        spec.eval_steps,
+        name if best else None,
+        greater_is_better=name != "dev_loss",
+        patience=spec.early_stopping_patience,
+    )
+
+
+def _write_deltas(job: Job, goal: Objective, model: Any, called: Sequence[str]) -> int:
+    """Write each delta as a PEFT directory of its own; return the bytes of their weights.
+
+    A single one lies in `job.out` itself.
+    """
+    folders = [job.out] if len(called) == 1 else [job.out / artifact.DELTAS / n for n in called]
+    size = 0
+    for name, folder in zip(called, folders, strict=True):
+        folder.mkdir(parents=True, exist_ok=True)
+        compose.save(model, name, folder)
+        _put_in_order(folder / "adapter_config.json", job.checkpoint.absolute())
+        size += (folder / "adapter_model.safetensors").stat().st_size
+    if len(called) > 1:
+        artifact.write_order(job.out, called)
+    if goal.head is not None:
+        heads.write(folders[0], goal.head)
+    return size
 
 
 def _put_in_order(file: Path, base: Path) -> None:
@@ -178,7 +195,7 @@ def _put_in_order(file: Path, base: Path) -> None:
     """
     values = plan.read_json(file)
     values["base_model_name_or_path"] = str(base)
-    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules"):
         if isinstance(values.get(key), list):
             values[key] = sorted(values[key])
     file.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")

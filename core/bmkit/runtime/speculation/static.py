@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
+from bmkit.deltas import plugged
 from bmkit.errors import ResourceError
 from bmkit.runtime.speculation.targets import ModelTarget
 from bmkit.runtime.speculation.tree import Tree
@@ -260,9 +261,8 @@ class StaticTarget(ModelTarget):
             masks[kind] = mask.masked_fill(~whole, low)[None, None]
         for layer in self.cache.layers:
             layer.slots = slots
-        from bmkit import model as models
 
-        with models.adapter(self.model, adapter):
+        with plugged.only(self.model, adapter):
             logits = self.model(
                 input_ids=given["ids"][None],
                 attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bmkit.deltas import plugged
 from bmkit.errors import ResourceError
 from bmkit.runtime.cpu.decoder import Cache, Decoder
 from bmkit.runtime.speculation.tree import Tree
@@ -268,9 +269,8 @@ class ModelTarget:
         return logits[-1]
 
     def _adapter(self, place: int) -> Any:
-        from bmkit import model as models
 
-        return models.adapter(self.model, self.adapters.get(place))
+        return plugged.only(self.model, self.adapters.get(place))
 
     def _read(self, place: int, ids: Tensor, mask: Any, positions: Tensor | None) -> Tensor:
         options: dict[str, Any] = {"past_key_values": self.caches[place], "use_cache": True}

@@ -1,0 +1,35 @@
+"""Saved deltas on a model that answers: all, one or none of them at work. PEFT is imported late."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def load(model: Any, folders: Mapping[str, Path]) -> Any:
+    """Put saved deltas on `model` by their names, all at work; return the model to use.
+
+    Raises InputError for one that doesn't fit the model.
+    """
+    if not folders:
+        return model
+    from bmkit.deltas import compose
+
+    return compose.load(model, folders)
+
+
+@contextmanager
+def only(model: Any, name: str | None) -> Iterator[None]:
+    """Let only the delta `name` work while the block runs; None: none of them; `*`: all, as loaded.
+
+    A model without deltas stays as it is.
+    """
+    if name == "*" or not getattr(model, "bmkit_deltas", None):
+        yield
+        return
+    from bmkit.deltas import compose
+
+    with compose.active(model, () if name is None else (name,)):
+        yield

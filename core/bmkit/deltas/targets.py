@@ -1,0 +1,56 @@
+"""Where the deltas of a recipe go, in a model that is loaded or from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bmkit.deltas import address
+from bmkit.deltas.modules import Module
+from bmkit.errors import RecipeError
+
+SECOND = ("feedforward_modules", "input_modules")
+"""Further modules that some methods name."""
+
+
+def addressed(spec: Any, modules: Mapping[str, Module]) -> tuple[list[str], list[str]]:
+    """Return the modules that a delta goes to, and those that it names besides.
+
+    Both are empty for one that goes to no module. Raises RecipeError as `address.matched` does.
+    """
+    if not spec.targets:
+        return [], []
+    own, besides = (
+        address.matched(modules, kinds=spec.KINDS, method=f"`{spec.type}`", **where)
+        if where["target_modules"]
+        else []
+        for where in _places(spec)
+    )
+    _require_sizes(spec, [(name, modules[name].shape) for name in own])
+    return own, besides
+
+
+def _require_sizes(spec: Any, found: list[tuple[str, tuple[int, ...]]]) -> None:
+    """Raise RecipeError for ranks above a layer's own, and blocks that don't divide its inputs."""
+    for name, shape in found:
+        for key in ("r", "init_r"):
+            rank = getattr(spec, key, None)
+            if rank is not None and spec.type != "vera" and rank > min(shape):
+                sides = " x ".join(map(str, shape))
+                raise RecipeError(
+                    f"{key}: {rank} is above the rank of {name}, which is {sides}",
+                    hint=f"up to {min(shape)} makes a difference",
+                )
+        for key in ("oft_block_size", "boft_block_size"):
+            size = getattr(spec, key, None)
+            if size is not None and shape[-1] % size:
+                fits = [n for n in range(2, min(shape[-1], 257)) if shape[-1] % n == 0]
+                raise RecipeError(
+                    f"{key}: {size} doesn't divide the {shape[-1]} inputs of {name}",
+                    hint=f"these do: {', '.join(map(str, fits))}" if fits else None,
+                )
+
+
+def _places(spec: Any) -> list[dict[str, Any]]:
+    second = next((found for key in SECOND if (found := getattr(spec, key, None))), None)
+    return [spec.targets, spec.targets | {"target_modules": second}]

@@ -1,0 +1,99 @@
+"""Models with a head for another task than generating: labels for a text, for its tokens, gaps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from bmkit import model as models
+from bmkit import plan
+from bmkit.errors import InputError
+
+FILE = "head.json"
+"""Beside an adapter: which head it was trained with."""
+Task = Literal["sequence_classification", "token_classification", "masked_lm"]
+CLASSES: dict[Task, str] = {
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+    "masked_lm": "AutoModelForMaskedLM",
+}
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a model says in the place of a next token."""
+
+    task: Task
+    labels: tuple[str, ...] = ()
+
+
+def read(folder: Path) -> Head | None:
+    """Return the head that an adapter was trained with; None: that of its base.
+
+    Raises InputError for a damaged file.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    values = plan.read_json(file)
+    labels = values.get("labels")
+    if values.get("task") not in CLASSES or not isinstance(labels, list):
+        raise InputError(f"{file} says no task that bmkit knows")
+    return Head(values["task"], tuple(map(str, labels)))
+
+
+def write(folder: Path, head: Head) -> None:
+    """Say beside an adapter which head it was trained with."""
+    values = {"task": head.task, "labels": list(head.labels)}
+    (folder / FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def config_of(path: Path, head: Head, pad_token_id: int | None) -> Any:
+    """Return a checkpoint's config as a model with this head has it."""
+    import transformers
+
+    config = models.load_config(path)
+    kind = getattr(transformers, CLASSES[head.task])
+    try:
+        found = kind._model_mapping[type(config)]
+    except KeyError:
+        what = head.task.replace("_", " ")
+        raise InputError(f"{path}: transformers has no {config.model_type} for {what}") from None
+    config.architectures = [found.__name__]
+    if head.labels:
+        config.id2label = dict(enumerate(head.labels))
+        config.label2id = {label: number for number, label in enumerate(head.labels)}
+        config.problem_type = "single_label_classification"
+    if config.get_text_config().pad_token_id is None:
+        config.get_text_config().pad_token_id = pad_token_id
+    return config
+
+
+def load(path: Path, config: Any, *, device: torch.device, dtype: str) -> tuple[Any, list[str]]:
+    """Load the checkpoint at `path` with the head that its `config` names, in eval mode.
+
+    Returns it with the names of the modules that the checkpoint has no weights for: they are drawn
+    by torch's random numbers, and are to be trained. Raises InputError and ResourceError as
+    `load_model` does.
+    """
+    fresh: list[str] = []
+    model = models.load_model(path, device=device, dtype=dtype, config=config, fresh=fresh)
+    return model, modules_of(fresh, getattr(model, "base_model_prefix", ""))
+
+
+def modules_of(missing: Sequence[str], prefix: str) -> list[str]:
+    """Return the outermost modules that parameters belong to which a checkpoint doesn't hold.
+
+    Within the base model they are those one level deeper.
+    """
+    found: dict[str, None] = {}
+    for name in missing:
+        parts = name.split(".")
+        deep = 2 if parts[0] == prefix else 1
+        found[".".join(parts[: min(deep, len(parts) - 1)])] = None
+    return list(found)

@@ -1,0 +1,39 @@
+"""The model as a tree, with a recipe's deltas in it: shapes alone, no weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bmkit import model as models
+from bmkit.deltas import view
+from bmkit.plan import Job
+from bmkit.runtime import heads
+from bmkit.tune.attach import attach
+from bmkit.tune.base import Base
+from bmkit.tune.objectives import objective
+from bmkit.tune.recipe import TuneRecipe
+
+
+def tree(job: Job) -> Any:
+    """Return the tree of the job's model and of what would be trained.
+
+    Raises RecipeError for deltas that go nowhere or don't go with the model.
+    """
+    recipe = job.recipe
+    assert isinstance(recipe, TuneRecipe)  # the registry pairs recipe and engine
+    tokenizer = models.load_tokenizer(job.checkpoint)
+    config = models.load_config(job.checkpoint)
+    goal = objective(recipe, config, job.files["data.train"], tokenizer)
+    if goal.head is None:
+        model: Any = models.empty_model(job.checkpoint)
+    else:
+        import transformers
+
+        config = heads.config_of(job.checkpoint, goal.head, tokenizer.pad_token_id)
+        with torch.device("meta"):
+            model = getattr(transformers, config.architectures[0])(config)
+    with torch.device("meta"):
+        model, _ = attach(job, recipe, goal, Base(model), tokenizer, rows=1)
+    return view.view(model)

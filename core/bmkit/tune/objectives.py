@@ -1,0 +1,165 @@
+"""What a model is to learn from rows: how they are read, what the loss is, what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bmkit import model as models
+from bmkit.data import halves, labelled, rows
+from bmkit.data.batch import Gaps, Halves, Labelled, Padding
+from bmkit.data.chat import Encoded, Example, encode_file
+from bmkit.errors import InputError
+from bmkit.runtime.heads import Head
+from bmkit.train.heads import label_figures, label_loss
+from bmkit.train.loss import mean_loss, next_token_loss
+from bmkit.tune.recipe import Task, TuneRecipe
+
+Batch = dict[str, Tensor]
+PEFT_TASKS: dict[str, str | None] = {
+    "causal_lm": "CAUSAL_LM",
+    "seq2seq_lm": "SEQ_2_SEQ_LM",
+    "sequence_classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+    "masked_lm": None,
+}
+DEV_SEED = 1
+"""Of the gaps in rows that aren't trained on: the same ones each time."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A task: `head` is what the model needs for it beyond its own, if it does."""
+
+    task: Task
+    head: Head | None
+    encode: Callable[[Path], Encoded]
+    collate: Callable[[Sequence[Example]], Batch]
+    collate_dev: Callable[[Sequence[Example]], Batch]
+    loss: Callable[[Any, Batch], tuple[Tensor, int]]
+    figures: Callable[[Any, Sequence[Batch], torch.device], dict[str, float]]
+    """What is measured on batches: `dev_loss`, and what the task has besides."""
+
+    @property
+    def task_type(self) -> str | None:
+        """Return the task by PEFT's name; None if it has none."""
+        return PEFT_TASKS[self.task]
+
+
+def task_of(recipe: TuneRecipe, config: Any, train: Path) -> Task:
+    """Return the task that a recipe means, by the keys of its first row, else by the model."""
+    if recipe.task != "auto":
+        return recipe.task
+    values: Mapping[str, Any] = {}
+    with train.open("rb") as stream:
+        first = next(iter(rows.read(stream)), None)
+        if isinstance(first, rows.Row):
+            values = first.values
+    if "label" in values:
+        return "sequence_classification"
+    if "tags" in values:
+        return "token_classification"
+    if models.task(config) == "generate":
+        return "seq2seq_lm" if config.is_encoder_decoder else "causal_lm"
+    return "masked_lm"
+
+
+def objective(recipe: TuneRecipe, config: Any, train: Path, tokenizer: Any) -> Objective:
+    """Return what a recipe trains for. Raises InputError for a model that can't do it."""
+    task = task_of(recipe, config, train)
+    data, pad = recipe.data, _pad(tokenizer)
+    length = data.max_length
+    if task in ("sequence_classification", "token_classification"):
+        labels = data.labels or labelled.labels_of(train)
+        read = labelled.encode_texts if task.startswith("seq") else labelled.encode_words
+        collate: Any = Labelled(pad)
+        return Objective(
+            task,
+            Head(task, tuple(labels)),
+            lambda path: read(path, tokenizer, labels, max_length=length),
+            collate,
+            collate,
+            label_loss,
+            partial(_labels, classes=len(labels)),
+        )
+    generates = models.task(config) == "generate"
+    wanted = "encoder-decoder" if task == "seq2seq_lm" else "decoder"
+    if task == "masked_lm":
+        if generates:
+            raise InputError(f"a {config.model_type} fills no gaps", hint="task: causal_lm")
+        if tokenizer.mask_token_id is None:
+            raise InputError("the model's tokenizer has no mask token to fill in for")
+        vocabulary = config.get_text_config().vocab_size
+        gaps = partial(Gaps, pad, tokenizer.mask_token_id, vocabulary)
+        return Objective(
+            task,
+            Head(task),
+            lambda path: halves.encode_plain(path, tokenizer, max_length=length),
+            gaps(),
+            gaps(seed=DEV_SEED),
+            label_loss,
+            _gaps,
+        )
+    if not generates or config.is_encoder_decoder != (task == "seq2seq_lm"):
+        raise InputError(f"task: {task} wants a model that is a {wanted}")
+    if task == "seq2seq_lm":
+        start = models.behind_start(config, torch.zeros(1, 0, dtype=torch.long))
+        both: Any = Halves(pad, int(start[0, 0]))
+        return Objective(
+            task,
+            None,
+            lambda path: halves.encode_halves(path, tokenizer, max_length=length),
+            both,
+            both,
+            label_loss,
+            _gaps,
+        )
+    if data.format == "chat" and tokenizer.chat_template is None:
+        raise InputError("the model has no chat template", hint="set data.format to raw or auto")
+    raw, plain = data.format == "raw", Padding(pad)
+    return Objective(
+        task,
+        None,
+        lambda path: encode_file(path, tokenizer, max_length=length, raw=raw),
+        plain,
+        plain,
+        next_token_loss,
+        _next,
+    )
+
+
+def _pad(tokenizer: Any) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+
+def _next(model: Any, batches: Sequence[Batch], device: torch.device) -> dict[str, float]:
+    return {"dev_loss": mean_loss(model, list(batches), device)}
+
+
+def _gaps(model: Any, batches: Sequence[Batch], device: torch.device) -> dict[str, float]:
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in batches:
+            loss, places = label_loss(model, {k: v.to(device) for k, v in batch.items()})
+            total, count = total + float(loss), count + places
+    return {"dev_loss": total / max(count, 1)}
+
+
+def _labels(
+    model: Any, batches: Sequence[Batch], device: torch.device, *, classes: int
+) -> dict[str, float]:
+    return label_figures(model, batches, device, classes)
+
+
+def batches_of(
+    encoded: Encoded, collate: Callable[[Sequence[Example]], Batch], size: int
+) -> list[Batch]:
+    """Return all examples in batches of like lengths."""
+    found = sorted(encoded.examples, key=lambda e: len(e["input_ids"]))
+    return [collate(found[i : i + size]) for i in range(0, len(found), size)]

@@ -1,0 +1,34 @@
+"""What a run leaves beside weights: every step's figures, and a picture of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bmkit.picture import lines
+
+METRICS = "metrics.jsonl"
+PICTURE = "loss.svg"
+
+
+def write_history(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """Write what was measured, a step a line, and its loss as a curve.
+
+    Nothing in it depends on the clock: the same run writes the same bytes.
+    """
+    text = "".join(json.dumps(_rounded(entry)) + "\n" for entry in history)
+    (folder / METRICS).write_text(text, encoding="utf-8")
+    curves = {
+        name: [(entry["step"], entry[key]) for entry in history if key in entry]
+        for name, key in (("trained on", "loss"), ("held out", "dev_loss"))
+    }
+    curves = {name: points for name, points in curves.items() if points}
+    if curves:
+        picture = lines(curves, "loss", "step")
+        (folder / PICTURE).write_text(picture, encoding="utf-8")
+
+
+def _rounded(entry: Mapping[str, float]) -> dict[str, float]:
+    whole = {"step": int(entry["step"])}
+    return whole | {k: float(f"{v:.6g}") for k, v in entry.items() if k != "step"}

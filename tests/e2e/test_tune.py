@@ -1,0 +1,376 @@
+"""`bmkit tune`: tasks, several deltas, what is unfrozen, sweeps, and what `infer` makes of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    GPT2Config,
+    T5Config,
+)
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+SHORT = ("-s", "train.max_steps=20", "-s", "train.learning_rate=0.02", "--json")
+SHORT = (*SHORT, "-s", "train.per_device_train_batch_size=8", "-s", "data.max_length=64")
+COLOURS = ("red", "green", "blue")
+
+
+def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def metrics(done: subprocess.CompletedProcess[str]) -> dict[str, float]:
+    return dict(result(done)["metrics"])
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A folder of rows to say: `train.jsonl` and `dev.jsonl`."""
+    rows = [{"prompt": f"Number {i}?", "completion": f"It is {i}."} for i in range(48)]
+    (tmp_path / "say").mkdir()
+    write(tmp_path / "say" / "train.jsonl", rows[:32])
+    write(tmp_path / "say" / "dev.jsonl", rows[32:])
+    return tmp_path / "say"
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """A folder of texts with one of three labels, which their first word tells."""
+    rows = [{"text": f"{COLOURS[i % 3]} {i}", "label": COLOURS[i % 3]} for i in range(72)]
+    (tmp_path / "tell").mkdir()
+    write(tmp_path / "tell" / "train.jsonl", rows[:48])
+    write(tmp_path / "tell" / "dev.jsonl", rows[48:])
+    return tmp_path / "tell"
+
+
+@pytest.fixture
+def bert(tiny: Path, tmp_path: Path) -> Path:
+    """A random BERT with a head that fills gaps, and the tiny tokenizer with a mask token."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = BertConfig(vocab_size=400, num_attention_heads=4, **sizes)  # type: ignore[arg-type]
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "bert")
+    copy_tokenizer(tiny, tmp_path / "bert")
+    file = tmp_path / "bert" / "tokenizer_config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "mask_token": "<|im_start|>"}))
+    return tmp_path / "bert"
+
+
+def copy_tokenizer(tiny: Path, to: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny / name, to / name)
+
+
+def recipe(folder: Path, *deltas: str, more: str = "") -> Path:
+    """Write a recipe with these deltas, in YAML's short form."""
+    path = folder / f"recipe-{len(list(folder.glob('recipe-*')))}.yaml"
+    lines = "".join(f"  - {{{delta}}}\n" for delta in deltas)
+    head = f"deltas:\n{lines}" if deltas else ""
+    path.write_text(f"kind: tune\n{head}data: {{train: x.jsonl}}\n{more}")
+    return path
+
+
+def test_a_text_gets_a_label_and_infer_tells_it(
+    bmkit: Run, tiny: Path, labelled: Path, tmp_path: Path
+) -> None:
+    words = ("-s", "train.max_steps=60", "-s", "train.learning_rate=0.01")
+    found = metrics(
+        bmkit("tune", "lora", "-m", "tiny", "--data", labelled, "-o", "d", *SHORT, *words)
+    )
+    assert found["dev_accuracy"] > 0.8 > found["dev_accuracy_before"] + 0.1
+    assert found["dev_f1"] > 0.7
+    rows = write(tmp_path / "in.jsonl", [{"text": f"{c} 100"} for c in COLOURS])
+    done = bmkit("infer", "-m", "d", "-i", rows, "--json")
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [set(row["probabilities"]) for row in said] == [set(COLOURS)] * 3
+    assert sum(row["label"] == c for row, c in zip(said, COLOURS, strict=True)) >= 2
+    from peft import AutoPeftModelForSequenceClassification
+
+    plain = AutoPeftModelForSequenceClassification.from_pretrained(
+        tmp_path / "d", num_labels=3, dtype=torch.float32
+    )
+    plain.config.get_text_config().pad_token_id = 0
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(tiny)("red 100", return_tensors="pt")
+    with torch.no_grad():
+        shares = plain(input_ids=ids["input_ids"]).logits.softmax(-1)[0]
+    wanted = [said[0]["probabilities"][c] for c in sorted(COLOURS, key=lambda c: (0, c))]
+    assert shares.tolist() == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_merged_classifier_is_a_model_that_loads_elsewhere(
+    bmkit: Run, bert: Path, labelled: Path, tmp_path: Path
+) -> None:
+    found = result(
+        bmkit(
+            *("tune", "lora", "-m", bert, "--data", labelled, "-o", "m", *SHORT),
+            *("-s", "merge=true"),
+        )
+    )
+    assert found["kind"] == "model"
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
+    assert sorted(model.config.id2label.values()) == sorted(COLOURS)
+    said = json.loads(bmkit("infer", "-m", "m", "-p", "red 100", "--json").stdout)
+    assert set(said["probabilities"]) == set(COLOURS)
+
+
+@pytest.mark.parametrize("merge", ["false", "true"])
+def test_words_get_tags(bmkit: Run, bert: Path, tmp_path: Path, merge: str) -> None:
+    rows = [{"tokens": ["the", str(i), "cats"], "tags": ["O", "NUM", "O"]} for i in range(40)]
+    write(tmp_path / "train.jsonl", rows[:32])
+    write(tmp_path / "dev.jsonl", rows[32:])
+    found = metrics(
+        bmkit(
+            *("tune", "adapter", "-m", bert, "--data", "train.jsonl", "-o", "d", *SHORT),
+            *("-s", "data.dev=dev.jsonl", "-s", "train.max_steps=60"),
+        )
+        if merge == "false"
+        else bmkit(
+            *("tune", "lora", "-m", bert, "--data", "train.jsonl", "-o", "d", *SHORT),
+            *("-s", "data.dev=dev.jsonl", "-s", "train.max_steps=60", "-s", "merge=true"),
+        )
+    )
+    assert found["dev_accuracy"] > 0.9
+    asked = write(tmp_path / "in.jsonl", [{"tokens": ["the", "7", "cats"]}, {"prompt": "the 9"}])
+    done = bmkit("infer", "-m", "d", "-i", asked, "--json")
+    assert done.returncode == 0, done.stderr
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert said[0]["tags"] == ["O", "NUM", "O"] and said[0]["tokens"] == ["the", "7", "cats"]
+    assert said[1]["tags"] == ["O", "NUM"]
+    if merge == "true":
+        AutoModelForTokenClassification.from_pretrained(tmp_path / "d")
+
+
+def test_an_encoder_decoder_learns_what_to_say(
+    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    config = T5Config(vocab_size=400, **sizes, decoder_start_token_id=0)  # type: ignore[arg-type]
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "t5")
+    copy_tokenizer(tiny, tmp_path / "t5")
+    found = metrics(bmkit("tune", "lora", "-m", "t5", "--data", texts, "-o", "d", *SHORT))
+    assert found["dev_loss"] < 0.8 * found["dev_loss_before"]
+    done = bmkit("infer", "-m", "d", "-p", "Number 3?", "--max-new-tokens", "5", "--json")
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_encoder_learns_to_fill_gaps(bmkit: Run, bert: Path, tmp_path: Path) -> None:
+    rows = [{"text": "the cat sat on the mat, and so on " * 3} for _ in range(24)]
+    write(tmp_path / "train.jsonl", rows)
+    path = recipe(tmp_path, more="unfreeze: [all]\nmerge: true\n")
+    words = ("--data", "train.jsonl", "-o", "d", *SHORT, "-s", "data.dev=train.jsonl")
+    found = metrics(bmkit("tune", path, "-m", bert, *words, "-s", "train.learning_rate=0.005"))
+    assert found["dev_loss"] < 0.7 * found["dev_loss_before"]
+    AutoModelForMaskedLM.from_pretrained(tmp_path / "d")
+
+
+PAIRS = {
+    "two of PEFT's": ("type: lora", "type: layer_norm"),
+    "one of PEFT's, one of ours": ("type: lora", "type: adapter"),
+    "on the same layers": ("type: lora, target_modules: [mlp.down]", "type: bitfit"),
+    "twice the same": ("type: lora, layers: [0]", "type: lora, layers: [1], r: 2"),
+    "in front, and inside": ("type: ia3", "type: prompt, num_virtual_tokens: 3"),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_several_deltas_are_trained_together_and_kept_apart(
+    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path, name: str
+) -> None:
+    path = recipe(tmp_path, *PAIRS[name])
+    found = metrics(bmkit("tune", path, "-m", "tiny", "--data", texts, "-o", "d", *SHORT))
+    assert found["dev_loss"] < found["dev_loss_before"]
+    order = json.loads((tmp_path / "d" / "deltas.json").read_text())["deltas"]
+    folders = [tmp_path / "d" / "adapters" / one for one in order]
+    assert len(folders) == 2 and all((f / "adapter_config.json").is_file() for f in folders)
+    rows = write(
+        tmp_path / "in.jsonl", [{"prompt": "Number 3?", "adapter": a} for a in (*order, None)]
+    )
+    words = ("--max-new-tokens", "8", "--json")
+    both = bmkit("infer", "-m", "d", "-p", "Number 3?", *words)
+    assert both.returncode == 0, both.stderr
+    apart = bmkit("infer", "-m", "d", "-i", rows, *words)
+    assert apart.returncode == 0, apart.stderr
+    said = [json.loads(line)["token_ids"] for line in apart.stdout.splitlines()]
+    base = bmkit("infer", "-m", "tiny", "-p", "Number 3?", *words)
+    assert said[2] == json.loads(base.stdout)["token_ids"]
+    one = bmkit("infer", "-m", "tiny", "--adapter", folders[0], "-p", "Number 3?", *words)
+    assert json.loads(one.stdout)["token_ids"] == said[0]
+
+
+def test_what_is_unfrozen_is_trained_and_kept_with_the_delta(
+    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path
+) -> None:
+    path = recipe(tmp_path, "type: lora", more="unfreeze: [model.norm]\n")
+    found = metrics(bmkit("tune", path, "-m", "tiny", "--data", texts, "-o", "d", *SHORT))
+    assert found["dev_loss"] < found["dev_loss_before"]
+    kept = load_file(tmp_path / "d" / "adapter_model.safetensors")
+    norm = next(t for name, t in kept.items() if name.endswith("model.norm.weight"))
+    own = load_file(tiny / "model.safetensors")["model.norm.weight"]
+    assert not torch.equal(norm.float(), own.float())
+    assert bmkit("infer", "-m", "d", "-p", "Hi", "--max-new-tokens", "4").returncode == 0
+
+
+@pytest.mark.parametrize("what", ["all", "mlp", "norm"])
+def test_without_a_delta_the_model_itself_is_trained(
+    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path, what: str
+) -> None:
+    path = recipe(tmp_path, more=f"unfreeze: [{what}]\nmerge: true\n")
+    done = bmkit("tune", path, "-m", "tiny", "--data", texts, "-o", "m", *SHORT)
+    assert result(done)["kind"] == "model"
+    assert metrics(done)["dev_loss"] < metrics(done)["dev_loss_before"]
+    before, after = (load_file(p / "model.safetensors") for p in (tiny, tmp_path / "m"))
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    wanted = {n for n in before if what == "all" or what in n}
+    assert changed <= wanted and len(changed) > len(wanted) // 2
+    AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+
+
+def test_the_best_weights_are_kept_and_training_stops_where_nothing_gets_better(
+    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path
+) -> None:
+    words = ("-s", "train.eval_steps=2", "-s", "train.early_stopping_patience=2")
+    words = (*words, "-s", "train.max_steps=60", "-s", "train.learning_rate=0.3")
+    found = metrics(bmkit("tune", "lora", "-m", "tiny", "--data", texts, "-o", "d", *SHORT, *words))
+    assert found["steps"] < 60
+    lines = (tmp_path / "d" / "metrics.jsonl").read_text().splitlines()
+    told = [row for row in map(json.loads, lines) if "dev_loss" in row]
+    best = min(told, key=lambda row: row["dev_loss"])
+    assert found["best_step"] == best["step"]
+    assert found["dev_loss"] == pytest.approx(best["dev_loss"], rel=1e-4)
+    assert (tmp_path / "d" / "loss.svg").read_text().count("<polyline") == 2
+
+
+def test_a_sweep_runs_all_and_names_the_best(
+    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path
+) -> None:
+    words = ("--grid", "deltas.0.r=2,4", "--grid", "train.learning_rate=1e-6,0.02")
+    done = bmkit("tune", "lora", "-m", "tiny", "--data", texts, "-o", "sweep", *SHORT[:4], *words)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / done.stdout.strip()
+    assert folder.is_dir() and "learning_rate=0.02" in folder.name
+    assert len(list((tmp_path / "sweep").iterdir())) == 4
+    assert done.stderr.count("r=") >= 8 and "best by dev_loss" in done.stderr
+    again = bmkit(
+        *("tune", "lora", "-m", "tiny", "--data", texts, "-o", "sweep", *SHORT[:4], *words),
+        *("--json",),
+    )
+    runs = json.loads(again.stdout)["runs"]
+    assert [run["reused"] for run in runs] == [True] * 4
+    wrong = bmkit("tune", "lora", "-m", "tiny", "--data", texts, "--grid", "deltas.0.rr=2,4")
+    assert wrong.returncode == 2 and "rr" in wrong.stderr
+    for word in ("deltas.0.r", "deltas.0.r=", "=2"):
+        assert bmkit("tune", "lora", "-m", "tiny", "--grid", word).returncode == 2
+
+
+def test_the_model_is_shown_as_a_tree_with_what_would_be_trained(
+    bmkit: Run, tiny: Path, texts: Path
+) -> None:
+    done = bmkit("tune", "lora", "-m", "tiny", "--data", texts, "--inspect")
+    assert done.returncode == 0, done.stderr
+    assert "layers" in done.stdout and "lora" in done.stdout
+    found = bmkit("tune", "lora", "-m", "tiny", "--data", texts, "--inspect", "--json")
+    values = json.loads(found.stdout)
+    small = metrics(
+        bmkit("tune", "lora", "-m", "tiny", "--data", texts, *SHORT, "-s", "train.max_steps=1")
+    )
+    assert str(int(small["trainable_parameters"])) in json.dumps(values)
+
+
+@pytest.mark.parametrize(
+    ("deltas", "more", "code", "said"),
+    [
+        (["type: lora, target_modules: [q_prj]"], "", 2, "q_proj"),
+        (["type: lora, target_modules: [cross.q]"], "", 2, "cross"),
+        (["type: layer_norm, target_modules: [q_proj]"], "", 2, "q_proj"),
+        (["type: lora, layers: [7]"], "", 2, "layer 7"),
+        (["type: lora, r: 40"], "", 2, "rank"),
+        (["type: lora, name: a", "type: ia3, name: a"], "", 2, "two are called"),
+        (["type: prefix", "type: prompt"], "", 2, "in front"),
+        (["type: lora", "type: lorra"], "", 2, "lora"),
+        ([], "", 2, "nothing is trained"),
+        ([], "unfreeze: [norm]\n", 2, "has to be true"),
+        (["type: lora"], "unfreeze: [nrm]\n", 2, "nrm"),
+        (["type: adapter"], "merge: true\n", 2, "merge"),
+        (["type: adapter, non_linearity: gelou"], "", 2, "gelou"),
+        (["type: trainable_tokens, tokens: [hello world]"], "", 2, "tokens"),
+        (["type: oft, oft_block_size: 7"], "", 2, "7"),
+        (["type: lora"], "task: seq2seq_lm\n", 3, "encoder-decoder"),
+        (["type: lora"], "train: {load_best_model_at_end: true}\n", 2, "data.dev"),
+    ],
+)
+def test_what_can_not_be_done_is_refused(
+    bmkit: Run,
+    tiny: Path,
+    texts: Path,
+    tmp_path: Path,
+    deltas: list[str],
+    more: str,
+    code: int,
+    said: str,
+) -> None:
+    path = recipe(tmp_path, *deltas, more=more)
+    words = ("--data", texts / "train.jsonl", "-o", "x", *SHORT[:2])
+    done = bmkit("tune", path, "-m", "tiny", *words)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "said"),
+    [
+        ([{"text": "a", "label": "x"}] * 3, (), "one label only"),
+        ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}, {"text": "c"}], (), "3:"),
+        (
+            [{"text": "a", "label": "x"}, {"text": "b", "label": "yes"}],
+            ("-s", "data.labels=[x,y]"),
+            "none of the labels",
+        ),
+        ([{"tokens": ["a", "b"], "tags": ["x"]}] * 2, (), "2 `tokens` and 1 `tags`"),
+        ([], (), "no rows"),
+    ],
+)
+def test_rows_that_can_not_be_learned_are_named(
+    bmkit: Run, tiny: Path, tmp_path: Path, rows: list[Any], more: tuple[str, ...], said: str
+) -> None:
+    write(tmp_path / "rows.jsonl", rows)
+    done = bmkit("tune", "lora", "-m", "tiny", "--data", "rows.jsonl", "-o", "x", *more)
+    assert done.returncode == 3, done.stderr
+    assert said in done.stderr
+
+
+def test_a_head_of_conv1d_layers_is_tuned_too(
+    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=128)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    copy_tokenizer(tiny, tmp_path / "gpt2")
+    path = recipe(tmp_path, "type: lora, target_modules: [attn.qkv, mlp.up]", "type: adapter")
+    found = metrics(bmkit("tune", path, "-m", "gpt2", "--data", texts, "-o", "d", *SHORT))
+    assert found["dev_loss"] < found["dev_loss_before"]
+    assert bmkit("infer", "-m", "d", "-p", "Hi", "--max-new-tokens", "4").returncode == 0

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -144,6 +144,8 @@ def _type(annotation: Any) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
     if annotation is NoneType:
         return "none"
+    if origin is Annotated:
+        return _type(args[0])
     if origin is Literal:
         return _either([f"`{value}`" for value in args])
     if origin in {Union, UnionType}:

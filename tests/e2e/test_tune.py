@@ -374,3 +374,77 @@ def test_a_head_of_conv1d_layers_is_tuned_too(
     found = metrics(bmkit("tune", path, "-m", "gpt2", "--data", texts, "-o", "d", *SHORT))
     assert found["dev_loss"] < found["dev_loss_before"]
     assert bmkit("infer", "-m", "d", "-p", "Hi", "--max-new-tokens", "4").returncode == 0
+
+
+@pytest.mark.parametrize("epochs", [3])
+def test_what_frozen_blocks_say_is_kept_and_nothing_changes_by_it(
+    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path, epochs: int
+) -> None:
+    path = recipe(tmp_path, "type: lora, last: 1")
+    words = ("--data", texts, "--json", "-s", f"train.num_train_epochs={epochs}")
+    lean, plain = (
+        bmkit("tune", path, "-m", "tiny", "-o", name, *words, "-s", f"cache_states={value}")
+        for name, value in (("lean", "auto"), ("plain", "false"))
+    )
+    assert "first 1 blocks" in lean.stderr and "first" not in plain.stderr
+    for name, value in metrics(plain).items():
+        assert metrics(lean)[name] == pytest.approx(value, rel=1e-5), name
+    every = bmkit("tune", "lora", "-m", "tiny", *words[:2], "-s", "cache_states=true", "-o", "x")
+    assert every.returncode == 2 and "can't be kept" in every.stderr
+
+
+def test_rows_are_packed_where_the_recipe_says_so(
+    bmkit: Run, tiny: Path, texts: Path, bert: Path, labelled: Path
+) -> None:
+    words = ("--data", texts, "--json", "-s", "data.max_length=256")
+    plain = metrics(bmkit("tune", "lora", "-m", "tiny", "-o", "a", *words))
+    packed = metrics(
+        bmkit("tune", "lora", "-m", "tiny", "-o", "b", *words, "-s", "data.packing=true")
+    )
+    assert packed["tokens"] == plain["tokens"] and packed["steps"] < plain["steps"] / 2
+    assert packed["dev_loss_before"] == plain["dev_loss_before"] > packed["dev_loss"]
+    words = ("--data", labelled, "-s", "data.packing=true", "-o", "c")
+    refused = bmkit("tune", "lora", "-m", bert, *words)
+    assert refused.returncode == 2 and "packed" in refused.stderr
+
+
+def test_deltas_are_merged_or_added_up_afterwards(
+    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path
+) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        words = ("--data", texts, "-o", name, "--seed", seed, *SHORT)
+        assert bmkit("tune", "lora", "-m", "tiny", *words).returncode == 0
+    found = result(bmkit("merge", "-m", "a", "-o", "m", "--json"))
+    assert found["kind"] == "model"
+    answers = ("-p", "Number 3?", "--max-new-tokens", "8", "--json")
+    ids = [
+        json.loads(bmkit("infer", *words, *answers).stdout)["token_ids"]
+        for words in (("-m", "a"), ("-m", "m"))
+    ]
+    assert ids[0] == ids[1]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    words = ("-m", "a", "--adapter", "b", "--weights", "1,-0.5", "-o", "sum", "--json")
+    assert result(bmkit("merge", *words))["kind"] == "delta"
+    assert result(bmkit("merge", *words))["reused"] is True
+    parts = {n: load_file(tmp_path / n / "adapter_model.safetensors") for n in ("a", "b", "sum")}
+    key = next(k for k in parts["sum"] if "q_proj.lora_A" in k)
+    other = key.replace("lora_A", "lora_B")
+
+    def update(name: str) -> torch.Tensor:
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        rank = len(parts[name][key])
+        return (
+            config["lora_alpha"] / config["r"] * parts[name][other] @ parts[name][key]
+            if (name != "sum")
+            else (config["lora_alpha"] / rank) * parts[name][other] @ parts[name][key]
+        )
+
+    wanted = update("a") - 0.5 * update("b")
+    assert torch.allclose(update("sum"), wanted, atol=1e-5)
+    for words, code in (
+        (("-m", "tiny"), 2),
+        (("-m", "a", "--weights", "1,2"), 2),
+        (("-m", "a", "--weights", "one"), 2),
+        (("-m", "tiny", "--adapter", "tiny"), 3),
+    ):
+        assert bmkit("merge", *words, "-o", "z").returncode == code

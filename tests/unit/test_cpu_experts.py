@@ -344,7 +344,7 @@ def test_adapters_on_experts_equal_pefts(tmp_path: Path) -> None:
     load.attach(decoder, paths)
 
     wanted = plugged.load(model_of(config), paths)
-    masked(wanted.base_model.model, divided)
+    masked(wanted, divided)
     check(decoder, wanted)
 
 

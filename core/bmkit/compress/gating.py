@@ -130,11 +130,11 @@ def learn(
     student.requires_grad_(False)
     plain = has_plain_head(student)
     spec = step.train
-    if spec.gradient_checkpointing:  # of the student, which the trainer doesn't know
+    if spec.gradient_checkpointing is True:  # of the student, which the trainer doesn't know
         enable = getattr(student, "activation_checkpointing_enable", None)
         (enable or student.gradient_checkpointing_enable)()
         student.train()  # else it recomputes nothing
-        spec = spec.model_copy(update={"gradient_checkpointing": False})
+    spec = spec.model_copy(update={"gradient_checkpointing": False})
     gates = make(anatomy, target, _warmup(step, len(taught))).to(device)
     gated = Gated(student, anatomy, gates)
     examples = [{"input_ids": lesson.ids[:-1], "lesson": lesson} for lesson in taught]

@@ -41,8 +41,6 @@ class Place:
     """Modules of the model that are trained and kept with the delta."""
     tokenizer: Any = None
     tokenizer_path: str | None = None
-    steps: int = 0
-    """How many steps will be trained."""
     hidden: int = 0
     """The model's width."""
 
@@ -82,7 +80,7 @@ def lora(spec: Lora, place: Place) -> Any:
 def adalora(spec: AdaLora, place: Place) -> Any:
     """Return PEFT's config of low-rank updates whose ranks fall while they are trained.
 
-    They stay as they are in the first tenth of the steps, and don't change in the last three.
+    When they do is said once it is known how many steps there are (`train.ranks`).
     """
     from peft import AdaLoraConfig
 
@@ -92,10 +90,7 @@ def adalora(spec: AdaLora, place: Place) -> Any:
         lora_alpha=_whole(spec.lora_alpha),
         lora_dropout=spec.lora_dropout,
         orth_reg_weight=spec.orth_reg_weight,
-        tinit=place.steps // 10,
-        tfinal=min(place.steps * 3 // 10, max(place.steps - place.steps // 10 - 1, 0)),
-        deltaT=1 if place.steps < 200 else 10,
-        total_step=max(place.steps, 1),
+        total_step=1,
         target_modules=sorted(place.modules),
         **place.common,
     )

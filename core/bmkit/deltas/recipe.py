@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from bmkit.recipe import Model, contradiction
 
 INSIDE = ("attn.o", "mlp.down")
 """Behind attention and behind the feed-forward, in each block."""
+
+
+def _written(value: Any) -> str:
+    return "text" if isinstance(value, str) else "list"
+
+
+Layers = Annotated[
+    Annotated[list[int], Tag("list")] | Annotated[str, Tag("text")], Discriminator(_written)
+]
+"""Numbers of blocks, or a text of numbers and ranges."""
 
 
 class _Delta(Model):
@@ -32,13 +42,13 @@ class _Targeted(_Delta):
     KINDS: ClassVar[tuple[str, ...]] = ("linear", "norm", "embedding", "block")
     """What it can go to."""
 
-    target_modules: list[str] | str = Field(
+    target_modules: list[str] | Literal["all-linear"] = Field(
         default=list(INSIDE),
         description="Where it goes: ends of modules' names, roles (`attn.q`, `mlp`, `norm`), "
         "`[r]` and a regular expression, or `all-linear`.",
     )
     exclude_modules: list[str] = Field(default=[], description="Modules to leave out.")
-    layers: list[int] | str | None = Field(
+    layers: Layers | None = Field(
         default=None, description="Numbers of the blocks to train in, or `20-29`; all if not given."
     )
     last: int | None = Field(default=None, ge=1, description="In so many of the last blocks alone.")
@@ -58,7 +68,7 @@ class _Targeted(_Delta):
 
 class _Linear(_Targeted):
     KINDS: ClassVar[tuple[str, ...]] = ("linear",)
-    target_modules: list[str] | str = Field(
+    target_modules: list[str] | Literal["all-linear"] = Field(
         default="all-linear",
         description="Linear layers to train beside, by the end of their names, by roles or `[r]` "
         "and a regular expression; `all-linear` is every one but the output head.",
@@ -114,10 +124,10 @@ class Ia3(_Targeted):
 
     KINDS = ("linear",)
     type: Literal["ia3"]
-    target_modules: list[str] | str = Field(
+    target_modules: list[str] | Literal["all-linear"] = Field(
         default=["attn.k", "attn.v", "mlp.down"], description="Linear layers whose side is scaled."
     )
-    feedforward_modules: list[str] | str = Field(
+    feedforward_modules: list[str] = Field(
         default=["mlp.down"],
         description="Those of them whose inputs are scaled, not their outputs.",
     )
@@ -159,7 +169,7 @@ class LayerNorm(_Targeted):
 
     KINDS = ("norm",)
     type: Literal["layer_norm"]
-    target_modules: list[str] | str = Field(
+    target_modules: list[str] | Literal["all-linear"] = Field(
         default=["norm"], description="Norms to train, by the end of their names or by roles."
     )
 
@@ -262,10 +272,10 @@ class ParallelAdapter(_Bottleneck):
     """Bottlenecks beside modules (He et al., arXiv 2110.04366)."""
 
     type: Literal["parallel_adapter"]
-    target_modules: list[str] | str = Field(
+    target_modules: list[str] | Literal["all-linear"] = Field(
         default=["attn", "mlp"], description="Modules to whose outputs it adds, as in `adapter`."
     )
-    input_modules: list[str] | str | None = Field(
+    input_modules: list[str] | None = Field(
         default=None, description="Modules whose inputs it reads; the same ones if not given."
     )
     scale: float = Field(default=4.0, description="What the result is multiplied with.")
@@ -303,7 +313,7 @@ class BitFit(_Targeted):
 
     KINDS = ("linear", "norm")
     type: Literal["bitfit"]
-    target_modules: list[str] | str = Field(
+    target_modules: list[str] | Literal["all-linear"] = Field(
         default=["all-linear", "norm"], description="Linear layers and norms that get a bias."
     )
 

@@ -20,13 +20,18 @@ KINDS = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 class Ranks(TrainerCallback):  # type: ignore[misc]
     """Let PEFT's allocator take ranks away after each step of an AdaLoRA `tuner`.
 
+    They stay as they are in the first tenth of the `steps`, and don't change in the last three.
     (Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, arXiv 2303.10512.) What it has
     seen is kept beside each checkpoint.
     """
 
-    def __init__(self, tuner: Any) -> None:
+    def __init__(self, tuner: Any, steps: int) -> None:
         self.tuner = tuner
         self.config = tuner.peft_config[tuner.trainable_adapter_name]
+        self.config.total_step = steps
+        self.config.tinit = steps // 10
+        self.config.tfinal = min(steps * 3 // 10, max(steps - steps // 10 - 1, 0))
+        self.config.deltaT = 1 if steps < 200 else 10
 
     def penalty(self) -> Tensor:
         """Return how far the directions are from orthogonal, mean of matrices, times its weight."""

@@ -26,9 +26,10 @@ class Train(Model):
     per_device_train_batch_size: int = Field(default=8, ge=1, description="Rows in a batch.")
     per_device_eval_batch_size: int = Field(default=8, ge=1, description="Rows in a dev batch.")
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="Batches in a step.")
-    gradient_checkpointing: bool = Field(
-        default=False,
-        description="Recompute activations in the backward pass: less memory, slower.",
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Recompute activations in the backward pass: less memory, slower; `auto` does "
+        "so in as many blocks as memory needs.",
     )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to it.")

@@ -14,7 +14,6 @@ from bmkit.deltas.recipe import names
 from bmkit.deltas.targets import addressed
 from bmkit.errors import LibraryRefusal, RecipeError
 from bmkit.plan import Job
-from bmkit.train.trainer import steps_of
 from bmkit.tune.base import Base, unfrozen
 from bmkit.tune.objectives import Objective
 from bmkit.tune.recipe import TuneRecipe
@@ -40,7 +39,7 @@ METHODS: dict[str, Callable[[Any, Place], Any]] = {
 
 
 def attach(
-    job: Job, recipe: TuneRecipe, goal: Objective, base: Base, tokenizer: Any, rows: int
+    job: Job, recipe: TuneRecipe, goal: Objective, base: Base, tokenizer: Any
 ) -> tuple[Any, list[str]]:
     """Put the recipe's deltas on the model; return it with their names, in their order."""
     if "all" in recipe.unfreeze:
@@ -67,7 +66,6 @@ def attach(
             modules_to_save=saved if number == 0 else (),
             tokenizer=tokenizer,
             tokenizer_path=str(job.checkpoint),
-            steps=steps_of(recipe.train, rows),
             hidden=int(base.model.config.get_text_config().hidden_size),
         )
         with LibraryRefusal(f"deltas.{number}: PEFT refuses it", error=RecipeError):

@@ -35,5 +35,5 @@ def tree(job: Job) -> Any:
         with torch.device("meta"):
             model = getattr(transformers, config.architectures[0])(config)
     with torch.device("meta"):
-        model, _ = attach(job, recipe, goal, Base(model), tokenizer, rows=1)
+        model, _ = attach(job, recipe, goal, Base(model), tokenizer)
     return view.view(model)

@@ -46,6 +46,8 @@ class Objective:
     figures: Callable[[Any, Sequence[Batch], torch.device], dict[str, float]]
     """What is measured on batches: `dev_loss`, and what the task has besides."""
 
+    pad_token_id: int = 0
+
     @property
     def task_type(self) -> str | None:
         """Return the task by PEFT's name; None if it has none."""
@@ -87,6 +89,7 @@ def objective(recipe: TuneRecipe, config: Any, train: Path, tokenizer: Any) -> O
             collate,
             label_loss,
             partial(_labels, classes=len(labels)),
+            pad,
         )
     generates = models.task(config) == "generate"
     wanted = "encoder-decoder" if task == "seq2seq_lm" else "decoder"
@@ -105,6 +108,7 @@ def objective(recipe: TuneRecipe, config: Any, train: Path, tokenizer: Any) -> O
             gaps(seed=DEV_SEED),
             label_loss,
             _gaps,
+            pad,
         )
     if not generates or config.is_encoder_decoder != (task == "seq2seq_lm"):
         raise InputError(f"task: {task} wants a model that is a {wanted}")
@@ -119,6 +123,7 @@ def objective(recipe: TuneRecipe, config: Any, train: Path, tokenizer: Any) -> O
             both,
             label_loss,
             _gaps,
+            pad,
         )
     if data.format == "chat" and tokenizer.chat_template is None:
         raise InputError("the model has no chat template", hint="set data.format to raw or auto")
@@ -131,6 +136,7 @@ def objective(recipe: TuneRecipe, config: Any, train: Path, tokenizer: Any) -> O
         plain,
         next_token_loss,
         _next,
+        pad,
     )
 
 

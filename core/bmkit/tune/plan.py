@@ -47,7 +47,7 @@ def estimate(job: Job) -> Estimate:
         gpu = 0 if recipe.device == "cpu" else placed.peak_bytes
         return Estimate(steps, Peak(ram, gpu, disk_bytes=disk, work_bytes=work))
     depth = Sizes.of(headers.config).layers
-    kept_layers = depth if not recipe.train.gradient_checkpointing else 2
+    kept_layers = depth if recipe.train.gradient_checkpointing is False else 2
     activations = _activations(job, headers, kept_layers)
     ram = RUNTIME_BYTES + 4 * headers.dense_numel + 16 * trained + activations
     gpu = ram - RUNTIME_BYTES if recipe.device != "cpu" else 0

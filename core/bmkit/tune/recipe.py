@@ -36,6 +36,11 @@ class Data(Model):
         "does if there is one.",
     )
     max_length: int = Field(default=512, ge=8, description="Tokens of a row; longer rows are cut.")
+    packing: bool = Field(
+        default=False,
+        description="Put several rows, kept apart, into each sequence of `max_length`: fewer "
+        "steps, and no padding.",
+    )
     labels: list[str] | None = Field(
         default=None,
         min_length=2,
@@ -77,6 +82,11 @@ class TuneRecipe(Recipe):
     )
     data: Data
     train: Train = Train()
+    cache_states: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Where only the last blocks are trained, keep what the first ones say of each "
+        "row, for the next epochs; `auto` does so if there are any.",
+    )
     merge: bool = Field(
         default=False, description="Write the delta merged into its base, as a model."
     )

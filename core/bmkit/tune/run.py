@@ -18,10 +18,12 @@ from bmkit.errors import RecipeError
 from bmkit.plan import Job, Outcome
 from bmkit.runtime import experts, heads
 from bmkit.train.dev import Dev
+from bmkit.train.dropout import replace_dropout
 from bmkit.train.ranks import Ranks
-from bmkit.train.trainer import train
+from bmkit.train.trainer import steps_of, train
 from bmkit.tune.attach import METHODS, attach
 from bmkit.tune.base import Base, open_base
+from bmkit.tune.lean import lean_rows
 from bmkit.tune.merging import write_whole
 from bmkit.tune.objectives import Batch, Objective, batches_of, objective
 from bmkit.tune.recipe import TuneRecipe
@@ -47,7 +49,7 @@ def run(job: Job) -> Outcome:
     assert encoded is not None  # `train` is required
     dev = _encode(job, goal, "data.dev")
     base = open_base(job, goal, tokenizer, device)
-    model, called = attach(job, recipe, goal, base, tokenizer, len(encoded.examples))
+    model, called = attach(job, recipe, goal, base, tokenizer)
     experts.attach_stored(model, job.checkpoint)
     size = recipe.train.per_device_eval_batch_size
     batches = [] if dev is None else batches_of(dev, goal.collate_dev, size)
@@ -105,18 +107,21 @@ def _train(
     if batches:
         before = goal.figures(model.eval(), batches, device)
         metrics |= {f"{name}_before": round(value, 6) for name, value in before.items()}
-    ranks = [Ranks(t) for t in compose.tuners(model) if hasattr(t, "update_and_allocate")]
+    replace_dropout(model)
+    rows = lean_rows(job, recipe, goal, model, encoded.examples)
+    steps = steps_of(spec, len(rows.examples))
+    ranks = [Ranks(t, steps) for t in compose.tuners(model) if hasattr(t, "update_and_allocate")]
 
-    def loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
-        found, count = goal.loss(model, batch)
+    def penalised(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
+        found, count = rows.loss(model, batch)
         for each in ranks:
             found = found + count * each.penalty()
         return found, count
 
     trained = train(
         model,
-        encoded.examples,
-        goal.collate,
+        rows.examples,
+        rows.collate,
         spec.model_copy(update={"gradient_checkpointing": False})  # blocks do that
         if base.placed
         else spec,
@@ -124,10 +129,11 @@ def _train(
         work=job.work,
         device=device,
         reporter=job.reporter,
-        loss=loss if ranks else goal.loss,
+        loss=penalised if ranks else rows.loss,
         dev=_dev(recipe, goal, model, batches, device),
         callbacks=ranks,
     )
+    rows.close()
     metrics["train_loss"] = round(trained.loss, 6)
     metrics["steps"] = trained.steps
     if trained.best_step is not None:

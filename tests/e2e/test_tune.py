@@ -448,3 +448,48 @@ def test_deltas_are_merged_or_added_up_afterwards(
         (("-m", "tiny", "--adapter", "tiny"), 3),
     ):
         assert bmkit("merge", *words, "-o", "z").returncode == code
+
+
+def zeros_of(path: Path) -> dict[str, torch.Tensor]:
+    """Return where the matrices of a checkpoint are zero, if a tenth of them is."""
+    found = load_file(path / "model.safetensors")
+    return {n: t == 0 for n, t in found.items() if t.ndim == 2 and (t == 0).float().mean() > 0.1}
+
+
+def test_a_pruned_models_zeros_stay(bmkit: Run, tiny: Path, texts: Path, tmp_path: Path) -> None:
+    words = ("-m", "tiny", "-o", "sparse", "-s", "steps.0.pattern=2:4")
+    assert bmkit("compress", "magnitude", *words).returncode == 0
+    zeros = zeros_of(tmp_path / "sparse")
+    assert len(zeros) == 14
+    words = ("-m", "sparse", "--data", texts, *SHORT)
+    lora = metrics(bmkit("tune", "lora", *words, "-o", "m", "-s", "merge=true"))
+    assert lora["dev_loss"] < lora["dev_loss_before"]
+    whole = recipe(tmp_path, more="unfreeze: [all]\nmerge: true\n")
+    assert bmkit("tune", whole, *words, "-o", "w").returncode == 0
+    for name in ("m", "w"):
+        after = load_file(tmp_path / name / "model.safetensors")
+        assert all((after[key][mask] == 0).all() for key, mask in zeros.items())
+        before = load_file(tmp_path / "sparse" / "model.safetensors")
+        assert not any(torch.equal(after[key], before[key]) for key in zeros)
+    again = ("-m", "m", "--data", texts, *SHORT, "-s", "train.max_steps=1")
+    said = metrics(bmkit("tune", "lora", *again))
+    assert said["dev_loss_before"] == pytest.approx(lora["dev_loss"], rel=0.02)  # in bfloat16
+    refused = bmkit("tune", "oft", *words, "-o", "x", "-s", "merge=true")
+    assert refused.returncode == 2 and "zeros" in refused.stderr
+    assert bmkit("tune", "lora", *words, "-o", "d").returncode == 0
+    refused = bmkit("merge", "-m", "d", "-o", "y")
+    assert refused.returncode == 3 and "zeros" in refused.stderr
+
+
+@pytest.mark.parametrize("method", ["adapter", "parallel_adapter", "bitfit", "layer_norm", "ia3"])
+def test_a_delta_is_trained_within_a_budget(
+    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path, method: str
+) -> None:
+    words = ("-m", "tiny", "--data", texts, *SHORT)
+    within = metrics(bmkit("tune", method, *words, "-o", "d", "--cpu-memory", "400MiB"))
+    without = metrics(bmkit("tune", method, *words, "-o", "e"))
+    assert within["dev_loss"] == pytest.approx(without["dev_loss"], rel=1e-3)
+    answer = bmkit("infer", "-m", "d", "-p", "Hi", "--max-new-tokens", "4")
+    assert answer.returncode == 0, answer.stderr
+    refused = bmkit("tune", "prompt", *words, "-o", "f", "--cpu-memory", "400MiB")
+    assert refused.returncode == 2 and "budget" in refused.stderr

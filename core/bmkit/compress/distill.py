@@ -17,11 +17,11 @@ from bmkit import model as models
 from bmkit.compress import corpus
 from bmkit.compress.corpus import Text
 from bmkit.compress.hints import Hints
-from bmkit.compress.layerwise import ZEROS
 from bmkit.compress.options.learning import Distill
 from bmkit.compress.qat import Rounding
 from bmkit.errors import InputError, RecipeError
 from bmkit.model import save_tensors
+from bmkit.nn.zeros import keep_zeros
 from bmkit.report import Reporter, task
 from bmkit.runtime import experts
 from bmkit.runtime.experts import Experts
@@ -200,7 +200,7 @@ def train_student(
     student = models.load_model(path, device=device, dtype="float32")
     student.requires_grad_(True)
     _freeze(student, step.freeze)
-    if pruned := keep_zeros(student):
+    if pruned := keep_zeros(student.parameters()):
         reporter.info(f"{pruned} matrices were pruned: their zeros stay")
     divided = experts.read(path)
     if step.train_routers and divided is None:
@@ -285,26 +285,6 @@ def settle(student: nn.Module, stored: torch.dtype) -> None:
     """Round parameters to the dtype that they are written in: what is measured is what is kept."""
     for parameter in student.parameters():
         parameter.copy_(parameter.to(stored))
-
-
-def keep_zeros(student: nn.Module) -> int:
-    """Let no weight that is zero in a pruned matrix learn; return how many matrices are pruned.
-
-    A matrix counts as pruned from a tenth of zeros on. What has no gradient stays zero under AdamW,
-    weight decay included.
-    """
-    count = 0
-    for parameter in student.parameters():
-        kept = parameter.detach() != 0
-        if parameter.ndim < 2 or not parameter.requires_grad or kept.float().mean() > 1 - ZEROS:
-            continue
-
-        def mask(grad: Tensor, kept: Tensor = kept) -> Tensor:
-            return grad * kept
-
-        parameter.register_hook(mask)  # type: ignore[no-untyped-call]
-        count += 1
-    return count
 
 
 @torch.no_grad()

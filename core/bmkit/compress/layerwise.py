@@ -22,6 +22,7 @@ from bmkit.nn import sparsity
 from bmkit.nn.gptq import gptq
 from bmkit.nn.hessian import output_error
 from bmkit.nn.rounding import Grid, Rounded, round_matrix
+from bmkit.nn.zeros import ZEROS
 from bmkit.place import write_text
 from bmkit.report import Reporter, task
 
@@ -99,8 +100,6 @@ def smallest_gone(step: Magnitude, weight: Tensor) -> Tensor:
 
 WIDTHS = (2, 3, 4, 8)
 """How many bits a layer may have, where that is chosen."""
-ZEROS = 0.1
-"""The share of zeros from which a matrix counts as pruned: they are kept then."""
 
 
 def walk_blocks(

@@ -53,6 +53,8 @@ def attach(
         for name in saved:
             base.model.get_submodule(name).requires_grad_(True)
         return base.model, []
+    if base.placed is not None:
+        _require_placed(recipe)
     called = names(recipe.deltas)
     modules = modules_of_model(base.model)
     torch.manual_seed(recipe.seed)
@@ -72,3 +74,19 @@ def attach(
             found[name] = METHODS[spec.type](spec, place)
     with LibraryRefusal("deltas: PEFT refuses them on this model", error=RecipeError):
         return compose.attach(base.model, found), called
+
+
+DENSE = ("boft", "oft", "p_tuning", "prefix", "prompt", "trainable_tokens")
+"""Methods that read the model's weights."""
+
+
+def _require_placed(recipe: TuneRecipe) -> None:
+    """Raise RecipeError for a method that needs dense weights, which a budget doesn't leave."""
+    for spec in recipe.deltas:
+        begun = getattr(spec, "init_lora_weights", "default")
+        if spec.type in DENSE or getattr(spec, "use_dora", False) or begun in ("pissa", "olora"):
+            raise RecipeError(
+                f"deltas: `{spec.type}` as it is here reads the model's weights, which are packed "
+                "or elsewhere in a budget",
+                hint="plain lora, ia3, adapters and bitfit don't; or leave the budget out",
+            )

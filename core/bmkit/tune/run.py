@@ -26,6 +26,7 @@ from bmkit.tune.base import Base, open_base
 from bmkit.tune.lean import lean_rows
 from bmkit.tune.merging import write_whole
 from bmkit.tune.objectives import Batch, Objective, batches_of, objective
+from bmkit.tune.pruned import keep_pruned
 from bmkit.tune.recipe import TuneRecipe
 from bmkit.tune.written import write_history
 
@@ -51,6 +52,7 @@ def run(job: Job) -> Outcome:
     base = open_base(job, goal, tokenizer, device)
     model, called = attach(job, recipe, goal, base, tokenizer)
     experts.attach_stored(model, job.checkpoint)
+    masks = keep_pruned(recipe, model)
     size = recipe.train.per_device_eval_batch_size
     batches = [] if dev is None else batches_of(dev, goal.collate_dev, size)
     metrics = _train(job, recipe, goal, base, model, encoded, batches, device)
@@ -63,7 +65,9 @@ def run(job: Job) -> Outcome:
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
     if recipe.merge:
-        write_whole(merge(model), job.checkpoint, job.out, goal.head)
+        whole = merge(model)
+        masks.apply()
+        write_whole(whole, job.checkpoint, job.out, goal.head)
         return Outcome("model", metrics, ("transformers",), base.report)
     base.close()
     metrics["delta_bytes"] = _write_deltas(job, goal, model, called)

@@ -493,3 +493,17 @@ def test_a_delta_is_trained_within_a_budget(
     assert answer.returncode == 0, answer.stderr
     refused = bmkit("tune", "prompt", *words, "-o", "f", "--cpu-memory", "400MiB")
     assert refused.returncode == 2 and "budget" in refused.stderr
+
+
+def test_the_better_of_two_answers_becomes_likelier(bmkit: Run, tiny: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(40)]
+    (tmp_path / "pairs").mkdir()
+    write(tmp_path / "pairs" / "train.jsonl", rows[:32])
+    write(tmp_path / "pairs" / "dev.jsonl", rows[32:])
+    words = ("--data", "pairs", "-o", "d", *SHORT, "-s", "train.max_steps=30")
+    found = metrics(bmkit("tune", "lora", "-m", "tiny", *words))
+    assert found["dev_loss_before"] == pytest.approx(0.693147, abs=1e-4)  # log 2: nothing gained
+    assert found["dev_loss"] < 0.3 and found["dev_accuracy"] == 1.0
+    bad = write(tmp_path / "bad.jsonl", [{"prompt": "a", "chosen": "b"}] * 2)
+    refused = bmkit("tune", "lora", "-m", "tiny", "--data", bad, "-o", "x")
+    assert refused.returncode == 3 and "rejected" in refused.stderr

@@ -73,6 +73,17 @@ def encode_file(path: Path, tokenizer: Any, *, max_length: int, raw: bool) -> En
     return Encoded(examples, truncated, dropped)
 
 
+def labelled(tokenizer: Any, values: dict[str, Any], *, raw: bool) -> tuple[list[int], list[int]]:
+    """Return the token ids of a row, and its labels: IGNORED where it isn't the model that speaks.
+
+    Raises ValueError for a row that can't be used.
+    """
+    parts = list(_segments(Row(0, values), tokenizer, raw=raw or tokenizer.chat_template is None))
+    ids = [i for part, _ in parts for i in part]
+    said = [i if learn else IGNORED for part, learn in parts for i in part]
+    return ids, [IGNORED, *said[1:]]
+
+
 def whole(tokenizer: Any, values: dict[str, Any]) -> list[int]:
     """Return all token ids of a row of `messages`, `prompt`/`completion` or `text`.
 

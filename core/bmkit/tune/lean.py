@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -12,8 +13,10 @@ from bmkit import env
 from bmkit.data.chat import Example
 from bmkit.errors import RecipeError
 from bmkit.plan import Job
+from bmkit.train import head as heads
 from bmkit.train.frozen import FrozenPrefix, cacheable, numbered, with_rows
 from bmkit.train.packing import Packing, pack, packable, way
+from bmkit.train.preference import preference_loss
 from bmkit.train.trainer import Loss, default_loss, steps_of
 from bmkit.tune.objectives import Objective
 from bmkit.tune.recipe import TuneRecipe
@@ -47,6 +50,8 @@ def lean_rows(
     collate, loss = goal.collate, goal.loss
     if goal.task == "causal_lm":
         loss = default_loss(model)
+    elif goal.task == "preference":
+        loss = partial(preference_loss, beta=recipe.beta, head=heads.find(model))
     if recipe.data.packing:
         how = way(model) if goal.task == "causal_lm" else None
         if how is None:
@@ -70,7 +75,9 @@ def _prefix(
     if recipe.cache_states is False:
         return None
     reason = None
-    if goal.task == "masked_lm":
+    if goal.task == "preference":
+        reason = "rows are pairs"
+    elif goal.task == "masked_lm":
         reason = "other tokens are hidden in each epoch"
     elif recipe.data.packing:
         reason = "rows are packed"

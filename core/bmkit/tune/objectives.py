@@ -15,10 +15,12 @@ from bmkit import model as models
 from bmkit.data import halves, labelled, rows
 from bmkit.data.batch import Gaps, Halves, Labelled, Padding
 from bmkit.data.chat import Encoded, Example, encode_file
+from bmkit.data.pairs import Pairs, encode_pairs
 from bmkit.errors import InputError
 from bmkit.runtime.heads import Head
 from bmkit.train.heads import label_figures, label_loss
 from bmkit.train.loss import mean_loss, next_token_loss
+from bmkit.train.preference import preference_figures, preference_loss
 from bmkit.tune.recipe import Task, TuneRecipe
 
 Batch = dict[str, Tensor]
@@ -28,6 +30,7 @@ PEFT_TASKS: dict[str, str | None] = {
     "sequence_classification": "SEQ_CLS",
     "token_classification": "TOKEN_CLS",
     "masked_lm": None,
+    "preference": "CAUSAL_LM",
 }
 DEV_SEED = 1
 """Of the gaps in rows that aren't trained on: the same ones each time."""
@@ -65,6 +68,8 @@ def task_of(recipe: TuneRecipe, config: Any, train: Path) -> Task:
             values = first.values
     if "label" in values:
         return "sequence_classification"
+    if "chosen" in values:
+        return "preference"
     if "tags" in values:
         return "token_classification"
     if models.task(config) == "generate":
@@ -128,6 +133,18 @@ def objective(recipe: TuneRecipe, config: Any, train: Path, tokenizer: Any) -> O
     if data.format == "chat" and tokenizer.chat_template is None:
         raise InputError("the model has no chat template", hint="set data.format to raw or auto")
     raw, plain = data.format == "raw", Padding(pad)
+    if task == "preference":
+        pairs = Pairs(pad)
+        return Objective(
+            task,
+            None,
+            lambda path: encode_pairs(path, tokenizer, max_length=length, raw=raw),
+            pairs,
+            pairs,
+            partial(preference_loss, beta=recipe.beta),
+            partial(_pairs, beta=recipe.beta),
+            pad,
+        )
     return Objective(
         task,
         None,
@@ -161,6 +178,12 @@ def _labels(
     model: Any, batches: Sequence[Batch], device: torch.device, *, classes: int
 ) -> dict[str, float]:
     return label_figures(model, batches, device, classes)
+
+
+def _pairs(
+    model: Any, batches: Sequence[Batch], device: torch.device, *, beta: float
+) -> dict[str, float]:
+    return preference_figures(model, batches, device, beta)
 
 
 def batches_of(

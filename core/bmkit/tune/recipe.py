@@ -17,6 +17,7 @@ Task = Literal[
     "masked_lm",
     "sequence_classification",
     "token_classification",
+    "preference",
 ]
 
 
@@ -25,7 +26,7 @@ class Data(Model):
 
     train: str = Field(
         description="JSON lines: `messages`, `prompt`/`completion` or `text` to say; `text` (and "
-        "`text_pair`) with a `label`; `tokens` with `tags`."
+        "`text_pair`) with a `label`; `tokens` with `tags`; `prompt` with `chosen` and `rejected`."
     )
     dev: str | None = Field(
         default=None, description="Held-out rows: what is measured before, meanwhile and after."
@@ -79,6 +80,11 @@ class TuneRecipe(Recipe):
         default=[],
         description="Modules of the model that are trained as well, addressed as `target_modules` "
         "are; `all` is the whole model.",
+    )
+    beta: float = Field(
+        default=0.1,
+        gt=0,
+        description="Of `task: preference`: how far the model is held to what it said before.",
     )
     data: Data
     train: Train = Train()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from bmkit.plan import Job, Outcome
 from bmkit.runtime import experts, heads
 from bmkit.train.dev import Dev
 from bmkit.train.dropout import replace_dropout
+from bmkit.train.preference import with_reference
 from bmkit.train.ranks import Ranks
 from bmkit.train.trainer import steps_of, train
 from bmkit.tune.attach import METHODS, attach
@@ -53,6 +56,8 @@ def run(job: Job) -> Outcome:
     model, called = attach(job, recipe, goal, base, tokenizer)
     experts.attach_stored(model, job.checkpoint)
     masks = keep_pruned(recipe, model)
+    if goal.task == "preference":
+        encoded, dev = _referred(recipe, goal, model, encoded, dev, device)
     size = recipe.train.per_device_eval_batch_size
     batches = [] if dev is None else batches_of(dev, goal.collate_dev, size)
     metrics = _train(job, recipe, goal, base, model, encoded, batches, device)
@@ -93,6 +98,29 @@ def _encode(job: Job, goal: Objective, which: str) -> Encoded | None:
             f"{encoded.dropped} dropped"
         )
     return encoded
+
+
+def _referred(
+    recipe: TuneRecipe,
+    goal: Objective,
+    model: Any,
+    encoded: Encoded,
+    dev: Encoded | None,
+    device: torch.device,
+) -> tuple[Encoded, Encoded | None]:
+    """Return the pairs, each with what the model without deltas says of both answers."""
+    size = recipe.train.per_device_eval_batch_size
+    pairs: Any = goal.collate
+    named = compose.names(model)
+    with compose.active(model, ()) if named else nullcontext():
+        found = [
+            None
+            if part is None
+            else replace(part, examples=with_reference(model, part.examples, pairs, size, device))
+            for part in (encoded, dev)
+        ]
+    assert found[0] is not None  # there are rows to train on
+    return found[0], found[1]
 
 
 def _train(
@@ -165,6 +193,7 @@ def _dev(
         return None
     name = spec.metric_for_best_model or "dev_loss"
     figures = ["dev_loss", *(["dev_accuracy", "dev_f1"] if goal.head and goal.head.labels else [])]
+    figures += ["dev_accuracy"] if goal.task == "preference" else []
     if best and name not in figures:
         raise RecipeError(
             f"train.metric_for_best_model: `{name}` isn't measured",

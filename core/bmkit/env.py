@@ -52,6 +52,16 @@ def format_bytes(count: float) -> str:
     raise AssertionError
 
 
+def process() -> tuple[int, int]:
+    """Return the number of this process among those that a launcher has started, and how many."""
+    if not {"MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"} <= os.environ.keys():
+        return 0, 1
+    rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    if not (world.isdigit() and rank.isdigit()) or int(world) < 2:
+        return 0, 1
+    return int(rank), int(world)
+
+
 def available_ram_bytes() -> int:
     """Return the memory that a new process can take, the container's limit considered."""
     import psutil

@@ -44,7 +44,7 @@ STAGES = {
             "bmkit.compress.run:run",
             takes=("model",),
             gives="model",
-            version=6,
+            version=7,
         ),
         Stage(
             "tune",
@@ -54,6 +54,7 @@ STAGES = {
             "bmkit.tune.run:run",
             takes=("model",),
             gives="delta",
+            version=2,
         ),
         Stage(
             "infer",

@@ -167,11 +167,11 @@ def test_checkpoints_for_what_is_not_done_and_of_wrong_sizes_are_refused(
     bmkit: Run, save: Callable[[Any, str], Path], tiny: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
-    from transformers import BertConfig, BertForTokenClassification, GPT2Config, GPT2LMHeadModel
+    from transformers import BertConfig, BertForQuestionAnswering, GPT2Config, GPT2LMHeadModel
 
-    path = save(BertForTokenClassification(BertConfig(**SIZES)), "tags")
+    path = save(BertForQuestionAnswering(BertConfig(**SIZES)), "tags")
     refused = bmkit("infer", "-m", path, "-p", "Hello")
-    assert refused.returncode == 3 and "ForTokenClassification" in refused.stderr
+    assert refused.returncode == 3 and "ForQuestionAnswering" in refused.stderr
     config = GPT2Config(vocab_size=259, n_embd=64, n_layer=2, n_head=4, n_positions=64)
     other = save(GPT2LMHeadModel(config), "cut")
     for folder, name in ((tiny, "mlp.up_proj.weight"), (other, "ln_f.weight")):

@@ -207,7 +207,7 @@ def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(
     half = newest.with_name(f"checkpoint-{int(newest.name[11:]) + 3}")
     shutil.copytree(newest, half)
     (half / "bmkit-whole").unlink(missing_ok=True)
-    (half / "adapter_model.safetensors").write_bytes(b"cut off")
+    (half / "learned.safetensors").write_bytes(b"cut off")
     again = fresh(*words)
     assert again.returncode == 0, again.stderr
 
@@ -247,7 +247,7 @@ def test_a_loss_that_is_not_a_number_exits_5_and_keeps_the_last_checkpoint(
     assert not (tmp_path / "x").exists()
     said = re.search(r"last good checkpoint is (\S+)", done.stderr)
     assert said is not None, done.stderr
-    with safe_open(Path(said[1]) / "adapter_model.safetensors", framework="pt") as stream:
+    with safe_open(Path(said[1]) / "learned.safetensors", framework="pt") as stream:
         tensors = [stream.get_tensor(name) for name in stream.keys()]  # noqa: SIM118
     assert tensors
     assert all(t.isfinite().all() for t in tensors)

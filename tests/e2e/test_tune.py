@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -507,3 +508,30 @@ def test_the_better_of_two_answers_becomes_likelier(bmkit: Run, tiny: Path, tmp_
     bad = write(tmp_path / "bad.jsonl", [{"prompt": "a", "chosen": "b"}] * 2)
     refused = bmkit("tune", "lora", "-m", "tiny", "--data", bad, "-o", "x")
     assert refused.returncode == 3 and "rejected" in refused.stderr
+
+
+def test_two_processes_learn_what_one_does(tiny: Path, texts: Path, tmp_path: Path) -> None:
+    words = ["-m", "bmkit_cli", "tune", "lora", "-m", "tiny", "--data", str(texts), "--json"]
+    words += ["-s", "train.num_train_epochs=2", "-s", "cache_states=false"]
+    one = subprocess.run(
+        [sys.executable, *words, "-o", "one", "-s", "train.per_device_train_batch_size=8"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    two = subprocess.run(
+        [*launch, *words, "-o", "two", "-s", "train.per_device_train_batch_size=4"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    alone, together = metrics(one), metrics(two)
+    assert together["steps"] == alone["steps"] == 8
+    for name in ("train_loss", "dev_loss", "dev_loss_before"):
+        assert together[name] == pytest.approx(alone[name], rel=1e-4)
+    assert len(two.stdout.splitlines()) == 1
+    logs = [(tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("one", "two")]
+    losses = [[json.loads(line)["loss"] for line in log] for log in logs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

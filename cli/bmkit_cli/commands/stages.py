@@ -133,6 +133,8 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
         stages.check_fits(prepared, reporter)
         return
     result = stages.run_stage(request, reporter)
+    if result.helped:
+        return
     path = str(given["out"] or result.artifact.path)
     summary = describe(result, path)
     if not result.reused:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bmkit import env
 from bmkit.errors import UsageError
 from bmkit.pipeline import stage as stages
 from bmkit.pipeline.stage import Request, Result
@@ -81,6 +82,8 @@ def run(
     asked: Sequence[tuple[str, Request]], reporter: Reporter
 ) -> Iterator[tuple[str, Request, Result]]:
     """Run one request after the other; what is there already is used again."""
+    if env.process()[1] > 1:
+        raise UsageError("--grid runs in one process: launch its runs one by one")
     for number, (name, request) in enumerate(asked, 1):
         reporter.info(f"run {number} of {len(asked)}: {name}")
         yield name, request, stages.run_stage(request, reporter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from bmkit.errors import GateError, InputError, OutputTaken, UsageError
 from bmkit.pipeline.resolve import find_base, find_model, warn_foreign_base
 from bmkit.plan import Estimate, Job, Outcome
 from bmkit.recipe import Document, Recipe
-from bmkit.report import Reporter
+from bmkit.report import Reporter, Silent
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ class Result:
     """Bounds of `gates` that are not met."""
     report: Mapping[str, Any] = field(default_factory=dict)
     """What the engine says of this run alone."""
+    helped: bool = False
+    """Whether another process has written the artifact."""
 
 
 def load_recipe(request: Request) -> tuple[Document, Recipe]:
@@ -323,9 +326,14 @@ def run_stage(request: Request, reporter: Reporter) -> Result:
     if prepared.done is not None:
         reporter.info(f"{prepared.stage.name}: unchanged, {prepared.out} is reused")
         return _result(prepared.done, prepared, reused=True, start=start)
+    rank, world = env.process()
+    if world > 1 and prepared.stage.name != "tune":
+        raise UsageError(f"`bmkit {prepared.stage.name}` runs in one process, not {world}")
     check_fits(prepared, reporter)
     work = env.home() / "work" / prepared.key[:16]
     what = f"{prepared.name}, in {work},"
+    if rank:
+        return _help(prepared, work)
     waits = request.out is None
     held = place.hold(work, what, wait=waits)
     with (
@@ -365,6 +373,21 @@ def run_stage(request: Request, reporter: Reporter) -> Result:
     built = Artifact(prepared.out, manifest.kind, manifest.digest, manifest)
     result = _result(built, prepared, reused=False, start=start)
     return replace(result, report=outcome.report)
+
+
+def _help(prepared: Prepared, work: Path) -> Result:
+    """Do the part of a stage that the first of several processes isn't to do alone.
+
+    What it leaves is that one's: nothing of this is kept.
+    """
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        outcome: Outcome = registry.load(prepared.stage.run)(
+            prepared.job(Path(folder), work, Silent())
+        )
+    entry = prepared.model
+    found = Artifact(prepared.out, outcome.kind, entry.digest)
+    return Result(found, prepared.key, False, time.monotonic() - start, helped=True)
 
 
 def check_fits(prepared: Prepared, reporter: Reporter) -> None:

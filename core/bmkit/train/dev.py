@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from bmkit import env
 from bmkit.report import Reporter
 from bmkit.train.learned import load_learned, save_learned
 
@@ -74,13 +75,14 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         said = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
         self.reporter.info(f"step {step}: {said}")
         best = self._best
-        if best == len(self.history) - 1:
+        if best == len(self.history) - 1 and state.is_world_process_zero:
             self.weights.parent.mkdir(parents=True, exist_ok=True)
             save_learned(self.model, self.weights)
-        scratch = self.note.with_suffix(".partial")
-        scratch.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(self.history), encoding="utf-8")
-        scratch.replace(self.note)
+        if state.is_world_process_zero:
+            scratch = self.note.with_suffix(".partial")
+            scratch.parent.mkdir(parents=True, exist_ok=True)
+            scratch.write_text(json.dumps(self.history), encoding="utf-8")
+            scratch.replace(self.note)
         if best is not None and self.dev.patience is not None:
             since = len(self.history) - 1 - best
             if since >= self.dev.patience:
@@ -92,5 +94,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         best = self._best
         if best is None:
             return None
+        if env.process()[0]:
+            return int(self.history[best]["step"])  # the first process keeps the weights
         load_learned(self.model, self.weights)
         return int(self.history[best]["step"])

@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import SaveStrategy
 
+from bmkit import env
 from bmkit.data.chat import Example
 from bmkit.errors import DivergedError, InputError, ResourceError, first_line, machine_refusal
 from bmkit.report import Reporter, Task
@@ -27,6 +30,7 @@ from bmkit.train.dev import Dev, Progress
 from bmkit.train.learned import load_learned, save_learned
 from bmkit.train.loss import next_token_loss
 from bmkit.train.recipe import Train
+from bmkit.train.together import Learner, leave
 
 Loss = Callable[[Any, dict[str, Tensor]], tuple[Tensor, int]]
 WHOLE = "bmkit-whole"  # marks a checkpoint whose every file has been written
@@ -72,7 +76,7 @@ def train(
     `default_loss`. `dev` measures in between. Raises DivergedError when a loss is not a number,
     leaving the last good checkpoint in `work`.
     """
-    with _alone_on(device):
+    with _as_asked(device):
         loss = loss or default_loss(model)
         return _train(
             model, examples, collate, spec, seed, work, device, reporter, loss, dev, callbacks
@@ -97,7 +101,9 @@ def _train(
     dev: Dev | None,
     callbacks: Sequence[TrainerCallback],
 ) -> Trained:
-    last = _last_whole_checkpoint(work)
+    rank, world = env.process()
+    together = world > 1
+    last = _last_whole_checkpoint(work, clean=rank == 0)
     again = _again(model, examples, collate, spec, device, loss)
     if again and spec.gradient_checkpointing is not True:
         reporter.info(f"{len(again)} blocks compute their activations again, to fit in memory")
@@ -127,13 +133,19 @@ def _train(
         use_cpu=device.type == "cpu",
         seed=seed,
         data_seed=seed,
+        ddp_backend="gloo" if together and device.type == "cpu" else None,
+        ddp_find_unused_parameters=False,
     )
     arguments._setup_devices  # noqa: B018 - a cached property: it takes the first GPU
-    vars(arguments)["_setup_devices"] = device
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one device
+    if not together:
+        vars(arguments)["_setup_devices"] = device
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one device
     set_seed(seed)
     trainer = _Trainer(
-        model=model, args=arguments, train_dataset=list(examples), data_collator=collate
+        model=Learner(model, loss) if together else model,
+        args=arguments,
+        train_dataset=list(examples),
+        data_collator=collate,
     )
     trainer.loss_of = loss
     trainer.model_accepts_loss_kwargs = True  # our loss takes the number of labelled tokens
@@ -160,6 +172,7 @@ def _train(
         ) from None
     finally:
         watch.close()
+        leave()
     history = [_measured(entry) for entry in trainer.state.log_history if "loss" in entry]
     losses = [entry["loss"] for entry in history]
     best = None
@@ -198,13 +211,14 @@ def _again(
 
 
 @contextmanager
-def _alone_on(device: torch.device) -> Iterator[None]:
-    """Let the trainer see one process on `device`, whatever accelerate's launcher has exported.
+def _as_asked(device: torch.device) -> Iterator[None]:
+    """Let the trainer do as it is told on `device`, whatever accelerate's launcher has exported.
 
-    Without this it trains on the first GPU, and the environment, which no recipe and no key
-    knows, could change precision or accumulation.
+    Without this the environment, which no recipe and no key knows, could change precision or
+    accumulation; and a process that is alone would train on the first GPU.
     """
     launched = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"}
+    launched = launched if env.process()[1] == 1 else set()
     foreign = [n for n in os.environ if n in launched or n.startswith(("ACCELERATE_", "FSDP_"))]
     saved = {name: os.environ.pop(name) for name in foreign}
     os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
@@ -221,19 +235,19 @@ def steps_of(spec: Train, rows: int) -> int:
     """Return how many optimizer steps so many rows make."""
     if spec.max_steps > 0:
         return spec.max_steps
-    batches = math.ceil(rows / spec.per_device_train_batch_size)
+    batches = math.ceil(rows / (spec.per_device_train_batch_size * env.process()[1]))
     return math.ceil(
         max(math.ceil(batches / spec.gradient_accumulation_steps), 1) * spec.num_train_epochs
     )
 
 
-def _last_whole_checkpoint(work: Path) -> Path | None:
-    """Return the newest checkpoint that was written whole; remove those that were not."""
+def _last_whole_checkpoint(work: Path, *, clean: bool = True) -> Path | None:
+    """Return the newest checkpoint that is whole; with `clean`, remove those that aren't."""
     found = []
     for folder in work.glob("checkpoint-*"):
         if (folder / WHOLE).is_file():
             found.append(folder)
-        else:
+        elif clean:
             shutil.rmtree(folder)
     return max(found, key=lambda f: int(f.name.rpartition("-")[2]), default=None)
 
@@ -248,10 +262,16 @@ class _Trainer(Trainer):  # type: ignore[misc]
         """Write what is trained, not the frozen base."""
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_learned(self.model, folder / "learned.safetensors")
+        save_learned(_inner(self.model), folder / "learned.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_learned(model or self.model, Path(resume_from_checkpoint) / "learned.safetensors")
+        file = Path(resume_from_checkpoint) / "learned.safetensors"
+        load_learned(_inner(model or self.model), file)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return an order of the rows that the seed and the epoch decide, for all processes."""
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return _Order(self, rows * self.args.world_size)
 
     def compute_loss(
         self,
@@ -261,9 +281,35 @@ class _Trainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Return the loss of one batch: a mean over the labelled tokens of the whole step."""
+        world = self.args.world_size
+        if world > 1:  # the mean of all processes' gradients is taken
+            loss, counted = model(inputs)
+            items = counted if num_items_in_batch is None else num_items_in_batch
+            scaled: Tensor = world * loss / items
+            return scaled
         loss, count = self.loss_of(model, inputs)
         items = count if num_items_in_batch is None else num_items_in_batch
         return loss / items
+
+
+class _Order(Sampler[int]):
+    """Rows of like length together, in an order of its own in each epoch."""
+
+    def __init__(self, trainer: Trainer, rows: int) -> None:
+        self.trainer, self.rows = trainer, rows
+        self.lengths = [len(example["input_ids"]) for example in trainer.train_dataset]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = int((self.trainer.state.epoch or 0) + 1e-6)  # a share of the next one is done
+        draw = torch.Generator().manual_seed(self.trainer.args.seed + epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.rows, generator=draw))
+
+
+def _inner(model: Any) -> Any:
+    return model.model if isinstance(model, Learner) else model
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]
@@ -293,7 +339,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark the checkpoint that was just written as whole."""
         folder = self.work / f"checkpoint-{state.global_step}"
-        if folder.is_dir():
+        if folder.is_dir() and state.is_world_process_zero:
             (folder / WHOLE).touch()
 
     def close(self) -> None:

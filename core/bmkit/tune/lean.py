@@ -93,4 +93,4 @@ def _prefix(
     if recipe.cache_states == "auto" and seen * spec.per_device_train_batch_size <= rows:
         return None  # no row comes twice
     limit = int(SHARE * env.free_disk_bytes(job.work))
-    return FrozenPrefix(model, job.work / "states", limit=limit)
+    return FrozenPrefix(model, job.work / f"states-{env.process()[0]}", limit=limit)

@@ -23,6 +23,7 @@ from bmkit.train.dev import Dev
 from bmkit.train.dropout import replace_dropout
 from bmkit.train.preference import with_reference
 from bmkit.train.ranks import Ranks
+from bmkit.train.together import own_device
 from bmkit.train.trainer import steps_of, train
 from bmkit.tune.attach import METHODS, attach
 from bmkit.tune.base import Base, open_base
@@ -45,7 +46,7 @@ def run(job: Job) -> Outcome:
     assert isinstance(recipe, TuneRecipe)  # the registry pairs recipe and engine
     if job.threads:
         torch.set_num_threads(job.threads)
-    device = models.pick_device(recipe.device)
+    device = own_device(models.pick_device(recipe.device))
     tokenizer = models.load_tokenizer(job.checkpoint)
     config = models.load_config(job.checkpoint)
     goal = objective(recipe, config, job.files["data.train"], tokenizer)

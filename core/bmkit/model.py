@@ -219,6 +219,7 @@ def load_model(
             dtype=chosen,
             device_map={"": device} if device.type != "cpu" else None,
             output_loading_info=True,
+            **({"ignore_mismatched_sizes": True} if fresh is not None else {}),
             **options,
         )
     except (SafetensorError, ValueError, OSError, KeyError, RuntimeError) as exc:

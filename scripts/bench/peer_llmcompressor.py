@@ -39,8 +39,10 @@ def modifiers(recipe: dict[str, Any]) -> list[Any]:
     kind = recipe["kind"]
     common: dict[str, Any] = {"ignore": ["lm_head"]}
     if kind in {"sparsegpt", "wanda"}:
+        # Its `ignore` doesn't keep it from a head that is tied to the embedding: name the others.
         made = SparseGPTModifier if kind == "sparsegpt" else WandaPruningModifier
-        return [made(sparsity=0.5, mask_structure=recipe.get("pattern", "0:0"), **common)]
+        pattern = recipe.get("pattern", "0:0")
+        return [made(sparsity=0.5, mask_structure=pattern, targets=[r"re:.*_proj$"], **common)]
     if kind in {"w8a8", "smoothquant"}:
         round_all = QuantizationModifier(targets=["Linear"], scheme="W8A8", **common)
         smooth = [SmoothQuantModifier(smoothing_strength=0.5)] if kind == "smoothquant" else []

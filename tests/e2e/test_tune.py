@@ -27,6 +27,7 @@ from transformers import (
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SHORT = ("-s", "train.max_steps=20", "-s", "train.learning_rate=0.02", "--json")
 SHORT = (*SHORT, "-s", "train.per_device_train_batch_size=8", "-s", "data.max_length=64")
+CALM = ("-s", "train.learning_rate=0.005")
 COLOURS = ("red", "green", "blue")
 
 
@@ -99,8 +100,8 @@ def test_a_text_gets_a_label_and_infer_tells_it(
     found = metrics(
         bmkit("tune", "lora", "-m", "tiny", "--data", labelled, "-o", "d", *SHORT, *words)
     )
-    assert found["dev_accuracy"] > 0.8 > found["dev_accuracy_before"] + 0.1
-    assert found["dev_f1"] > 0.7
+    assert found["dev_accuracy"] > 0.7 > found["dev_accuracy_before"] + 0.2
+    assert found["dev_f1"] > 0.65
     rows = write(tmp_path / "in.jsonl", [{"text": f"{c} 100"} for c in COLOURS])
     done = bmkit("infer", "-m", "d", "-i", rows, "--json")
     said = [json.loads(line) for line in done.stdout.splitlines()]
@@ -145,12 +146,12 @@ def test_words_get_tags(bmkit: Run, bert: Path, tmp_path: Path, merge: str) -> N
     found = metrics(
         bmkit(
             *("tune", "adapter", "-m", bert, "--data", "train.jsonl", "-o", "d", *SHORT),
-            *("-s", "data.dev=dev.jsonl", "-s", "train.max_steps=60"),
+            *("-s", "data.dev=dev.jsonl", "-s", "train.max_steps=60", *CALM),
         )
         if merge == "false"
         else bmkit(
             *("tune", "lora", "-m", bert, "--data", "train.jsonl", "-o", "d", *SHORT),
-            *("-s", "data.dev=dev.jsonl", "-s", "train.max_steps=60", "-s", "merge=true"),
+            *("-s", "data.dev=dev.jsonl", "-s", "train.max_steps=60", "-s", "merge=true", *CALM),
         )
     )
     assert found["dev_accuracy"] > 0.9
@@ -162,6 +163,14 @@ def test_words_get_tags(bmkit: Run, bert: Path, tmp_path: Path, merge: str) -> N
     assert said[1]["tags"] == ["O", "NUM"]
     if merge == "true":
         AutoModelForTokenClassification.from_pretrained(tmp_path / "d")
+
+
+@pytest.mark.parametrize("method", ["parallel_adapter", "adapter", "bitfit", "ia3", "layer_norm"])
+def test_defaults_fit_a_model_whose_feed_forward_is_no_module(
+    bmkit: Run, bert: Path, labelled: Path, method: str
+) -> None:
+    found = metrics(bmkit("tune", method, "-m", bert, "--data", labelled, "-o", "d", *SHORT))
+    assert found["dev_loss"] < found["dev_loss_before"]
 
 
 def test_an_encoder_decoder_learns_what_to_say(

@@ -84,6 +84,7 @@ def merge(
 ) -> None:
     """Put deltas into their base's weights."""
     reporter = session.start(how, quiet=quiet, loud=verbose)
+    import math
     import time
 
     from bmkit.errors import UsageError
@@ -94,6 +95,8 @@ def merge(
     start = time.monotonic()
     try:
         shares = None if weights is None else [float(word) for word in weights.split(",")]
+        if not all(map(math.isfinite, shares or ())):
+            raise ValueError
     except ValueError:
         raise UsageError(f"--weights {weights}: it takes numbers, as 1,-0.5") from None
     path = session.model_path(model)
@@ -145,7 +148,7 @@ def sweep(given: dict[str, Any]) -> None:
     from dataclasses import replace
 
     from bmkit import place
-    from bmkit.errors import GateError, UsageError
+    from bmkit.errors import DivergedError, GateError, UsageError
     from bmkit.pipeline import grid
     from bmkit.pipeline import stage as stages
     from bmkit_cli.output import out as stdout
@@ -159,6 +162,8 @@ def sweep(given: dict[str, Any]) -> None:
     grid.requests(checked, given["grid"])  # a typo is told before the model is waited for
     request = replace(checked, model=session.model_path(given["model"]))
     done = list(grid.run(grid.requests(request, given["grid"]), reporter))
+    if not done:
+        raise DivergedError("no run of the sweep has reached its end")
     metric = stages.load_recipe(request)[1].model_dump()["train"]["metric_for_best_model"]
     chosen, by = grid.best([dict(result.artifact.metrics) for *_, result in done], metric)
     for line in grid.table([(n, dict(r.artifact.metrics)) for n, _, r in done], chosen):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -72,19 +74,23 @@ class Gaps:
     """A collator that hides tokens, to be found again (BERT, arXiv 1810.04805).
 
     Of the places that may be, a share is asked for, in each row one at least: eight of ten are the
-    mask token, one is any token, one stays.
+    mask token, one is any token, one stays. Which these are is decided by `seed`, the tokens, and
+    the `epoch` of the examples, if they have one.
     """
 
     pad_token_id: int
     mask_token_id: int
     vocabulary: int
     share: float = 0.15
-    seed: int | None = None
-    """The same gaps each time, for measuring; None: others each time."""
+    seed: int = 0
+    epochs: ClassVar = True
+    """Whether examples are to say in which epoch they are read."""
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Return `input_ids`, `attention_mask` and `labels` [batch, time]."""
-        draw = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        epoch = examples[0].get("epoch", [0])[0]
+        content = zlib.crc32(repr([e["input_ids"] for e in examples]).encode())
+        draw = torch.Generator().manual_seed((self.seed << 40) + (epoch << 32) + content)
         ids = _padded([e["input_ids"] for e in examples], self.pad_token_id)
         may = _padded([e["labels"] for e in examples], IGNORED) != IGNORED
         chance = torch.rand(ids.shape, generator=draw).masked_fill(~may, 2.0)

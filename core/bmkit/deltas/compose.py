@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from bmkit.deltas import folders as saved
 from bmkit.deltas import own
 from bmkit.deltas.held import Held, base_of, held_by, is_prompt, switches
+from bmkit.deltas.residual import as_plain, takes_part
 from bmkit.deltas.tuners.beside import Beside
 from bmkit.errors import InputError, RecipeError, first_line
 
@@ -58,6 +59,9 @@ def attach(model: Any, configs: Mapping[str, PeftConfig]) -> Any:
         held = {id(p) for p in trained}
         model = _insert(model, name, config)
         trained += [p for p in model.parameters() if p.requires_grad and id(p) not in held]
+        if takes_part(config):
+            tensors = {n: t.detach().clone() for n, t in _held(model, name).tensors().items()}
+            base_of(model).__dict__.setdefault("bmkit_begun", {})[name] = tensors
     for parameter in trained:
         parameter.requires_grad_(True)
     return model
@@ -88,12 +92,17 @@ def load(model: Any, folders: Mapping[str, Path]) -> Any:
 def save(model: Any, name: str, folder: Path) -> None:
     """Write a delta as a PEFT directory that plain PEFT loads, alone, onto the plain base.
 
+    One that has begun with a part of the weights (PiSSA, OLoRA) is written as plain LoRA of twice
+    the rank, if it was put in by `attach`.
     Embeddings of the model are not among its weights, unless the delta trains them. Raises
     InputError for a name that no delta has.
     """
     held = _held(model, name)
     tensors = held.tensors()  # AdaLoRA's config is put right with them
     saved.write(folder, copy.deepcopy(held.config), tensors, held.base)
+    begun = held.base.__dict__.get("bmkit_begun", {}).get(name)
+    if begun is not None:
+        as_plain(folder, begun)
 
 
 def swap(model: Any, name: str, folder: Path) -> None:
@@ -357,11 +366,13 @@ def _inner(model: Any, name: str) -> str:
 def _safe(base: nn.Module, name: str) -> str:
     """Return a name for PEFT: inside of no parameter's name, else it would mistake one for it."""
     names = [n for n, _ in base.named_parameters()]
-    parts = {part for n in names for part in n.split(".")}
-    parts |= _INSIDE | set(_known(base).values())
-    if _SAFE.fullmatch(name) and name not in parts and not any(name in n for n in names):
+    others = _known(base).values()
+    parts = {part for n in names for part in n.split(".")} | _INSIDE
+    mistaken = any(name in n for n in (*names, *others)) or any(n in name for n in others)
+    if _SAFE.fullmatch(name) and name not in parts and not mistaken:
         return name
-    return next(n for i in range(len(parts) + 1) if (n := f"delta{i}") not in parts)
+    free = (f"delta{chr(97 + i % 26)}{i // 26}x" for i in range(len(parts) + len(others) + 1))
+    return next(n for n in free if n not in parts and n not in others)
 
 
 def _rank(config: PeftConfig) -> int:
@@ -377,5 +388,4 @@ def _wraps(config: PeftConfig) -> bool:
 
 
 def _changes_base(config: PeftConfig) -> bool:
-    begun = getattr(config, "init_lora_weights", None)
-    return isinstance(begun, str) and begun.startswith(("pissa", "olora", "corda", "loftq"))
+    return takes_part(config)

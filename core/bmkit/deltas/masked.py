@@ -40,16 +40,17 @@ def mask_updates(model: nn.Module) -> Masks:
         base = layer.get_base_layer()
         if type(base) is nn.Linear and is_pruned(base.weight):
             kept = base.weight.detach() != 0
-            layer.forward = partial(_masked, layer, base, kept)
+            layer.forward = partial(_masked, layer, kept)
             masks.layers.append((base, kept))
     return masks
 
 
-def _masked(layer: Any, base: nn.Linear, kept: Tensor, x: Tensor, *_: Any, **__: Any) -> Tensor:
+def _masked(layer: Any, kept: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    result: Tensor = layer.base_layer(x, *args, **kwargs)
     working = [] if layer.disable_adapters or layer.merged else layer.active_adapters
-    weight: Tensor = base.weight
     for name in working:
         if name in layer.lora_A:
             update = layer.lora_B[name].weight @ layer.lora_A[name].weight
-            weight = weight + (layer.scaling[name] * update * kept).to(weight.dtype)
-    return functional.linear(x.to(weight.dtype), weight, base.bias)
+            update = (layer.scaling[name] * update * kept).to(x.dtype)
+            result = result + functional.linear(x, update).to(result.dtype)
+    return result

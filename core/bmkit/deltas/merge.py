@@ -20,19 +20,7 @@ def merge(model: Any) -> Any:
     Raises RecipeError, with nothing changed, if one of them has no place in the weights.
     """
     base = base_of(model)
-    if is_prompt(model):
-        raise _refused("what comes before a prompt has no place in the weights")
-    inside = [m for m in switches(base) if isinstance(m, BaseTunerLayer)]
-    beside = [m for m in inside if isinstance(m, Beside)]
-    around = [m for m in inside if not isinstance(m, Beside)]
-    try:
-        for layer in beside:
-            layer.look()
-    except ValueError as exc:
-        raise _refused(first_line(exc)) from None
-    for layer in around:
-        if type(layer).merge is BaseTunerLayer.merge:
-            raise _refused(f"{type(layer).__name__} can't be merged")
+    around, beside = require_mergeable(model)
     for layer in (*reversed(around), *beside):  # of layers around each other the inner one first
         if layer.active_adapters:
             layer.merge(adapter_names=list(layer.active_adapters))
@@ -53,6 +41,27 @@ def merge(model: Any) -> Any:
         done = (*done, f"{name}.")
     forget(base)
     return base
+
+
+def require_mergeable(model: Any) -> tuple[list[Any], list[Any]]:
+    """Return the layers of the deltas: those around modules, and those beside them.
+
+    Raises RecipeError if one of them has no place in the weights.
+    """
+    if is_prompt(model):
+        raise _refused("what comes before a prompt has no place in the weights")
+    inside = [m for m in switches(base_of(model)) if isinstance(m, BaseTunerLayer)]
+    beside = [m for m in inside if isinstance(m, Beside)]
+    around = [m for m in inside if not isinstance(m, Beside)]
+    try:
+        for layer in beside:
+            layer.look()
+    except ValueError as exc:
+        raise _refused(first_line(exc)) from None
+    for layer in around:
+        if type(layer).merge is BaseTunerLayer.merge:
+            raise _refused(f"{type(layer).__name__} can't be merged")
+    return around, beside
 
 
 def _refused(why: str) -> RecipeError:

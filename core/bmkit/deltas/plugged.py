@@ -33,3 +33,11 @@ def only(model: Any, name: str | None) -> Iterator[None]:
 
     with compose.active(model, () if name is None else (name,)):
         yield
+
+
+def in_front(model: Any) -> int | None:
+    """Return how many virtual tokens a delta puts in front of what the model reads; else None."""
+    config = getattr(model, "active_peft_config", None)
+    if not getattr(config, "is_prompt_learning", False):
+        return None
+    return int(getattr(config, "num_virtual_tokens", 0))

@@ -7,6 +7,7 @@ from typing import Any
 
 from bmkit.deltas import address
 from bmkit.deltas.modules import Module
+from bmkit.deltas.roles import roles_there
 from bmkit.errors import RecipeError
 
 SECOND = ("feedforward_modules", "input_modules")
@@ -24,10 +25,23 @@ def addressed(spec: Any, modules: Mapping[str, Module]) -> tuple[list[str], list
         address.matched(modules, kinds=spec.KINDS, method=f"`{spec.type}`", **where)
         if where["target_modules"]
         else []
-        for where in _places(spec)
+        for where in _places(spec, modules)
     )
+    _require_patterns(spec, own)
     _require_sizes(spec, [(name, modules[name].shape) for name in own])
     return own, besides
+
+
+def _require_patterns(spec: Any, found: list[str]) -> None:
+    """Raise RecipeError for a rank or alpha of a module that the delta doesn't go to."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        for end in getattr(spec, key, {}):
+            if not any(name == end or name.endswith(f".{end}") for name in found):
+                short = sorted({name.rpartition(".")[2] for name in found})
+                raise RecipeError(
+                    f"{key}: no module of the delta's ends in `{end}`",
+                    hint=f"there are: {', '.join(short)}",
+                )
 
 
 def _require_sizes(spec: Any, found: list[tuple[str, tuple[int, ...]]]) -> None:
@@ -51,6 +65,11 @@ def _require_sizes(spec: Any, found: list[tuple[str, tuple[int, ...]]]) -> None:
                 )
 
 
-def _places(spec: Any) -> list[dict[str, Any]]:
+def _places(spec: Any, modules: Mapping[str, Module]) -> list[dict[str, Any]]:
+    asked = {"target_modules", *SECOND} & spec.model_fields_set
+    if spec.type == "parallel_adapter" and not asked and "mlp" not in roles_there(modules):
+        # A feed-forward that is no module of its own, as BERT's: from its first layer to its last.
+        pair = (["attn", "mlp.down"], ["attn", "mlp.up"])
+        return [spec.targets | {"target_modules": part} for part in pair]
     second = next((found for key in SECOND if (found := getattr(spec, key, None))), None)
     return [spec.targets, spec.targets | {"target_modules": second}]

@@ -60,6 +60,7 @@ class Session:
             encoder=self.encoder_decoder or self.encodes is not None,
             task="score" if recipe.score else _READING.get(task, "generate"),
             adapters=self.adapters,
+            headed=head is not None,
         )
         self.pads = config.model_type not in models.READ_PADDING
         self.pooling = encode.Pooling.of(job.checkpoint) if task == "embed" else None
@@ -67,6 +68,12 @@ class Session:
         self.engine = open_engine(job, config, head=head is not None)
         self.reader.most = self.engine.most_tokens
         self.rss_before_bytes = self.engine.rss_before_bytes
+        front = plugged.in_front(self.engine.model)
+        if front is not None:  # positions are counted from behind what stands in front
+            self.pads = False
+            if self.context is not None:
+                self.context = self.reader.context = self.context - front
+        self.front = front
         self.server = self._server(job)
         self.static = self._static(job.rows)
 
@@ -92,7 +99,7 @@ class Session:
         streams = self.engine.placed is not None and self.engine.placed.streamed_bytes > 0
         many = rows is None or rows >= 8 * self.recipe.batch_size
         can = not getattr(self.engine.model, "_is_stateful", False) and not self.encoder_decoder
-        can = can and not streams
+        can = can and not streams and self.front is None
         if self.recipe.cache == "static" and not can:
             raise ResourceError(
                 "cache: static can't be had with this model, or with weights that are streamed",
@@ -325,7 +332,7 @@ def _config(job: Job, tokenizer: Any) -> tuple[Any, heads.Head | None]:
             "this adapter was trained to fill gaps, which `infer` doesn't",
             hint="use it in `bmkit prompt`, or merge it: bmkit tune with merge: true",
         )
-    return heads.config_of(job.checkpoint, head, tokenizer.pad_token_id), head
+    return heads.config_of(job.checkpoint, head, tokenizer), head
 
 
 def run(job: Job) -> Session:

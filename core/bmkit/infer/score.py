@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
+from bmkit.deltas import plugged
 from bmkit.errors import InputError
 from bmkit.runtime.budget import SCORE_BYTES
 
@@ -93,7 +94,8 @@ def score(model: Any, ids: list[int], scored: int, context: int | None) -> list[
         return _encoder_decoder(model, ids, scored)
     found: list[float] = []
     chunk = at_once(model.config.get_text_config().vocab_size)
-    whole = bool(getattr(model, "_is_stateful", False))
+    front = plugged.in_front(model)
+    whole = bool(getattr(model, "_is_stateful", False)) or front is not None
     for start, first, end in windows(len(ids), scored, context):
         part = torch.tensor([ids[start:end]], device=model.device)
         cache = None
@@ -106,7 +108,8 @@ def score(model: Any, ids: list[int], scored: int, context: int | None) -> list[
             wanted = [i for i in range(at, at + piece.shape[1]) if first <= i + 1 < end]
             if wanted:
                 rows = torch.tensor([i - at for i in wanted], device=model.device)
-                found += picked(out.logits[0, rows], [ids[i + 1] for i in wanted])
+                logits = out.logits[:, out.logits.shape[1] - piece.shape[1] :]
+                found += picked(logits[0, rows], [ids[i + 1] for i in wanted])
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from bmkit import env
-from bmkit.errors import UsageError
+from bmkit.errors import DivergedError, UsageError
 from bmkit.pipeline import stage as stages
 from bmkit.pipeline.stage import Request, Result
 from bmkit.report import Reporter
 
+LONGEST = 120
+"""Signs of a result's folder."""
 MOST = 64
 """Runs of a sweep; more are more likely a typo."""
 
@@ -75,7 +78,10 @@ def requests(request: Request, asked: Sequence[str]) -> list[tuple[str, Request]
 
 def _name(words: Sequence[str]) -> str:
     short = (f"{w.partition('=')[0].rpartition('.')[2]}={w.partition('=')[2]}" for w in words)
-    return re.sub(r"[^A-Za-z0-9=,._+-]+", "_", ",".join(short))
+    name = re.sub(r"[^A-Za-z0-9=,._+-]+", "_", ",".join(short))
+    if len(name) <= LONGEST:
+        return name
+    return f"{name[:LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def run(
@@ -86,7 +92,10 @@ def run(
         raise UsageError("--grid runs in one process: launch its runs one by one")
     for number, (name, request) in enumerate(asked, 1):
         reporter.info(f"run {number} of {len(asked)}: {name}")
-        yield name, request, stages.run_stage(request, reporter)
+        try:
+            yield name, request, stages.run_stage(request, reporter)
+        except DivergedError as exc:
+            reporter.warn(f"{name}: {exc}")
 
 
 def best(rows: Sequence[dict[str, Any]], metric: str | None) -> tuple[int, str]:

@@ -211,6 +211,8 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
             digest = cache.sha256(file)
             inputs[dotted] = InputEntry(kind="data", digest=digest, path=str(file))
     digests = {name: entry.digest for name, entry in inputs.items()}
+    if env.process()[1] > 1:  # so many times as large a batch
+        digests["processes"] = str(env.process()[1])
     key = artifact.stage_key(stage.name, stage.version, _without_paths(recipe), digests)
     out, done = _destination(request, stage, doc.name, key)
     if stage.gives != "text":

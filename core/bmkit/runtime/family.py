@@ -93,6 +93,7 @@ def plain_lora(folder: Path) -> bool:
         config.get("peft_type") == "LORA"
         and config.get("bias", "none") == "none"
         and not any(config.get(key) for key in _NOT_PLAIN)
+        and not _takes_part(config)
         and all(_LORA.fullmatch(name) for name in names)
     )
 
@@ -108,12 +109,24 @@ def replaces_modules(folder: Path) -> bool:
     except (OSError, ValueError, InputError):
         return True
     return (
-        config.get("peft_type") not in {"LORA", "IA3", "LOHA", "LOKR", "VERA", "OFT", "BOFT"}
+        config.get("peft_type") not in _BESIDE
+        or _takes_part(config)
         or bool(config.get("modules_to_save"))
         or bool(config.get("trainable_token_indices"))
         or bool(config.get("target_parameters"))
         or any("embedding" in name or name.endswith("embed_tokens.weight") for name in names)
     )
+
+
+_BESIDE = {"LORA", "IA3", "LOHA", "LOKR", "VERA", "OFT", "BOFT"}
+_BESIDE |= {"BMKIT_ADAPTER", "BMKIT_PARALLEL_ADAPTER", "BMKIT_BITFIT"}
+"""Types that leave the model's modules where they are, and read no weights."""
+
+
+def _takes_part(config: Mapping[str, Any]) -> bool:
+    """Tell whether a LoRA's beginning was taken out of the weights, as PiSSA's is."""
+    begun = config.get("init_lora_weights")
+    return isinstance(begun, str) and begun.startswith(("pissa", "olora", "corda", "loftq"))
 
 
 _NOT_PLAIN = (

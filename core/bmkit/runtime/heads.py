@@ -53,7 +53,14 @@ def write(folder: Path, head: Head) -> None:
     (folder / FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def config_of(path: Path, head: Head, pad_token_id: int | None) -> Any:
+def pad_of(config: Any, tokenizer: Any) -> int:
+    """Return the token that rows are filled up with: a classifier looks for it by its config."""
+    own = getattr(config.get_text_config(), "pad_token_id", None)
+    known = (own, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(token) for token in known if isinstance(token, int)), 0)
+
+
+def config_of(path: Path, head: Head, tokenizer: Any) -> Any:
     """Return a checkpoint's config as a model with this head has it."""
     import transformers
 
@@ -69,21 +76,41 @@ def config_of(path: Path, head: Head, pad_token_id: int | None) -> Any:
         config.id2label = dict(enumerate(head.labels))
         config.label2id = {label: number for number, label in enumerate(head.labels)}
         config.problem_type = "single_label_classification"
-    if config.get_text_config().pad_token_id is None:
-        config.get_text_config().pad_token_id = pad_token_id
+    text = config.get_text_config()
+    if getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = pad_of(config, tokenizer)
     return config
 
 
 def load(path: Path, config: Any, *, device: torch.device, dtype: str) -> tuple[Any, list[str]]:
     """Load the checkpoint at `path` with the head that its `config` names, in eval mode.
 
-    Returns it with the names of the modules that the checkpoint has no weights for: they are drawn
-    by torch's random numbers, and are to be trained. Raises InputError and ResourceError as
-    `load_model` does.
+    Returns it with the names of the modules that are to be trained: the head, and those that the
+    checkpoint has no weights for, which are drawn by torch's random numbers. Raises InputError and
+    ResourceError as `load_model` does.
     """
     fresh: list[str] = []
     model = models.load_model(path, device=device, dtype=dtype, config=config, fresh=fresh)
-    return model, modules_of(fresh, getattr(model, "base_model_prefix", ""))
+    prefix = getattr(model, "base_model_prefix", "")
+    found = modules_of(fresh, prefix)
+    if config.architectures[0].endswith(("SequenceClassification", "TokenClassification")):
+        own = [n for n, m in model.named_children() if n != prefix and _weighs(m)]
+        if not _same_labels(path, config):
+            for name in own:
+                model.get_submodule(name).apply(model._init_weights)
+        found = list(dict.fromkeys([*found, *own]))  # a head is trained, whatever it was before
+    return model, found
+
+
+def _weighs(module: Any) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _same_labels(path: Path, config: Any) -> bool:
+    """Tell whether the checkpoint has this head already, for the same labels in the same order."""
+    own = models.load_config(path)
+    same_head = (own.architectures or [""])[0] == config.architectures[0]
+    return bool(same_head and own.id2label == config.id2label)
 
 
 def modules_of(missing: Sequence[str], prefix: str) -> list[str]:

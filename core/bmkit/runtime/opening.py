@@ -85,7 +85,7 @@ def open_engine(
     found = None
     if chosen.way == "packed":
         found = _packed(job, recipe, chosen, config, device, said)
-    elif chosen.way == "placed":
+    elif chosen.way == "placed" and not head:
         found = _placed(job, recipe, chosen, device)
     if found is None:
         before = env.rss_bytes()

@@ -55,9 +55,12 @@ class Reader:
         encoder: bool,
         task: Task,
         adapters: Sequence[str] = (),
+        headed: bool = False,
     ) -> None:
         self.tokenizer, self.recipe, self.context = tokenizer, recipe, context
         self.encoder, self.task, self.adapters = encoder, task, adapters
+        self.headed = headed
+        """Whether an adapter has brought the model's head."""
         self.most: int | None = None
         """Tokens of a row, its answer included, that a budget was planned for."""
         self.raw = recipe.raw or tokenizer.chat_template is None or task != "generate"
@@ -101,6 +104,8 @@ class Reader:
         if ADAPTER not in values:
             return EVERY
         name = values[ADAPTER]
+        if name is None and self.headed:
+            raise ValueError("the model alone has no head for this task: it came with an adapter")
         if name is None or name in self.adapters:
             return name if name is None else str(name)
         known = ", ".join(self.adapters) or "none was given"

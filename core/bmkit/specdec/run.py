@@ -14,6 +14,7 @@ import torch
 
 from bmkit import model as models
 from bmkit.data.rows import BadRow, Row
+from bmkit.deltas import plugged
 from bmkit.errors import InputError, ResourceError
 from bmkit.plan import Job
 from bmkit.runtime import frequent
@@ -91,6 +92,11 @@ class Session:
             adapters=self.adapters,
         )
         self.engine = open_engine(job, config)
+        if plugged.in_front(self.engine.model) is not None:
+            raise InputError(
+                "a delta stands in front of what the model reads: guesses can't be verified then",
+                hint="use infer, or a delta inside the model",
+            )
         spare = recipe.guesses
         if self.engine.most_tokens is not None:
             self.reader.most = self.engine.most_tokens - spare

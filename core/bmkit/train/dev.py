@@ -54,13 +54,13 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         return values.index(min(values))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Measure, if it is time to."""
-        if self.dev.every is not None and state.global_step % self.dev.every == 0:
-            self._measure(state, control)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Measure, if it is done once an epoch."""
+        """Measure, if it is time to: before a checkpoint of this step is written."""
         if self.dev.every is None:
+            whole = abs(state.epoch - round(state.epoch)) < 1e-6
+            due = whole or state.global_step == state.max_steps
+        else:
+            due = state.global_step % self.dev.every == 0
+        if due:
             self._measure(state, control)
 
     def _measure(self, state: Any, control: Any) -> None:
@@ -83,11 +83,17 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             scratch.parent.mkdir(parents=True, exist_ok=True)
             scratch.write_text(json.dumps(self.history), encoding="utf-8")
             scratch.replace(self.note)
-        if best is not None and self.dev.patience is not None:
-            since = len(self.history) - 1 - best
-            if since >= self.dev.patience:
-                self.reporter.info(f"nothing better in {since} measurements: it stops")
-                control.should_training_stop = True
+        if self.out_of_patience:
+            self.reporter.info(f"nothing better in {self.dev.patience} measurements: it stops")
+            control.should_training_stop = True
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Tell whether training has stopped, because nothing got better for too long."""
+        best = self._best
+        if best is None or self.dev.patience is None:
+            return False
+        return len(self.history) - 1 - best >= self.dev.patience
 
     def take_best(self) -> int | None:
         """Put the best weights into the model; return their step, None if the last ones stay."""

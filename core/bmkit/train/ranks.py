@@ -12,6 +12,8 @@ from transformers import TrainerCallback
 
 from bmkit.model import save_tensors
 
+LEAST = 3
+"""Steps below which PEFT's allocator has nothing to go by."""
 FILE = "ranks.safetensors"
 KINDS = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 """What PEFT's allocator knows of each matrix: its sensitivity, smoothed, and how unsure that is."""
@@ -48,6 +50,8 @@ class Ranks(TrainerCallback):  # type: ignore[misc]
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take ranks away, where it is time to."""
+        if self.config.total_step < LEAST:
+            return
         self.tuner.update_and_allocate(state.global_step + 1)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

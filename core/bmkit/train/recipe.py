@@ -44,7 +44,7 @@ class Train(Model):
     load_best_model_at_end: bool = Field(
         default=False, description="Keep the weights that were best on `data.dev`, not the last."
     )
-    metric_for_best_model: str | None = Field(
+    metric_for_best_model: Literal["dev_loss", "dev_accuracy", "dev_f1"] | None = Field(
         default=None,
         description="The figure that says which are best: `dev_loss`, or one of the task's.",
     )

@@ -14,15 +14,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import SaveStrategy
 
 from bmkit import env
 from bmkit.data.chat import Example
-from bmkit.errors import DivergedError, InputError, ResourceError, first_line, machine_refusal
+from bmkit.errors import (
+    DivergedError,
+    InputError,
+    RecipeError,
+    ResourceError,
+    first_line,
+    machine_refusal,
+)
 from bmkit.report import Reporter, Task
 from bmkit.train import checkpointing
 from bmkit.train import head as heads
@@ -147,7 +154,10 @@ def _train(
         train_dataset=list(examples),
         data_collator=collate,
     )
+    if getattr(collate, "epochs", False):
+        trainer.train_dataset = _Dated(trainer)
     trainer.loss_of = loss
+    trainer._loss_shifts_labels = False  # every label that a batch has counts
     trainer.model_accepts_loss_kwargs = True  # our loss takes the number of labelled tokens
     total = steps_of(spec, len(examples))
     watch = _Watch(reporter, total, work, start=int(last.name.rpartition("-")[2]) if last else 0)
@@ -162,7 +172,10 @@ def _train(
         reporter.info(f"going on from step {watch.start}, where the last run was stopped")
     try:
         with checkpointing.recomputed(again or []):
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
+            if progress is not None and progress.out_of_patience and last is not None:
+                trainer.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+            else:
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
     except (torch.OutOfMemoryError, RuntimeError) as exc:
         if machine_refusal(exc) != "out of memory":
             raise
@@ -203,6 +216,13 @@ def _again(
         return {name: value.to(device) for name, value in collate([row]).items()}
 
     rows = spec.per_device_train_batch_size
+    if heads.prompted(model) and model.active_peft_config.peft_type == "PREFIX_TUNING":
+        if spec.gradient_checkpointing is True:
+            raise RecipeError(
+                "train.gradient_checkpointing: with a prefix, blocks can't compute again",
+                hint="leave it at auto",
+            )
+        return []  # each block would put its keys into the same cache twice
     model.train()
     try:
         return checkpointing.again(model, spec.gradient_checkpointing, longest, loss, rows=rows)
@@ -292,6 +312,23 @@ class _Trainer(Trainer):  # type: ignore[misc]
         return loss / items
 
 
+class _Dated(Dataset[Any]):
+    """The rows of a trainer, each with the epoch in which it is read."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.rows = trainer, trainer.train_dataset
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> Any:
+        return {**self.rows[place], "epoch": [_epoch(self.trainer)]}
+
+
+def _epoch(trainer: Trainer) -> int:
+    return int((trainer.state.epoch or 0) + 1e-6)  # a share of the next one is done
+
+
 class _Order(Sampler[int]):
     """Rows of like length together, in an order of its own in each epoch."""
 
@@ -303,8 +340,8 @@ class _Order(Sampler[int]):
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        epoch = int((self.trainer.state.epoch or 0) + 1e-6)  # a share of the next one is done
-        draw = torch.Generator().manual_seed(self.trainer.args.seed + epoch)
+        seed = self.trainer.args.seed + _epoch(self.trainer)
+        draw = torch.Generator().manual_seed(seed)
         return iter(get_length_grouped_indices(self.lengths, self.rows, generator=draw))
 
 

@@ -9,6 +9,7 @@ import torch
 
 from bmkit.deltas import compose, configs
 from bmkit.deltas.configs import Place
+from bmkit.deltas.merge import require_mergeable
 from bmkit.deltas.modules import modules_of_model
 from bmkit.deltas.recipe import names
 from bmkit.deltas.targets import addressed
@@ -56,6 +57,17 @@ def attach(
     if base.placed is not None:
         _require_placed(recipe)
     called = names(recipe.deltas)
+    carrier = next((i for i, spec in enumerate(recipe.deltas) if not spec.PROMPT), None)
+    if carrier is None and (set(saved) - HEADS or (saved and recipe.unfreeze)):
+        raise RecipeError(
+            f"unfreeze: {', '.join(saved)} would have to be kept with a delta, and "
+            f"`{recipe.deltas[0].type}` keeps none",
+            hint="put another delta beside it, as bitfit",
+        )
+    if recipe.merge and carrier is None:
+        raise RecipeError(
+            f"merge: `{recipe.deltas[0].type}` has no place in the weights", hint="leave merge out"
+        )
     modules = modules_of_model(base.model)
     torch.manual_seed(recipe.seed)
     found: dict[str, Any] = {}
@@ -65,7 +77,7 @@ def attach(
             own,
             besides,
             task_type=goal.task_type,
-            modules_to_save=saved if number == 0 else (),
+            modules_to_save=saved if number == carrier else (),
             tokenizer=tokenizer,
             tokenizer_path=str(job.checkpoint),
             hidden=int(base.model.config.get_text_config().hidden_size),
@@ -73,7 +85,14 @@ def attach(
         with LibraryRefusal(f"deltas.{number}: PEFT refuses it", error=RecipeError):
             found[name] = METHODS[spec.type](spec, place)
     with LibraryRefusal("deltas: PEFT refuses them on this model", error=RecipeError):
-        return compose.attach(base.model, found), called
+        model = compose.attach(base.model, found)
+    if recipe.merge:
+        require_mergeable(model)
+    return model, called
+
+
+HEADS = {"classifier", "score"}
+"""What PEFT keeps with a prompt or prefix by itself."""
 
 
 DENSE = ("boft", "oft", "p_tuning", "prefix", "prompt", "trainable_tokens")

@@ -31,7 +31,7 @@ def tree(job: Job) -> Any:
     else:
         import transformers
 
-        config = heads.config_of(job.checkpoint, goal.head, tokenizer.pad_token_id)
+        config = heads.config_of(job.checkpoint, goal.head, tokenizer)
         with torch.device("meta"):
             model = getattr(transformers, config.architectures[0])(config)
     with torch.device("meta"):

@@ -31,8 +31,7 @@ def merged(checkpoint: Path, folders: Mapping[str, Path], out: Path) -> None:
     cpu = torch.device("cpu")
     if found:
         (head,) = found
-        pad = models.load_tokenizer(checkpoint).pad_token_id
-        config = heads.config_of(checkpoint, head, pad)
+        config = heads.config_of(checkpoint, head, models.load_tokenizer(checkpoint))
         model, _ = heads.load(checkpoint, config, device=cpu, dtype="float32")
     else:
         head = None

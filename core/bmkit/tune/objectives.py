@@ -16,8 +16,8 @@ from bmkit.data import halves, labelled, rows
 from bmkit.data.batch import Gaps, Halves, Labelled, Padding
 from bmkit.data.chat import Encoded, Example, encode_file
 from bmkit.data.pairs import Pairs, encode_pairs
-from bmkit.errors import InputError
-from bmkit.runtime.heads import Head
+from bmkit.errors import InputError, RecipeError
+from bmkit.runtime.heads import Head, pad_of
 from bmkit.train.heads import label_figures, label_loss
 from bmkit.train.loss import mean_loss, next_token_loss
 from bmkit.train.preference import preference_figures, preference_loss
@@ -50,6 +50,8 @@ class Objective:
     """What is measured on batches: `dev_loss`, and what the task has besides."""
 
     pad_token_id: int = 0
+    max_length: int = 0
+    """Tokens of a row: what is longer was cut."""
 
     @property
     def task_type(self) -> str | None:
@@ -80,8 +82,14 @@ def task_of(recipe: TuneRecipe, config: Any, train: Path) -> Task:
 def objective(recipe: TuneRecipe, config: Any, train: Path, tokenizer: Any) -> Objective:
     """Return what a recipe trains for. Raises InputError for a model that can't do it."""
     task = task_of(recipe, config, train)
-    data, pad = recipe.data, _pad(tokenizer)
-    length = data.max_length
+    data, pad = recipe.data, pad_of(config, tokenizer)
+    length = _length(recipe, config)
+    in_front = [d.type for d in recipe.deltas if d.type in ("prompt", "p_tuning")]
+    if task == "sequence_classification" and in_front and models.task(config) == "generate":
+        raise RecipeError(
+            f"deltas: a decoder with `{in_front[0]}` in front doesn't find a text's last token",
+            hint="take prefix, or any delta inside the model",
+        )
     if task in ("sequence_classification", "token_classification"):
         labels = data.labels or labelled.labels_of(train)
         read = labelled.encode_texts if task.startswith("seq") else labelled.encode_words
@@ -95,6 +103,7 @@ def objective(recipe: TuneRecipe, config: Any, train: Path, tokenizer: Any) -> O
             label_loss,
             partial(_labels, classes=len(labels)),
             pad,
+            length,
         )
     generates = models.task(config) == "generate"
     wanted = "encoder-decoder" if task == "seq2seq_lm" else "decoder"
@@ -109,11 +118,12 @@ def objective(recipe: TuneRecipe, config: Any, train: Path, tokenizer: Any) -> O
             task,
             Head(task),
             lambda path: halves.encode_plain(path, tokenizer, max_length=length),
-            gaps(),
+            gaps(seed=recipe.seed % 2**20),
             gaps(seed=DEV_SEED),
             label_loss,
             _gaps,
             pad,
+            length,
         )
     if not generates or config.is_encoder_decoder != (task == "seq2seq_lm"):
         raise InputError(f"task: {task} wants a model that is a {wanted}")
@@ -129,6 +139,7 @@ def objective(recipe: TuneRecipe, config: Any, train: Path, tokenizer: Any) -> O
             label_loss,
             _gaps,
             pad,
+            length,
         )
     if data.format == "chat" and tokenizer.chat_template is None:
         raise InputError("the model has no chat template", hint="set data.format to raw or auto")
@@ -144,6 +155,7 @@ def objective(recipe: TuneRecipe, config: Any, train: Path, tokenizer: Any) -> O
             partial(preference_loss, beta=recipe.beta),
             partial(_pairs, beta=recipe.beta),
             pad,
+            length,
         )
     return Objective(
         task,
@@ -154,11 +166,21 @@ def objective(recipe: TuneRecipe, config: Any, train: Path, tokenizer: Any) -> O
         next_token_loss,
         _next,
         pad,
+        length,
     )
 
 
-def _pad(tokenizer: Any) -> int:
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+def _length(recipe: TuneRecipe, config: Any) -> int:
+    """Return how many tokens of a row the model reads, beside those that deltas put in front.
+
+    Raises RecipeError if none are left.
+    """
+    front = sum(int(getattr(d, "num_virtual_tokens", 0)) for d in recipe.deltas)
+    context = models.context(config.get_text_config())
+    length = min(recipe.data.max_length, (context or 2**31) - front)
+    if length < 2:
+        raise RecipeError(f"num_virtual_tokens: the model reads {context} tokens in all")
+    return length
 
 
 def _next(model: Any, batches: Sequence[Batch], device: torch.device) -> dict[str, float]:

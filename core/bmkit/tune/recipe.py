@@ -115,7 +115,10 @@ class TuneRecipe(Recipe):
     @model_validator(mode="after")
     def _dev_for_what_needs_it(self) -> TuneRecipe:
         wants = ("load_best_model_at_end", "early_stopping_patience")
+        ranks = any(delta.type == "adalora" for delta in self.deltas)
         for name in wants:
+            if getattr(self.train, name) and ranks:
+                raise contradiction("train", f"{name}: adalora's ranks are right at the end alone")
             if getattr(self.train, name) and self.data.dev is None:
                 raise contradiction("train", f"{name} needs data.dev")
         return self

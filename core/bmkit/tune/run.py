@@ -21,6 +21,7 @@ from bmkit.plan import Job, Outcome
 from bmkit.runtime import experts, heads
 from bmkit.train.dev import Dev
 from bmkit.train.dropout import replace_dropout
+from bmkit.train.head import prompted
 from bmkit.train.preference import with_reference
 from bmkit.train.ranks import Ranks
 from bmkit.train.together import own_device
@@ -90,12 +91,10 @@ def _encode(job: Job, goal: Objective, which: str) -> Encoded | None:
     path: Path | None = job.files.get(which)
     if path is None:
         return None
-    recipe = job.recipe
-    assert isinstance(recipe, TuneRecipe)  # as above
     encoded = goal.encode(path)
     if encoded.truncated or encoded.dropped:
         job.reporter.warn(
-            f"{path.name}: {encoded.truncated} rows cut at {recipe.data.max_length} tokens, "
+            f"{path.name}: {encoded.truncated} rows cut at {goal.max_length} tokens, "
             f"{encoded.dropped} dropped"
         )
     return encoded
@@ -109,11 +108,11 @@ def _referred(
     dev: Encoded | None,
     device: torch.device,
 ) -> tuple[Encoded, Encoded | None]:
-    """Return the pairs, each with what the model without deltas says of both answers."""
+    """Return the pairs, each with what the model says of both answers before it is trained."""
     size = recipe.train.per_device_eval_batch_size
     pairs: Any = goal.collate
-    named = compose.names(model)
-    with compose.active(model, ()) if named else nullcontext():
+    # Deltas change nothing yet, but for those in front; some have taken a part of the weights.
+    with compose.active(model, ()) if prompted(model) else nullcontext():
         found = [
             None
             if part is None

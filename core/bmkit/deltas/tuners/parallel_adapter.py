@@ -136,7 +136,11 @@ class ParallelAdapterTuner(BottleneckTuner):
         model_config = getattr(self.model, "config", None)
         read = layer.host[0]
         if config.input_modules:
-            read = self.model.get_submodule(source(layer.where, self.inputs))
+            aimed = config.target_modules
+            named = set() if aimed is None or isinstance(aimed, str) else set(aimed)
+            others = named - {layer.where}  # they have adapters of their own
+            inputs = [n for n in self.inputs if n not in others]
+            read = self.model.get_submodule(source(layer.where, inputs))
         bottleneck = self.bottleneck(
             input_width(read, model_config),
             output_width(layer.get_base_layer(), model_config),

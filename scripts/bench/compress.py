@@ -49,7 +49,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "magnitude, 2:4": ("steps.0.pattern=2:4",),
     "wanda, 2:4": ("steps.0.pattern=2:4",),
     "wanda": (),
-    "sparsegpt": ("steps.0.pattern=null", "steps.0.sparsity=0.5"),
+    "sparsegpt": ("steps.0.pattern=unstructured", "steps.0.sparsity=0.5"),
     "sparsegpt, 2:4": ("steps.0.pattern=2:4",),
     "moefy": ("data.tokens=32768",),
     "shrink": (),

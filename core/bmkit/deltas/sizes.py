@@ -26,7 +26,7 @@ def parameters(spec: Any, shapes: Sequence[tuple[int, ...]], hidden: int, layers
     """Return how many parameters `spec` trains in modules whose weights have these shapes.
 
     A shape is [out, in], [width] of a norm, or () of a block, which is taken to be `hidden` wide.
-    It is exact but for Conv1D, whose sides are the other way round, and for ranks that differ.
+    It is an estimate for a plan: exact for LoRA, adapters and prompts, else within about twice.
     """
     if isinstance(spec, TrainableTokens):
         return len(spec.tokens) * hidden

@@ -98,7 +98,7 @@ def test_what_is_trained_rounded_is_what_is_exported_bit_for_bit(
 
     # What the trainer's last forward passes computed with: its own weights, rounded.
     student: Any = AutoModelForCausalLM.from_pretrained(work / "step-0", dtype=torch.float32)
-    master = load_file(work / "part-0" / "training" / "checkpoint-6" / "model.safetensors")
+    master = load_file(work / "part-0" / "training" / "checkpoint-6" / "learned.safetensors")
     before = load_file(tiny / "model.safetensors")
     step = recipe_of(prepared).steps[1]
     dtype = getattr(torch, stored)

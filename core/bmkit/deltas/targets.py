@@ -45,16 +45,16 @@ def _require_patterns(spec: Any, found: list[str]) -> None:
 
 
 def _require_sizes(spec: Any, found: list[tuple[str, tuple[int, ...]]]) -> None:
-    """Raise RecipeError for ranks above a layer's own, and blocks that don't divide its inputs."""
+    """Raise RecipeError for ranks above all layers' own, and blocks that don't divide inputs."""
+    most = max((min(shape) for _, shape in found if shape), default=0)
+    for key in ("r", "init_r"):
+        rank = getattr(spec, key, None)
+        if rank is not None and spec.type != "vera" and rank > most:
+            raise RecipeError(
+                f"{key}: {rank} is above the rank of all layers that it goes to",
+                hint=f"up to {most} makes a difference",
+            )
     for name, shape in found:
-        for key in ("r", "init_r"):
-            rank = getattr(spec, key, None)
-            if rank is not None and spec.type != "vera" and rank > min(shape):
-                sides = " x ".join(map(str, shape))
-                raise RecipeError(
-                    f"{key}: {rank} is above the rank of {name}, which is {sides}",
-                    hint=f"up to {min(shape)} makes a difference",
-                )
         for key in ("oft_block_size", "boft_block_size"):
             size = getattr(spec, key, None)
             if size is not None and shape[-1] % size:

@@ -37,8 +37,13 @@ def facts() -> dict[str, Any]:
             p: version(p) for p in ("torch", "transformers", "peft", "compressed-tensors")
         },
         "commit": commit,
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *map(_portable, sys.argv)]),
     }
+
+
+def _portable(word: str) -> str:
+    """Return a word of the command line without the folders of this machine."""
+    return Path(word).name if word.startswith("/") else word
 
 
 def save(name: str, values: dict[str, Any], *, say: bool = True) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +18,6 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    BertConfig,
     GPT2Config,
     T5Config,
 )
@@ -43,45 +41,6 @@ def metrics(done: subprocess.CompletedProcess[str]) -> dict[str, float]:
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    """A folder of rows to say: `train.jsonl` and `dev.jsonl`."""
-    rows = [{"prompt": f"Number {i}?", "completion": f"It is {i}."} for i in range(48)]
-    (tmp_path / "say").mkdir()
-    write(tmp_path / "say" / "train.jsonl", rows[:32])
-    write(tmp_path / "say" / "dev.jsonl", rows[32:])
-    return tmp_path / "say"
-
-
-@pytest.fixture
-def labelled(tmp_path: Path) -> Path:
-    """A folder of texts with one of three labels, which their first word tells."""
-    rows = [{"text": f"{COLOURS[i % 3]} {i}", "label": COLOURS[i % 3]} for i in range(72)]
-    (tmp_path / "tell").mkdir()
-    write(tmp_path / "tell" / "train.jsonl", rows[:48])
-    write(tmp_path / "tell" / "dev.jsonl", rows[48:])
-    return tmp_path / "tell"
-
-
-@pytest.fixture
-def bert(tiny: Path, tmp_path: Path) -> Path:
-    """A random BERT with a head that fills gaps, and the tiny tokenizer with a mask token."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    config = BertConfig(vocab_size=400, num_attention_heads=4, **sizes)  # type: ignore[arg-type]
-    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "bert")
-    copy_tokenizer(tiny, tmp_path / "bert")
-    file = tmp_path / "bert" / "tokenizer_config.json"
-    values = json.loads(file.read_text())
-    file.write_text(json.dumps({**values, "mask_token": "<|im_start|>"}))
-    return tmp_path / "bert"
-
-
-def copy_tokenizer(tiny: Path, to: Path) -> None:
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny / name, to / name)
 
 
 def recipe(folder: Path, *deltas: str, more: str = "") -> Path:
@@ -174,13 +133,13 @@ def test_defaults_fit_a_model_whose_feed_forward_is_no_module(
 
 
 def test_an_encoder_decoder_learns_what_to_say(
-    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path
+    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path, with_tokenizer: Any
 ) -> None:
     torch.manual_seed(0)
     sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
     config = T5Config(vocab_size=400, **sizes, decoder_start_token_id=0)  # type: ignore[arg-type]
     AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "t5")
-    copy_tokenizer(tiny, tmp_path / "t5")
+    with_tokenizer(tmp_path / "t5")
     found = metrics(bmkit("tune", "lora", "-m", "t5", "--data", texts, "-o", "d", *SHORT))
     assert found["dev_loss"] < 0.8 * found["dev_loss_before"]
     done = bmkit("infer", "-m", "d", "-p", "Number 3?", "--max-new-tokens", "5", "--json")
@@ -374,24 +333,23 @@ def test_rows_that_can_not_be_learned_are_named(
 
 
 def test_a_head_of_conv1d_layers_is_tuned_too(
-    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path
+    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path, with_tokenizer: Any
 ) -> None:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=128)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
-    copy_tokenizer(tiny, tmp_path / "gpt2")
+    with_tokenizer(tmp_path / "gpt2")
     path = recipe(tmp_path, "type: lora, target_modules: [attn.qkv, mlp.up]", "type: adapter")
     found = metrics(bmkit("tune", path, "-m", "gpt2", "--data", texts, "-o", "d", *SHORT))
     assert found["dev_loss"] < found["dev_loss_before"]
     assert bmkit("infer", "-m", "d", "-p", "Hi", "--max-new-tokens", "4").returncode == 0
 
 
-@pytest.mark.parametrize("epochs", [3])
 def test_what_frozen_blocks_say_is_kept_and_nothing_changes_by_it(
-    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path, epochs: int
+    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path
 ) -> None:
     path = recipe(tmp_path, "type: lora, last: 1")
-    words = ("--data", texts, "--json", "-s", f"train.num_train_epochs={epochs}")
+    words = ("--data", texts, "--json", "-s", "train.num_train_epochs=3")
     lean, plain = (
         bmkit("tune", path, "-m", "tiny", "-o", name, *words, "-s", f"cache_states={value}")
         for name, value in (("lean", "auto"), ("plain", "false"))

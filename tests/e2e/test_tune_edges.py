@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,6 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    BertConfig,
     GPT2Config,
 )
 
@@ -37,45 +34,6 @@ def metrics(done: subprocess.CompletedProcess[str]) -> dict[str, float]:
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    """A folder of rows to say: `train.jsonl` and `dev.jsonl`."""
-    rows = [{"prompt": f"Number {i}?", "completion": f"It is {i}."} for i in range(48)]
-    (tmp_path / "say").mkdir()
-    write(tmp_path / "say" / "train.jsonl", rows[:32])
-    write(tmp_path / "say" / "dev.jsonl", rows[32:])
-    return tmp_path / "say"
-
-
-@pytest.fixture
-def labelled(tmp_path: Path) -> Path:
-    """A folder of texts with one of three labels, which their first word tells."""
-    rows = [{"text": f"{COLOURS[i % 3]} {i}", "label": COLOURS[i % 3]} for i in range(72)]
-    (tmp_path / "tell").mkdir()
-    write(tmp_path / "tell" / "train.jsonl", rows[:48])
-    write(tmp_path / "tell" / "dev.jsonl", rows[48:])
-    return tmp_path / "tell"
-
-
-@pytest.fixture
-def bert(tiny: Path, tmp_path: Path) -> Path:
-    """A random BERT with a head that fills gaps, and the tiny tokenizer with a mask token."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    config = BertConfig(vocab_size=400, num_attention_heads=4, **sizes)  # type: ignore[arg-type]
-    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "bert")
-    copy_tokenizer(tiny, tmp_path / "bert")
-    file = tmp_path / "bert" / "tokenizer_config.json"
-    values = json.loads(file.read_text())
-    file.write_text(json.dumps({**values, "mask_token": "<|im_start|>"}))
-    return tmp_path / "bert"
-
-
-def copy_tokenizer(tiny: Path, to: Path) -> None:
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny / name, to / name)
 
 
 def recipe(folder: Path, *deltas: str, more: str = "") -> Path:
@@ -160,18 +118,20 @@ def test_a_classifier_learns_labels_in_another_order_than_it_knew(
     assert refused.returncode == 3 and "no head" in refused.stderr
 
 
-def test_rows_end_where_the_model_does(bmkit: Run, tiny: Path, tmp_path: Path) -> None:
+def test_rows_end_where_the_model_does(
+    bmkit: Run, tiny: Path, tmp_path: Path, with_tokenizer: Any
+) -> None:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=48)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
-    copy_tokenizer(tiny, tmp_path / "gpt2")
+    with_tokenizer(tmp_path / "gpt2")
     write(tmp_path / "rows.jsonl", [{"prompt": "a" * 100, "completion": "b" * 100}] * 2)
     write(tmp_path / "texts.jsonl", [{"text": "a" * 100, "label": x} for x in "pq"])
     for method, data in (("prompt", "rows.jsonl"), ("lora", "rows.jsonl"), ("lora", "texts.jsonl")):
         target = () if method == "prompt" else ("-s", "deltas.0.target_modules=[attn.qkv]")
         done = bmkit("tune", method, "-m", "gpt2", "--data", data, *SHORT, *target, "--force")
         if data == "rows.jsonl":  # the prompt alone is longer than the model reads
-            assert done.returncode == 3 and "nothing" not in done.stdout, done.stderr
+            assert done.returncode == 3 and "anything to learn" in done.stderr
         else:
             assert metrics(done)["rows_truncated"] == 2
 
@@ -199,9 +159,8 @@ def test_single_pairs_and_steps_are_learned_from(bmkit: Run, tiny: Path, tmp_pat
     rows = [{"prompt": f"{i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(4)]
     write(tmp_path / "pairs.jsonl", rows)
     one = ("-s", "train.per_device_train_batch_size=1", "-s", "train.learning_rate=1e-9", "--json")
-    for method in ("lora", "prefix"):
-        found = metrics(bmkit("tune", method, "-m", "tiny", "--data", "pairs.jsonl", *one))
-        assert found["train_loss"] == pytest.approx(0.693, abs=0.05 if method == "lora" else 9)
+    found = metrics(bmkit("tune", "lora", "-m", "tiny", "--data", "pairs.jsonl", *one))
+    assert found["train_loss"] == pytest.approx(0.693147, abs=1e-4)
     write(tmp_path / "say.jsonl", [{"text": "one row"}])
     words = ("--data", "say.jsonl", "-s", "train.max_steps=1", "--json")
     assert metrics(bmkit("tune", "adalora", "-m", "tiny", *words))["steps"] == 1

@@ -294,30 +294,6 @@ def test_a_loaded_delta_stays_frozen_beside_a_new_one(tmp_path: Path) -> None:
     assert trainable == set(compose.parameters(model, "adapter"))
 
 
-def test_a_run_goes_on_from_its_state() -> None:
-    def begin(seed: int) -> Any:
-        every = configs("llama")
-        every["adapter"] = AdapterConfig(target_modules=["mlp"], linear="phm", learn_phm=False)
-        model = compose.attach(llama(seed), every)
-        compose.base_of(model).lm_head.weight.requires_grad_(True)
-        return model
-
-    model = begin(1)
-    train(model)
-    kept = {n: t.clone() for n, t in compose.state(model).items()}
-    assert (
-        "base_model.lm_head.weight" in kept and "base_model.model.embed_tokens.weight" not in kept
-    )
-    again = begin(2)
-    assert not torch.equal(logits(again), logits(model))
-    compose.restore(again, kept)
-    assert torch.equal(logits(again), logits(model))
-    assert train(again, 2) == train(model, 2)
-    other = compose.attach(llama(), {"lora": configs("llama")["lora"]})
-    with pytest.raises(InputError, match="other deltas"):
-        compose.restore(other, kept)
-
-
 @pytest.mark.parametrize("name", ["lora", "adapter", "bitfit", "norms", "prefix"])
 def test_weights_are_swapped_while_the_delta_stays(name: str, tmp_path: Path) -> None:
     config = configs("llama")[name]

@@ -89,8 +89,8 @@ class Gaps:
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Return `input_ids`, `attention_mask` and `labels` [batch, time]."""
         epoch = examples[0].get("epoch", [0])[0]
-        content = zlib.crc32(repr([e["input_ids"] for e in examples]).encode())
-        draw = torch.Generator().manual_seed((self.seed << 40) + (epoch << 32) + content)
+        content = repr((self.seed, epoch, [e["input_ids"] for e in examples]))
+        draw = torch.Generator().manual_seed(zlib.crc32(content.encode()))  # it takes 32 bits
         ids = _padded([e["input_ids"] for e in examples], self.pad_token_id)
         may = _padded([e["labels"] for e in examples], IGNORED) != IGNORED
         chance = torch.rand(ids.shape, generator=draw).masked_fill(~may, 2.0)

@@ -185,30 +185,6 @@ def parameters(model: Any, name: str) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if tagged.search(n)}
 
 
-def state(model: Any) -> dict[str, Tensor]:
-    """Return all that a training run changes or has drawn, by its names in `model`.
-
-    That is whatever is trained, of the base too, and what deltas hold frozen. It is for going on
-    with a run; `save` is for using a delta.
-    """
-    tags = "|".join(re.escape(inner) for inner in _known(base_of(model)).values())
-    tagged = re.compile(rf"\.(?:{tags or '(?!)'})(?:\.|$)")
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    states: dict[str, Tensor] = model.state_dict()
-    return {n: t for n, t in states.items() if n in trained or tagged.search(n)}
-
-
-def restore(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `state` gave of a model with the same deltas.
-
-    Raises InputError if they are others.
-    """
-    wanted = state(model)
-    if _shapes(wanted) != _shapes(tensors):
-        raise InputError("the state is that of a model with other deltas")
-    model.load_state_dict(dict(tensors), strict=False)
-
-
 def names(model: Any) -> list[str]:
     """Return the names of a model's deltas, in the order in which they were put in."""
     return list(_known(base_of(model)))

@@ -118,7 +118,7 @@ def objective(recipe: TuneRecipe, config: Any, train: Path, tokenizer: Any) -> O
             task,
             Head(task),
             lambda path: halves.encode_plain(path, tokenizer, max_length=length),
-            gaps(seed=recipe.seed % 2**20),
+            gaps(seed=recipe.seed),
             gaps(seed=DEV_SEED),
             label_loss,
             _gaps,

@@ -218,7 +218,7 @@ def _write_deltas(job: Job, goal: Objective, model: Any, called: Sequence[str]) 
     for name, folder in zip(called, folders, strict=True):
         folder.mkdir(parents=True, exist_ok=True)
         compose.save(model, name, folder)
-        _put_in_order(folder / "adapter_config.json", job.checkpoint.absolute())
+        _name_base(folder / "adapter_config.json", job.checkpoint.absolute())
         size += (folder / "adapter_model.safetensors").stat().st_size
     if len(called) > 1:
         artifact.write_order(job.out, called)
@@ -227,14 +227,7 @@ def _write_deltas(job: Job, goal: Objective, model: Any, called: Sequence[str]) 
     return size
 
 
-def _put_in_order(file: Path, base: Path) -> None:
-    """Sort what PEFT keeps as sets, so that the same training gives the same bytes.
-
-    The base is named by its absolute path, which `peft` loads from anywhere on this machine.
-    """
-    values = plan.read_json(file)
-    values["base_model_name_or_path"] = str(base)
-    for key in ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules"):
-        if isinstance(values.get(key), list):
-            values[key] = sorted(values[key])
+def _name_base(file: Path, base: Path) -> None:
+    """Name the base by its absolute path, which `peft` loads from anywhere on this machine."""
+    values = plan.read_json(file) | {"base_model_name_or_path": str(base)}
     file.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@ from bmkit.compress import anatomy as anatomies
 from bmkit.compress import gating
 from bmkit.compress import shrink as cutting
 from bmkit.compress.distill import Lesson, collate
+from bmkit.compress.norms import norms_of_zeros
 from bmkit.compress.options.structure import Gates, GateTrain
 from bmkit.compress.steps.shrink import wanted
 from bmkit.nn.gates import Bounded, draw, open_share, settled, start
@@ -222,7 +223,7 @@ def test_what_is_written_is_the_model_with_closed_gates(hidden: int, tmp_path: P
     norms = {}
     if channels is not None:
         gated.values["hidden"] = torch.zeros(1, 24).index_fill_(1, channels, 1.0)
-        norms = cutting.norms_of_zeros(tmp_path / "m", anatomy, channels)
+        norms = norms_of_zeros(tmp_path / "m", anatomy, channels)
     ids = torch.randint(3, 119, (2, 15), generator=generator)
     wished = model(input_ids=ids).logits
     known = cutting.require_stored(tmp_path / "m", anatomy, target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from bmkit import model, plan
 from bmkit.compress.anatomy import Anatomy, Kind
 from bmkit.compress.calibrate import Block, Blocks, Seen
 from bmkit.compress.layers import renamed
+from bmkit.compress.norms import is_raised, norms_in, shares
 from bmkit.compress.widths import Widths
 from bmkit.errors import InputError
 from bmkit.model import save_tensors
@@ -94,17 +94,17 @@ def survey(
         with task(reporter, "look at the blocks", blocks.count, "blocks") as bar:
             for block in blocks.visit():
                 _watch(block, anatomy, influence, hidden)
-                for name, norm in _norms(blocks.model, anatomy, block.number).items():
-                    if _is_raised(norm, anatomy.now.hidden, device):
+                for name, norm in norms_in(blocks.model, anatomy, block.number).items():
+                    if is_raised(norm, anatomy.now.hidden, device):
                         raised.add(name)
                     energy[name] = torch.zeros_like(hidden)
-                    norm.register_forward_pre_hook(_shares(energy[name]))
+                    norm.register_forward_pre_hook(shares(energy[name]))
                 bar.advance()
-        for name, norm in _norms(blocks.model, anatomy, None).items():
+        for name, norm in norms_in(blocks.model, anatomy, None).items():
             energy[name] = torch.zeros_like(hidden)
             for row in blocks.hidden:
-                _shares(energy[name])(norm, (row,))
-            if _is_raised(norm, anatomy.now.hidden, device):
+                shares(energy[name])(norm, (row,))
+            if is_raised(norm, anatomy.now.hidden, device):
                 raised.add(name)
         whole = {"influence": influence, "hidden": hidden}
         whole |= {f"{'1+' if n in raised else '0+'}{n}": value for n, value in energy.items()}
@@ -133,59 +133,6 @@ def _watch(block: Block, anatomy: Anatomy, influence: Tensor, hidden: Tensor) ->
         sides = anatomy.sides.get(f"{name}.weight", ())
         if any((s.kind, s.dim) == ("hidden", 1) for s in sides):
             module.register_forward_pre_hook(size)
-
-
-def _norms(whole: Any, anatomy: Anatomy, layer: int | None) -> dict[str, Any]:
-    """Return the norms of a block, or those outside of all blocks, by their weights' names."""
-    found = {}
-    for name, sides in anatomy.sides.items():
-        module, _, last = name.rpartition(".")
-        one = last == "weight" and len(anatomy.shapes[name]) == 1
-        if one and sides[0].kind == "hidden" and anatomy.layer(name) == layer:
-            found[name] = whole.get_submodule(module)
-    return found
-
-
-def _shares(sums: Tensor) -> Any:
-    """Return a hook that adds to `sums` what share of each place's energy each channel has."""
-
-    def add(_: Any, args: tuple[Tensor, ...]) -> None:
-        energy = args[0].reshape(-1, args[0].shape[-1]).float().square()
-        sums.add_((energy / energy.sum(-1, keepdim=True).clamp_min(1e-30)).sum(0).cpu())
-
-    return add
-
-
-def _is_raised(norm: Any, width: int, device: torch.device) -> bool:
-    """Tell whether a norm multiplies by 1 + its weight: it says something where that is zero."""
-    weight = norm.weight.data
-    norm.weight.data = torch.zeros_like(weight)
-    said = norm(torch.linspace(-1, 1, width, device=device)[None])
-    if getattr(norm, "bias", None) is not None:
-        said = said - norm.bias
-    norm.weight.data = weight
-    return bool(said.abs().max() > 0.1)
-
-
-@torch.no_grad()
-def norms_of_zeros(source: Path, anatomy: Anatomy, kept: Tensor) -> dict[str, tuple[float, float]]:
-    """Return what `Survey.norms` does, where all channels but `kept` are zero in what goes in.
-
-    So norms ahead of the blocks, in whose inputs nothing is zero yet, stay as they are.
-    """
-    whole = empty(source)
-    order = [name for name, _ in whole.named_modules()]
-    found = {}
-    for layer in (None, *range(anatomy.now.layers)):
-        for name, norm in _norms(whole, anatomy, layer).items():
-            if order.index(name.rpartition(".")[0]) < order.index(anatomy.stack):
-                continue
-            plain = copy.deepcopy(norm).to_empty(device="cpu")
-            for value in plain.parameters():
-                value.zero_()
-            raised = _is_raised(plain, anatomy.now.hidden, torch.device("cpu"))
-            found[name] = ((anatomy.now.hidden / len(kept)) ** 0.5, float(raised))
-    return found
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from bmkit.compress import anatomy as anatomies
 from bmkit.compress import distill as teaching
 from bmkit.compress import gating
 from bmkit.compress import shrink as cutting
+from bmkit.compress.norms import norms_of_zeros
 from bmkit.compress.options.structure import Gates
 from bmkit.compress.steps.shrink import finish, told, wanted, warn_of_few
 from bmkit.compress.work import Metrics, Work
@@ -73,7 +74,7 @@ def run(work: Work, step: Gates) -> Metrics:
             reporter=job.reporter,
         )
     hidden = gating.channels(gates, target)
-    norms = {} if hidden is None else cutting.norms_of_zeros(source, anatomy, hidden)
+    norms = {} if hidden is None else norms_of_zeros(source, anatomy, hidden)
     cut = cutting.Cut(layers, hidden, norms, files, error)
     found = finish(work, anatomy, target, known, cut)
     return {**found, "expected_ratio": round(gating.expected(anatomy, gates), 6)}

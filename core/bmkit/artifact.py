@@ -51,7 +51,9 @@ ORDER = "deltas.json"
 """Their names, in the order in which they are put on the model."""
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 """Either holds or names a model's weights; the first wins, as in transformers."""
-_LOADED = (*SIDE_FILES, "*.safetensors", "*.safetensors.index.json", "adapter_*.json")
+QUANTO = "quanto_qmap.json"
+"""Which modules optimum-quanto has quantised, and how."""
+_LOADED = (*SIDE_FILES, QUANTO, "*.safetensors", "*.safetensors.index.json", "adapter_*.json")
 Sha256 = Field(pattern="^[0-9a-f]{64}$")
 
 

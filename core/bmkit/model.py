@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bmkit import packed
 from bmkit.artifact import SIDE_FILES
 from bmkit.errors import (
     InputError,
@@ -22,8 +23,7 @@ from bmkit.errors import (
     first_line,
     machine_refusal,
 )
-from bmkit.nn import two_of_four
-from bmkit.nn.rounding import dequantize
+from bmkit.foreign import quanto
 from bmkit.plan import Headers, Task, read_headers, read_json
 from bmkit.plan import task as task_of
 
@@ -203,15 +203,22 @@ def load_model(
 
         kind = getattr(transformers, config.architectures[0])
     chosen = compute_dtype(dtype, stored_dtype(config), device)
+    headers = read_headers(path)
+    way = packed.way(path, headers.config.get("quantization_config"))
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
     where: Path | None = path
-    if quantization := getattr(config, "quantization_config", None):
-        options |= _dense(quantization, path)
-        if is_ours(quantization):
-            where, options = None, {"state_dict": unpacked(path)}
+    if way in ("here", "modules"):
+        if hasattr(config, "quantization_config"):
             del config.quantization_config
-            if hasattr(kind, "_model_mapping"):  # an auto class wants a path
-                kind = kind._model_mapping[type(config)]
+        if hasattr(kind, "_model_mapping"):  # an auto class wants a path
+            kind = kind._model_mapping[type(config)]
+    if way == "modules":
+        return _of_modules(path, kind, config, chosen, device)
+    if way == "here":
+        stored = packed.unpacked(headers, dict(tensors(headers)), empty_model(path))
+        where, options = None, {"state_dict": stored}
+    elif way == "stock":
+        options |= _dense(headers.config["quantization_config"])
     try:
         model, info = kind.from_pretrained(
             where,
@@ -239,81 +246,33 @@ def load_model(
     return model.eval()
 
 
-def _dense(quantization: Any, path: Path) -> dict[str, Any]:
+def _dense(quantization: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options with which transformers unpacks compressed-tensors weights at once.
 
     Layers whose inputs are rounded as well are unpacked in the first pass, and keep rounding.
     """
     from transformers import CompressedTensorsConfig
 
-    values = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    if values.get("quant_method") != "compressed-tensors":
-        raise InputError(
-            f"{path} is quantised as {values.get('quant_method')}",
-            hint="bmkit reads compressed-tensors and GGUF",
-        )
-    groups = (values.get("config_groups") or {}).values()
-    if values.get("dequantize") or any(g.get("input_activations") for g in groups):
+    groups = (quantization.get("config_groups") or {}).values()
+    if quantization.get("dequantize") or any(g.get("input_activations") for g in groups):
         return {}  # unpacked weights alone wouldn't round what goes into them
     return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
 
 
-def is_ours(quantization: Any) -> bool:
-    """Tell whether packed integers are ones that transformers can't unpack.
+def _of_modules(
+    path: Path, kind: Any, config: Any, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """Load a checkpoint whose layers are modules of optimum-quanto."""
+    from accelerate import init_empty_weights
 
-    That is a format of bmkit's own, or several grids: it unpacks all layers by the first.
-    """
-    values = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
-    groups = list((values.get("config_groups") or {}).values())
-    several = len(groups) > 1 and all((g.get("weights") or {}).get("type") == "int" for g in groups)
-    return several or any(str(g.get("format")).startswith("bmkit") for g in groups)
-
-
-def unpacked(path: Path) -> dict[str, Tensor]:
-    """Return a checkpoint's tensors, packed ones dense, each by its own grid.
-
-    Raises InputError for a module that lacks a part.
-    """
-    from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-
+    with init_empty_weights(include_buffers=False):
+        model = kind._from_config(config, dtype=dtype)
     headers = read_headers(path)
-    found = dict(tensors(headers))
-    ends = (".weight_packed", ".weight_kept")
-    for name in [n.rpartition("_")[0] for n in found if n.endswith(ends)]:
-        parts = {}
-        for suffix in ("packed", "kept", "places", "scale", "shape", "zero_point"):
-            if (part := found.pop(f"{name}_{suffix}", None)) is not None:
-                parts[f"weight_{suffix}"] = part
-        try:
-            shape, groups = parts["weight_shape"].tolist(), parts["weight_scale"].shape[-1]
-            if "weight_kept" in parts:
-                found[name] = _of_kept(parts, shape, groups, headers.bits_of(name))
-                continue
-            grid = QuantizationArgs(
-                num_bits=headers.bits_of(name),
-                symmetric="weight_zero_point" not in parts,
-                strategy="channel" if groups == 1 else "group",
-                group_size=None if groups == 1 else shape[1] // groups,
-            )
-            scheme = QuantizationScheme(targets=["Linear"], weights=grid)
-            found[name] = PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
-        except (KeyError, ValueError, RuntimeError, IndexError) as exc:
-            raise InputError(f"{path}: {name} can't be unpacked: {first_line(exc)}") from None
-    return found
-
-
-def _of_kept(parts: dict[str, Tensor], shape: list[int], groups: int, bits: int) -> Tensor:
-    """Return a dense matrix in float32 of which two of four values are kept."""
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
-    rows, inputs = shape
-    zero = None
-    if (packed := parts.get("weight_zero_point")) is not None:
-        flat = packed.T.reshape(-1).view(groups, -1)  # strides that it can view
-        zero = unpack_from_int32(flat, bits, torch.Size([groups, rows])).T.contiguous()
-    values = two_of_four.unpack(parts["weight_kept"], parts["weight_places"], zero, bits, inputs)
-    return dequantize(values, parts["weight_scale"].reshape(rows, groups), zero)
+    outputs = headers.config["quantization_config"].get("rounds_outputs")
+    quanto.fill(path, model, dict(tensors(headers)), quanto.read_map(path), outputs)
+    if hasattr(model, "generation_config"):
+        model.generation_config = load_generation_config(path)
+    return model.to(device).eval()
 
 
 def empty_model(path: Path) -> nn.Module:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bmkit import env
-from bmkit.artifact import WEIGHTS, Artifact, deltas
+from bmkit.artifact import QUANTO, WEIGHTS, Artifact, deltas
 from bmkit.errors import InputError, ResourceError
 from bmkit.recipe import Recipe
 from bmkit.report import Reporter
@@ -95,14 +95,22 @@ class Headers:
         """Return the number of weights of a module, packed or not."""
         if module.name.endswith("_kept"):  # two of four: bytes of 8 bits, else nibbles
             return module.numel * (2 if self.bits_of(module.name) == 8 else 4)
+        if module.name.endswith(".qweight"):  # GPTQ's words
+            return module.numel * 32 // int(self._quantization.get("bits") or 8)
+        if module.name.endswith("._data._data"):  # quanto's bytes
+            return module.numel * (4 if self._quantization.get("weights") == "int2" else 2)
         if not module.name.endswith("_packed"):
             return module.numel
         return module.numel * 32 // self.bits_of(module.name)
 
+    @property
+    def _quantization(self) -> Mapping[str, Any]:
+        return self.config.get("quantization_config") or {}
+
     @cached_property
     def _schemes(self) -> list[tuple[list[str], int]]:
         """Return what the quantization config says: module names or patterns, and their bits."""
-        groups = (self.config.get("quantization_config") or {}).get("config_groups") or {}
+        groups = self._quantization.get("config_groups") or {}
         return [
             (list(g.get("targets") or []), int(g["weights"]["num_bits"]))
             for g in groups.values()
@@ -128,13 +136,17 @@ class Headers:
     @cached_property
     def dense_numel(self) -> int:
         """Return the number of weights that the model has once everything is unpacked."""
-        packed = {t.name for t in self.tensors if t.name.endswith(("_packed", "_kept"))}
-        small = ("weight_scale", "weight_shape", "weight_zero_point", "weight_places")
-        return sum(
-            self.numel(t) if t.name in packed else t.numel
-            for t in self.tensors
-            if not t.name.endswith(small)
-        )
+        return sum(self.numel(t) for t in self.tensors if not t.name.endswith(_BESIDE))
+
+
+FOREIGN = ("gptq", "quanto")
+"""Formats of other libraries, by their `quant_method`: unpacked as a whole."""
+_BESIDE = (
+    *("weight_scale", "weight_shape", "weight_zero_point", "weight_places"),
+    *(".qzeros", ".scales", ".g_idx"),  # GPTQ's
+    *("._scale", "._shift", ".input_scale", ".output_scale"),  # quanto's
+)
+"""What stands beside packed weights, and is no weight."""
 
 
 def read_headers(path: Path) -> Headers:
@@ -144,6 +156,8 @@ def read_headers(path: Path) -> Headers:
     InputError naming the file that is truncated, foreign or missing.
     """
     config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+    if (path / QUANTO).is_file():  # whose own writer says it nowhere else
+        config.setdefault("quantization_config", {"quant_method": "quanto"})
     whole, index = (path / name for name in WEIGHTS)
     if whole.is_file():
         files = [whole]

@@ -97,6 +97,22 @@ METHODS = (
     ),
     Method(
         "compress",
+        "quanto",
+        "bmkit.foreign.quanto:quantise",
+        "quanto",
+        "Round weights to float8 or 2, 4, 8 bits, and activations if wanted, by optimum-quanto.",
+        "optimum-quanto 0.2.7, its format on disk",
+    ),
+    Method(
+        "compress",
+        "optimum_gptq",
+        "bmkit.compress.steps.foreign:optimum_gptq",
+        "optimum-gptq",
+        "Round weights by optimum's GPTQ, in the format that GPTQModel and vLLM read.",
+        "optimum.gptq with GPTQModel; GPTQ, arXiv 2210.17323",
+    ),
+    Method(
+        "compress",
         "awq",
         "bmkit.nn.scaling:activation_aware",
         "awq",

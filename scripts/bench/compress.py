@@ -43,6 +43,11 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "gptq": (),
     "gptq, 64, symmetric": ("steps.0.group_size=64", "steps.0.symmetric=true"),
     "gptq, 3 bits": ("steps.0.bits=3",),
+    "quanto": (),
+    "quanto, int4": ("steps.0.weights=int4",),
+    "quanto, int4, hqq": ("steps.0.weights=int4", "steps.0.optimizer=hqq"),
+    "quanto, int8 activations": ("steps.0.weights=int8", "steps.0.activations=int8"),
+    "quanto, float8 activations": ("steps.0.activations=float8",),
     "awq": (),
     "w8a8": (),
     "smoothquant": (),
@@ -72,7 +77,7 @@ PEERS: dict[str, dict[str, Any]] = {
 }
 """What llm-compressor is asked for where it has the same."""
 PEER_SECONDS = 900
-NEEDS_TEXT = {"gptq", "awq", "smoothquant", "wanda", "sparsegpt", "moefy", "shrink"}
+NEEDS_TEXT = {"gptq", "awq", "smoothquant", "wanda", "sparsegpt", "moefy", "shrink", "quanto"}
 
 
 def texts(category: str) -> str:

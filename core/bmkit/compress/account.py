@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bmkit import model, plan
+from bmkit import model, packed, plan
 from bmkit.nn import feed_forward, walk
 from bmkit.runtime import experts
 from bmkit.runtime.cpu import pack
@@ -54,15 +54,23 @@ class Account:
 
 
 def size(path: Path) -> tuple[int, int, int]:
-    """Return bytes on disk, weights, and weights that aren't zero. Memory: one matrix, unpacked."""
+    """Return bytes on disk, weights, and weights that aren't zero.
+
+    Memory: one matrix, unpacked; for the formats of other libraries all of them.
+    """
     headers = plan.read_headers(path)
+    quantization = headers.config.get("quantization_config") or {}
+    if quantization.get("quant_method") in plan.FOREIGN:
+        dense = packed.unpacked(headers, dict(model.tensors(headers)), model.empty_model(path))
+        counts = [(t.numel(), int(torch.count_nonzero(t))) for t in dense.values()]
+        return headers.bytes, sum(n for n, _ in counts), sum(n for _, n in counts)
     files = Files(path)
     ends = (".weight_packed", ".weight_kept")
-    packed = {t.name.rpartition(".")[0] for t in headers.tensors if t.name.endswith(ends)}
+    names = {t.name.rpartition(".")[0] for t in headers.tensors if t.name.endswith(ends)}
     beside = (*ends, "weight_places", "weight_scale", "weight_shape", "zero_point", "input_scale")
     parameters = nonzeros = 0
     try:
-        for name in sorted(packed):
+        for name in sorted(names):
             matrix = files.packed(name)
             values = pack.integers(matrix)
             assert matrix.scales is not None  # integers have them

@@ -8,6 +8,7 @@ from typing import Any
 
 from bmkit import env
 from bmkit.compress.options.experts import Moefy
+from bmkit.compress.options.foreign import OptimumGptq, Quanto
 from bmkit.compress.options.learning import Distill
 from bmkit.compress.options.rounding import Gptq, Quantize
 from bmkit.compress.options.scaling import Awq, SmoothQuant
@@ -15,6 +16,7 @@ from bmkit.compress.options.sparse import Magnitude, SparseGpt, Wanda
 from bmkit.compress.options.structure import COUNTS, DropLayers, FrequentTokens, Gates, Shrink
 from bmkit.compress.recipe import PLAIN, CompressRecipe
 from bmkit.errors import InputError, RecipeError
+from bmkit.foreign import extra
 from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers
 from bmkit.runtime.budget import Sizes, block_of
 
@@ -247,11 +249,45 @@ def _beside(step: Distill, teacher: Headers, state: State) -> int:
     return found
 
 
+def _by_quanto(state: State, step: Quanto) -> Need:
+    extra.require("optimum.quanto", "quanto", "`quanto`")
+    now, bits = state.now, int(step.weights[-1])
+    state.written = now.inside * bits // 8 + now.inside // 16 + now.width * now.outside
+    ram = 4 * now.weights + min(state.written, SHARD_BYTES) + 8 * 4 * state.largest
+    text = f"round weights to {step.weights} by optimum-quanto"
+    if step.activations:
+        text += f", and activations to {step.activations}"
+        ram = max(ram + _activations(state), _texts(state))
+    return Need(text, ram, ram)
+
+
+def _by_optimum(state: State, step: OptimumGptq) -> Need:
+    extra.require("gptqmodel", "gptq", "`optimum_gptq`")
+    now = state.now
+    state.written = now.inside * step.bits // 8 + now.inside // 16 + now.width * now.outside
+    hidden = 2 * 4 * state.recipe.data.tokens * state.sizes.hidden
+    statistics = 4 * 4 * (3 * state.sizes.hidden**2 + state.sizes.inner**2)
+    ram = 2 * 4 * now.weights + hidden + statistics + _activations(state) + 2 * state.written
+    text = f"round weights to {step.bits} bits by optimum's GPTQ"
+    return Need(text, max(ram, _texts(state)), ram, state.written)
+
+
+def _activations(state: State) -> int:
+    sizes = state.sizes
+    return (
+        4
+        * state.recipe.data.sequence_length
+        * (24 * sizes.hidden + 4 * sizes.inner + 2 * sizes.vocabulary)
+    )
+
+
 NEEDS: dict[str, Callable[[State, Any], Need]] = {
     "quantize": _rounded,
     "awq": _scaled,
     "smoothquant": _scaled,
     "gptq": _blockwise,
+    "quanto": _by_quanto,
+    "optimum_gptq": _by_optimum,
     "magnitude": _magnitude,
     "wanda": _blockwise,
     "sparsegpt": _blockwise,

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from bmkit.compress.options.experts import Moefy
+from bmkit.compress.options.foreign import OptimumGptq, Quanto
 from bmkit.compress.options.learning import Distill
 from bmkit.compress.options.rounding import Gptq, Quantize
 from bmkit.compress.options.scaling import Awq, SmoothQuant
@@ -49,10 +50,12 @@ Step = Annotated[
     | Gates
     | Moefy
     | Distill
-    | FrequentTokens,
+    | FrequentTokens
+    | Quanto
+    | OptimumGptq,
     Field(discriminator="method"),
 ]
-ROUNDING = ("quantize", "gptq")
+ROUNDING = ("quantize", "gptq", "quanto", "optimum_gptq")
 """Methods whose result is packed."""
 SPARSE = ("magnitude", "wanda", "sparsegpt")
 """Methods that set weights to zero."""

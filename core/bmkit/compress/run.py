@@ -18,6 +18,7 @@ from bmkit.compress.recipe import CompressRecipe
 from bmkit.compress.steps import (
     blockwise,
     experts,
+    foreign,
     gates,
     learning,
     rounding,
@@ -86,6 +87,8 @@ def _loads_in(out: Path) -> tuple[str, ...]:
     if not config:
         divided = (out / EXPERTS).is_file()
         return ("transformers, all neurons computed" if divided else "transformers",)
+    if (method := config["quant_method"]) in LOADERS:
+        return LOADERS[method]
     formats = {group["format"] for group in config["config_groups"].values()}
     ours = {pack.LAYOUT, pack.TWO_OF_FOUR} & formats
     return ("bmkit",) if ours else ("transformers + compressed-tensors",)
@@ -121,11 +124,18 @@ def _refuse_loss(recipe: CompressRecipe, metrics: Mapping[str, float | int | str
             )
 
 
+LOADERS = {
+    "quanto": ("optimum-quanto",),
+    "gptq": ("transformers + gptqmodel", "vllm"),
+}
+"""What else loads the formats of other libraries."""
 METHODS: dict[str, Callable[[Work, Any], Metrics]] = {
     "quantize": rounding.run,
     "awq": scaling.run,
     "smoothquant": scaling.run,
     "gptq": blockwise.run,
+    "quanto": foreign.quanto,
+    "optimum_gptq": foreign.optimum_gptq,
     "magnitude": sparse.run,
     "wanda": blockwise.run,
     "sparsegpt": blockwise.run,

@@ -53,8 +53,10 @@ RENAMED: Mapping[str, tuple[tuple[str, ...], ...]] = {
 Where several names come for one, its matrix is split in equal parts."""
 COMPUTED = ("m2m_100", "marian", "nllb-moe", "pegasus", "pegasus_x", "xglm")
 """Model types whose positions are computed, and not learned."""
-_WEIGHT = re.compile(r"\.(?:weight|weight_packed|weight_kept|gamma)$")
-_PART_OF_ONE = re.compile(r"\.weight_(?:scale|shape|zero_point|places|g_idx)$")
+_WEIGHT = re.compile(r"\.(?:weight|weight_packed|weight_kept|qweight|gamma)$")
+_PART_OF_ONE = re.compile(
+    r"\.(?:weight_(?:scale|shape|zero_point|places|g_idx)|qzeros|scales|g_idx)$"
+)
 _BUFFER = re.compile(r"(?:inv_freq|masked_bias|position_ids|token_type_ids|embed_scale)$")
 _EXPERT = re.compile(r"^(.*\bexperts)\.\d+\..*$")
 _TABLE = re.compile(
@@ -106,6 +108,8 @@ def _renamed(headers: Headers, kind: str) -> Iterator[tuple[str, tuple[int, ...]
             continue
         if name.endswith(("_packed", "_kept")):
             shape = (shape[0], headers.numel(tensor) // shape[0])
+        elif name.endswith(".qweight"):
+            shape = (shape[1], headers.numel(tensor) // shape[1])
         names = [re.sub(r"\.beta$", ".bias", _WEIGHT.sub(".weight", name))]
         for pattern, *new in RENAMED.get(kind, ()):
             names = [

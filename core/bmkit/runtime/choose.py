@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from bmkit.errors import RecipeError, ResourceError
-from bmkit.plan import Headers, Job, read_headers, task
+from bmkit.plan import FOREIGN, Headers, Job, read_headers, task
 from bmkit.runtime import budget, family
 from bmkit.runtime.budget import Placement
 from bmkit.runtime.recipe import GenerateRecipe
@@ -113,6 +113,14 @@ def choose(job: Job, headers: Headers, *, tokens: int | None = None) -> Chosen:
             width=width,
         )
         return Chosen("placed", placed)
+    method = (headers.config.get("quantization_config") or {}).get("quant_method")
+    if method in FOREIGN and (limit is not None or recipe.quant):
+        what = "a budget can't be kept" if limit is not None else "quant: can't be had"
+        error = ResourceError if limit is not None else RecipeError
+        raise error(
+            f"{what} with weights packed by {method}: they are unpacked as a whole",
+            hint="compress the model it was made from by bmkit's own methods, as int4 or gptq",
+        )
     if limit is not None:
         raise ResourceError(
             f"a budget can't be kept with device {recipe.device}, dtype {recipe.dtype} and this "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from bmkit.artifact import QUANTO
 from bmkit.deltas import address
 from bmkit.deltas.modules import Module
 from bmkit.deltas.recipe import names
@@ -35,6 +36,11 @@ def estimate(job: Job) -> Estimate:
     recipe = job.recipe
     assert isinstance(recipe, TuneRecipe)  # the registry pairs recipe and plan
     headers = read_headers(job.checkpoint)
+    if (job.checkpoint / QUANTO).is_file():  # tells no shapes, and its layers are another library's
+        raise InputError(
+            f"{job.checkpoint} is quantised by optimum-quanto",
+            hint="tune the model it was made from, or one of int8, int4 or gptq",
+        )
     parts, trained = _trained(headers, recipe)
     steps = [*parts, *(["merge it into the model"] if recipe.merge else [])]
     disk = (2 * headers.dense_numel if recipe.merge else 4 * trained) + 2**24

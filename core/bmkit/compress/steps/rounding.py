@@ -139,7 +139,7 @@ def grid_of(step: Quantize | Gptq, widths: list[int]) -> Grid:
 
     Raises RecipeError if the group size doesn't divide one of them.
     """
-    group = _group_size(step, widths)
+    group = group_size(step.group_size, widths)
     dtype = step.scale_dtype
     if dtype == "auto":
         dtype = "float32" if group is None else "bfloat16"
@@ -152,16 +152,20 @@ def grid_of(step: Quantize | Gptq, widths: list[int]) -> Grid:
     )
 
 
-def _group_size(step: Quantize | Gptq, widths: list[int]) -> int | None:
-    if step.group_size == "channel":
+def group_size(wanted: str | int, widths: list[int]) -> int | None:
+    """Return how many inputs share a scale, none if all of a row do.
+
+    Raises RecipeError if that doesn't divide one of `widths`.
+    """
+    if wanted == "channel":
         return None
-    sizes = (128, 64, 32) if step.group_size == "auto" else (step.group_size,)
+    sizes = (128, 64, 32) if wanted == "auto" else (int(wanted),)
     fits = [size for size in sizes if not any(width % size for width in widths)]
     if not fits:
         odd = next(w for w in widths if w % min(sizes))
         other = "channel" if any(w % 32 for w in widths) else "auto, or channel"
         raise RecipeError(
-            f"group_size {step.group_size} does not divide a layer with {odd} inputs",
+            f"group_size {wanted} does not divide a layer with {odd} inputs",
             hint=f"write group_size: {other}, or name such layers in exclude_modules",
         )
     return fits[0]

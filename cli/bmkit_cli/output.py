@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from bmkit import env
 from bmkit.errors import ResourceError
 
 
@@ -25,6 +26,8 @@ class Output:
         try:
             kept = os.dup(1)
             os.dup2(2, 1)
+            if env.process()[0]:  # the first of several processes tells what all have done
+                os.dup2(os.open(os.devnull, os.O_WRONLY), kept)
         except OSError:  # closed by whoever started us: results go nowhere
             kept = os.open(os.devnull, os.O_WRONLY)
         self.stream = io.TextIOWrapper(os.fdopen(kept, "wb"), encoding="utf-8", newline="\n")

@@ -7,13 +7,14 @@ import sys
 import time
 from typing import Any
 
+from bmkit import env
 from bmkit.report import Reporter, Silent, Task
 from bmkit_cli.options import Progress
 
 
 def reporter(how: Progress, *, quiet: bool) -> Reporter:
-    """Return the reporter for this run."""
-    if quiet:
+    """Return the reporter for this run; of several processes the first one reports."""
+    if quiet or env.process()[0]:
         return Silent()
     if how is Progress.auto:
         how = Progress.bar if sys.stderr.isatty() else Progress.lines

@@ -62,6 +62,16 @@ def process() -> tuple[int, int]:
     return int(rank), int(world)
 
 
+def started_alone() -> bool:
+    """Tell whether accelerate was asked for several processes, and has started this one alone.
+
+    It does so where it finds one GPU or none, and is not told `--multi_gpu`; where they would meet
+    is said all the same.
+    """
+    meeting = {"ACCELERATE_USE_CPU", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    return meeting and "LOCAL_RANK" not in os.environ
+
+
 def available_ram_bytes() -> int:
     """Return the memory that a new process can take, the container's limit considered."""
     import psutil

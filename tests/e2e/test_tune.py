@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -477,21 +478,26 @@ def test_the_better_of_two_answers_becomes_likelier(bmkit: Run, tiny: Path, tmp_
     assert refused.returncode == 3 and "rejected" in refused.stderr
 
 
-def test_two_processes_learn_what_one_does(tiny: Path, texts: Path, tmp_path: Path) -> None:
-    words = ["-m", "bmkit_cli", "tune", "lora", "-m", "tiny", "--data", str(texts), "--json"]
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+    "accelerate": ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2"),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_learn_what_one_does(
+    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path, launcher: str
+) -> None:
+    words = ["tune", "lora", "-m", "tiny", "--data", str(texts), "--json"]
     words += ["-s", "train.num_train_epochs=2", "-s", "cache_states=false"]
-    one = subprocess.run(
-        [sys.executable, *words, "-o", "one", "-s", "train.per_device_train_batch_size=8"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    two = subprocess.run(
-        [*launch, *words, "-o", "two", "-s", "train.per_device_train_batch_size=4"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+    one = bmkit(*words, "-o", "one", "-s", "train.per_device_train_batch_size=8")
+    module, *how = LAUNCHERS[launcher]
+    if launcher == "accelerate":  # several launches at a time want ports of their own
+        how.append(f"--main_process_port={free_port()}")
+    launch = [sys.executable, "-m", module, *how, "-m", "bmkit_cli", *words, "-o", "two"]
+    launch += ["-s", "train.per_device_train_batch_size=4"]
+    two, again = (
+        subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True) for _ in range(2)
     )
     assert (one.returncode, two.returncode) == (0, 0), two.stderr
     alone, together = metrics(one), metrics(two)
@@ -502,3 +508,38 @@ def test_two_processes_learn_what_one_does(tiny: Path, texts: Path, tmp_path: Pa
     logs = [(tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("one", "two")]
     losses = [[json.loads(line)["loss"] for line in log] for log in logs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert result(again)["reused"] is True and again.stderr.count("is reused") == 1
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+def of(rank: int, world: int) -> dict[str, str]:
+    """Return what a launcher tells process `rank` of so many."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": 29500}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}}
+
+
+def test_a_run_is_known_by_how_many_processes_it_has(bmkit: Run, tiny: Path, texts: Path) -> None:
+    words = ("tune", "lora", "-m", "tiny", "--data", texts, "-s", "train.max_steps=1")
+    done = result(bmkit(*words, "--json"))
+    plans = {n: json.loads(bmkit(*words, "--plan", "--json", **of(0, n)).stdout) for n in (1, 2, 3)}
+    assert plans[1]["key"] == done["key"]
+    assert [plans[n]["reused"] for n in (1, 2, 3)] == [True, False, False]
+    assert len({plan["key"] for plan in plans.values()}) == 3
+    assert bmkit(*words, "--plan", "--json", **of(1, 2)).stdout == ""  # the first one tells it
+    taken = bmkit(*words, "-o", done["path"], "--plan", **of(0, 2))
+    assert taken.returncode == 3 and "another recipe" in taken.stderr
+
+
+def test_a_launcher_that_starts_one_process_for_several_is_told_of(
+    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path
+) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
+    words = ["-m", "bmkit_cli", "tune", "lora", "-m", "tiny", "--data", str(texts), "-o", "x"]
+    done = subprocess.run([*launch, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0 and "has started one" in done.stderr
+    assert not (tmp_path / "x").exists()

@@ -105,7 +105,7 @@ class Result:
     report: Mapping[str, Any] = field(default_factory=dict)
     """What the engine says of this run alone."""
     helped: bool = False
-    """Whether another process has written the artifact."""
+    """Whether it is for another process to tell of the artifact."""
 
 
 def load_recipe(request: Request) -> tuple[Document, Recipe]:
@@ -324,11 +324,17 @@ def run_stage(request: Request, reporter: Reporter) -> Result:
     are in the result: call `require_gates` to make an error of them.
     """
     start = time.monotonic()
+    rank, world = env.process()
+    if request.stage == "tune" and env.started_alone():
+        raise UsageError(
+            "accelerate was asked for several processes, and has started one",
+            hint="`accelerate launch --multi_gpu` starts all, on a CPU, too; so does torchrun",
+        )
     prepared = prepare(request, reporter)
     if prepared.done is not None:
         reporter.info(f"{prepared.stage.name}: unchanged, {prepared.out} is reused")
-        return _result(prepared.done, prepared, reused=True, start=start)
-    rank, world = env.process()
+        found = _result(prepared.done, prepared, reused=True, start=start)
+        return replace(found, helped=rank > 0)
     if world > 1 and prepared.stage.name != "tune":
         raise UsageError(f"`bmkit {prepared.stage.name}` runs in one process, not {world}")
     check_fits(prepared, reporter)

@@ -29,7 +29,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from bmkit.deltas import folders as saved
-from bmkit.deltas import own
+from bmkit.deltas import own, ranks
 from bmkit.deltas.held import Held, base_of, held_by, is_prompt, switches
 from bmkit.deltas.residual import as_plain, takes_part
 from bmkit.deltas.tuners.beside import Beside
@@ -98,8 +98,7 @@ def save(model: Any, name: str, folder: Path) -> None:
     InputError for a name that no delta has.
     """
     held = _held(model, name)
-    tensors = held.tensors()  # AdaLoRA's config is put right with them
-    saved.write(folder, copy.deepcopy(held.config), tensors, held.base)
+    saved.write(folder, held.config_alone(), held.tensors(), held.base)
     begun = held.base.__dict__.get("bmkit_begun", {}).get(name)
     if begun is not None:
         as_plain(folder, begun)
@@ -142,8 +141,8 @@ def active(model: Any, names: Collection[str] | None) -> Iterator[None]:
 
 
 def tuners(model: Any) -> list[Any]:
-    """Return PEFT's tuner where one wraps the model: some have something to do at each step."""
-    return [model.base_model] if isinstance(model, PeftModel) and not is_prompt(model) else []
+    """Return PEFT's tuners that have something to do at each step: those of AdaLoRAs."""
+    return list(ranks.tuners_of(base_of(model)).values())
 
 
 def unplug(model: Any, name: str) -> Any:
@@ -161,7 +160,8 @@ def unplug(model: Any, name: str) -> Any:
                 _drop(module, inner)
     _unwrap(base)
     del _known(base)[name]
-    for configs in (held.owner.peft_config, base.__dict__.get("peft_config", {})):
+    there = (held.owner.peft_config, base.__dict__.get("peft_config", {}), ranks.tuners_of(base))
+    for configs in there:
         configs.pop(inner, None)
     _use(base, list(_known(base).values()))
     for parameter in model.parameters():
@@ -242,13 +242,16 @@ def _look_for_copies(base: nn.Module, name: str) -> None:
 
 
 def _injected(base: Any, config: PeftConfig, inner: str) -> None:
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
     held = base.__dict__.pop("peft_config", {})  # else PEFT takes all for one tuner's
     try:
-        inject_adapter_in_model(config, base, inner)
+        if config.peft_type == PeftType.ADALORA:
+            ranks.tuners_of(base)[inner] = tuner(base, config, inner)
+        else:
+            inject_adapter_in_model(config, base, inner)
     finally:
         base.peft_config = held
     base.peft_config[inner] = config
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
     if tuner._cast_adapter_dtype is BaseTuner._cast_adapter_dtype:
         cast_adapter_dtype(base, inner)
 
@@ -311,7 +314,7 @@ def _idle(module: nn.Module) -> nn.Module | None:
 
 def forget(base: Any) -> None:
     """Take off what says which deltas a model has, when it has none any more."""
-    for attribute in ("bmkit_deltas", "peft_config"):
+    for attribute in ("bmkit_deltas", "bmkit_tuners", "peft_config"):
         with suppress(AttributeError):
             delattr(base, attribute)
 
@@ -359,8 +362,7 @@ def _rank(config: PeftConfig) -> int:
 
 def _wraps(config: PeftConfig) -> bool:
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
-    alone = config.peft_type == PeftType.ADALORA  # its tuner has something to do at each step
-    return bool(config.is_prompt_learning or alone or getattr(tuner, "uses_shared_state", False))
+    return bool(config.is_prompt_learning or getattr(tuner, "uses_shared_state", False))
 
 
 def _changes_base(config: PeftConfig) -> bool:

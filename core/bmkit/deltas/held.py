@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from bmkit.deltas import ranks
 from bmkit.deltas.tuners.beside import Beside
 from bmkit.errors import first_line
 
@@ -39,9 +41,17 @@ class Held:
         """Return its config."""
         return self.owner.peft_config[self.name]
 
+    def config_alone(self) -> PeftConfig:
+        """Return a copy of its config as it is when the delta is alone on the plain base."""
+        config = copy.deepcopy(self.config)
+        if pattern := self._pattern():
+            config.rank_pattern = pattern
+        return config
+
     def tensors(self) -> dict[str, Tensor]:
         """Return its tensors by the names that they have when it is alone on the plain base."""
-        return {plain: tensor for plain, (_, tensor) in self._states().items()}
+        found = {plain: tensor for plain, (_, tensor) in self._states().items()}
+        return ranks.kept(found, self._pattern())
 
     def put(self, given: Mapping[str, Tensor]) -> str:
         """Copy tensors into it. Returns what doesn't fit, in words; nothing if all do."""
@@ -50,6 +60,9 @@ class Held:
             return f"{len(missing)} tensors are missing, as {missing[0]}"
         named = {wanted.get(k, k): tensor for k, tensor in given.items()}
         try:
+            if pattern := self._pattern():
+                here = {k: wanted[PREFIX + k].removeprefix(PREFIX) for k in pattern}
+                ranks.resize(self.base, self.name, {here[k]: v for k, v in pattern.items()})
             with self._alone():
                 result = set_peft_model_state_dict(self.owner, named, self.name)
         except (RuntimeError, KeyError, ValueError) as exc:
@@ -73,15 +86,19 @@ class Held:
             named[plain] = (here, tensor)
         return named
 
+    def _pattern(self) -> ranks.Pattern:
+        return ranks.alone(self.config, self.name, self._without_others)
+
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Hide wrappers that it isn't in, which PEFT would ask for its tensors."""
+        """Hide wrappers that it isn't in, which PEFT would ask for its tensors, and lost ranks."""
         wrappers = [m for m in self.base.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         others = [m for m in wrappers if self.name not in held_by(m)]
         for module in others:
             vars(module).update(adapter_state_dict=_nothing, adapter_state_dict_load_map=_nothing)
         try:
-            yield
+            with ranks.hidden(self.config):  # names as if it were alone, and a PeftModel around it
+                yield
         finally:
             for module in others:
                 del vars(module)["adapter_state_dict"], vars(module)["adapter_state_dict_load_map"]

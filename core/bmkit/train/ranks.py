@@ -14,7 +14,8 @@ from bmkit.model import save_tensors
 
 LEAST = 3
 """Steps below which PEFT's allocator has nothing to go by."""
-FILE = "ranks.safetensors"
+FILE = "ranks-{}.safetensors"
+"""With what PEFT calls the delta."""
 KINDS = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 """What PEFT's allocator knows of each matrix: its sensitivity, smoothed, and how unsure that is."""
 
@@ -30,6 +31,7 @@ class Ranks(TrainerCallback):  # type: ignore[misc]
     def __init__(self, tuner: Any, steps: int) -> None:
         self.tuner = tuner
         self.config = tuner.peft_config[tuner.trainable_adapter_name]
+        self.file = FILE.format(tuner.trainable_adapter_name)
         self.config.total_step = steps
         self.config.tinit = steps // 10
         self.config.tfinal = min(steps * 3 // 10, max(steps - steps // 10 - 1, 0))
@@ -61,11 +63,11 @@ class Ranks(TrainerCallback):  # type: ignore[misc]
         found |= {f"pattern/{name}": torch.tensor(kept) for name, kept in pattern.items()}
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if found and folder.is_dir():
-            save_tensors(folder / FILE, found)
+            save_tensors(folder / self.file, found)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Go on with what was kept beside the checkpoint that training goes on from."""
-        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE
+        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.file
         if not state.global_step or not file.is_file():
             return
         pattern: dict[str, list[Any]] = {}

@@ -142,7 +142,7 @@ def _train(
     replace_dropout(model)
     rows = lean_rows(job, recipe, goal, model, encoded.examples)
     steps = steps_of(spec, len(rows.examples))
-    ranks = [Ranks(t, steps) for t in compose.tuners(model) if hasattr(t, "update_and_allocate")]
+    ranks = [Ranks(tuner, steps) for tuner in compose.tuners(model)]
 
     def penalised(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
         found, count = rows.loss(model, batch)

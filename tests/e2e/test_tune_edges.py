@@ -172,3 +172,35 @@ def test_a_sweep_goes_on_behind_a_run_that_diverges(bmkit: Run, tiny: Path, text
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["best"] == "learning_rate=0.01"
     assert "not a number" in done.stderr
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "<|im_end|>", "1", None])
+def test_what_rows_are_filled_up_with_never_enters_the_loss(
+    bmkit: Run, tiny: Path, tmp_path: Path, pad: str | None
+) -> None:
+    from transformers import AutoTokenizer
+
+    own = AutoTokenizer.from_pretrained(tiny)
+    number = None if pad is None else own.convert_tokens_to_ids(pad)
+    for name, key, value in (
+        ("config.json", "pad_token_id", number),
+        ("tokenizer_config.json", "pad_token", pad),
+    ):
+        values = json.loads((tiny / name).read_text())
+        (tiny / name).write_text(json.dumps({**values, key: value}))
+    rows = [{"prompt": "1" * i, "completion": "1 or 11"} for i in (1, 20, 3, 12)]
+    data = write(tmp_path / "rows.jsonl", rows)
+    words = ("--data", data, "-s", f"data.dev={data}", "-s", "train.max_steps=1", "--json")
+    words = (*words, "-s", "train.per_device_train_batch_size=4", "-s", "data.format=raw")
+    found = metrics(bmkit("tune", "lora", "-m", "tiny", *words))
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    total, count = 0.0, 0
+    for row in rows:
+        ids = own(row["prompt"] + row["completion"] + "<|im_end|>", return_tensors="pt").input_ids
+        told = model(ids).logits[0, :-1].log_softmax(-1).detach()
+        at = len(row["prompt"])
+        total -= float(told.gather(1, ids[0, 1:, None])[at - 1 :].sum())
+        count += ids.shape[1] - at
+    assert found["labelled_tokens"] == count
+    assert found["train_loss"] == pytest.approx(total / count, rel=1e-4)
+    assert found["dev_loss_before"] == pytest.approx(total / count, rel=1e-4)

@@ -270,6 +270,29 @@ def test_the_model_is_shown_as_a_tree_with_what_would_be_trained(
     assert str(int(small["trainable_parameters"])) in json.dumps(values)
 
 
+@pytest.mark.parametrize("name", ["tiny", "bert"])
+def test_a_new_head_is_counted_and_shown(
+    bmkit: Run, tiny: Path, bert: Path, labelled: Path, name: str
+) -> None:
+    """BERT's checkpoint, which fills gaps, has no pooler either."""
+    words = ("tune", "lora", "-m", name, "--data", labelled, *SHORT[:2], "-s", "train.max_steps=1")
+    found = metrics(bmkit(*words, "--json"))
+    new = {"tiny": 3 * 32, "bert": 3 * 32 + 3 + 32 * 32 + 32}[name]
+    shown = bmkit(*words, "--inspect")
+    (line,) = (
+        x
+        for x in shown.stdout.splitlines()
+        if f" {'score' if name == 'tiny' else 'classifier'} " in x
+    )
+    assert "+" in line and "head" in line and "[3, 32]" in line
+    assert f"{found['trainable_parameters']:,} of " in shown.stdout
+    values = json.loads(bmkit(*words, "--inspect", "--json").stdout)
+    assert values["trained"] == found["trainable_parameters"]
+    assert f"head for 3 labels ({new} parameters)" in bmkit(*words, "--plan").stdout
+    steps = json.loads(bmkit(*words, "--plan", "--json").stdout)["steps"]
+    assert steps[-1] == f"train a head for 3 labels ({new} parameters)"
+
+
 @pytest.mark.parametrize(
     ("deltas", "more", "code", "said"),
     [

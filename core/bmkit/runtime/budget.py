@@ -246,7 +246,7 @@ class Sizes:
 
         layers = first("num_hidden_layers", "n_layer", "num_layers", "decoder_layers", "n_layers")
         layers += first("num_decoder_layers")
-        hidden = first("hidden_size", "n_embd", "d_model") or 1
+        hidden = first("hidden_size", "n_embd", "d_model", "dim") or 1
         heads = first("num_attention_heads", "n_head", "num_heads", "decoder_attention_heads") or 1
         dim = first("head_dim", "d_kv") or hidden // heads
         if latent := first("qk_nope_head_dim"):  # keys of two parts, values of another width

@@ -12,6 +12,7 @@ import torch
 
 from bmkit import model as models
 from bmkit import plan
+from bmkit.deltas.stored import modules_of_headers
 from bmkit.errors import InputError
 
 FILE = "head.json"
@@ -91,15 +92,35 @@ def load(path: Path, config: Any, *, device: torch.device, dtype: str) -> tuple[
     """
     fresh: list[str] = []
     model = models.load_model(path, device=device, dtype=dtype, config=config, fresh=fresh)
+    own = _own(model)
+    if own and not _same_labels(path, config):
+        for name in own:
+            model.get_submodule(name).apply(model._init_weights)
+    found = modules_of(fresh, getattr(model, "base_model_prefix", ""))
+    return model, list(dict.fromkeys([*found, *own]))
+
+
+def trained_with(path: Path, model: Any) -> list[str]:
+    """Return the modules that `load` says are to be trained, from the checkpoint's headers alone.
+
+    `model` is the one with the head, on any device (meta, too).
+    """
+    headers = plan.read_headers(path)
     prefix = getattr(model, "base_model_prefix", "")
-    found = modules_of(fresh, prefix)
-    if config.architectures[0].endswith(("SequenceClassification", "TokenClassification")):
-        own = [n for n, m in model.named_children() if n != prefix and _weighs(m)]
-        if not _same_labels(path, config):
-            for name in own:
-                model.get_submodule(name).apply(model._init_weights)
-        found = list(dict.fromkeys([*found, *own]))  # a head is trained, whatever it was before
-    return model, found
+    stored = set(modules_of_headers(headers, type(model).__name__))
+    stored |= {f"{prefix}.{name}" for name in stored}  # as T5's, whose other classes have none
+    names = [n for n, _ in model.named_parameters() if n.rpartition(".")[0] not in stored]
+    missing = modules_of(names, prefix)
+    new = [n for n in missing if not any(f"{s}.".startswith(f"{n}.") for s in stored)]
+    return list(dict.fromkeys([*new, *_own(model)]))
+
+
+def _own(model: Any) -> list[str]:
+    """Return what a classifier has beside its body: that is trained, whatever it was before."""
+    if not type(model).__name__.endswith(("SequenceClassification", "TokenClassification")):
+        return []
+    prefix = getattr(model, "base_model_prefix", "")
+    return [n for n, m in model.named_children() if n != prefix and _weighs(m)]
 
 
 def _weighs(module: Any) -> bool:

@@ -26,6 +26,7 @@ def tree(job: Job) -> Any:
     tokenizer = models.load_tokenizer(job.checkpoint)
     config = models.load_config(job.checkpoint)
     goal = objective(recipe, config, job.files["data.train"], tokenizer)
+    fresh: list[str] = []
     if goal.head is None:
         model: Any = models.empty_model(job.checkpoint)
     else:
@@ -34,6 +35,7 @@ def tree(job: Job) -> Any:
         config = heads.config_of(job.checkpoint, goal.head, tokenizer)
         with torch.device("meta"):
             model = getattr(transformers, config.architectures[0])(config)
+        fresh = heads.trained_with(job.checkpoint, model)
     with torch.device("meta"):
-        model, _ = attach(job, recipe, goal, Base(model), tokenizer)
+        model, _ = attach(job, recipe, goal, Base(model, fresh), tokenizer)
     return view.view(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bmkit import model as models
-from bmkit.data import halves, labelled, rows
+from bmkit.data import halves, labelled
 from bmkit.data.batch import Gaps, Halves, Labelled, Padding
 from bmkit.data.chat import Encoded, Example, encode_file
 from bmkit.data.pairs import Pairs, encode_pairs
@@ -22,6 +22,7 @@ from bmkit.train.heads import label_figures, label_loss
 from bmkit.train.loss import mean_loss, next_token_loss
 from bmkit.train.preference import preference_figures, preference_loss
 from bmkit.tune.recipe import Task, TuneRecipe
+from bmkit.tune.task import task_of_rows
 
 Batch = dict[str, Tensor]
 PEFT_TASKS: dict[str, str | None] = {
@@ -63,17 +64,8 @@ def task_of(recipe: TuneRecipe, config: Any, train: Path) -> Task:
     """Return the task that a recipe means, by the keys of its first row, else by the model."""
     if recipe.task != "auto":
         return recipe.task
-    values: Mapping[str, Any] = {}
-    with train.open("rb") as stream:
-        first = next(iter(rows.read(stream)), None)
-        if isinstance(first, rows.Row):
-            values = first.values
-    if "label" in values:
-        return "sequence_classification"
-    if "chosen" in values:
-        return "preference"
-    if "tags" in values:
-        return "token_classification"
+    if (told := task_of_rows(train)) is not None:
+        return told
     if models.task(config) == "generate":
         return "seq2seq_lm" if config.is_encoder_decoder else "causal_lm"
     return "masked_lm"

@@ -25,6 +25,7 @@ from bmkit.plan import (
 from bmkit.runtime.budget import Placement, Sizes, place_any
 from bmkit.runtime.family import readable
 from bmkit.tune.recipe import TuneRecipe
+from bmkit.tune.task import new_head
 
 
 def estimate(job: Job) -> Estimate:
@@ -41,7 +42,7 @@ def estimate(job: Job) -> Estimate:
             f"{job.checkpoint} is quantised by optimum-quanto",
             hint="tune the model it was made from, or one of int8, int4 or gptq",
         )
-    parts, trained = _trained(headers, recipe)
+    parts, trained = _trained(job, headers)
     steps = [*parts, *(["merge it into the model"] if recipe.merge else [])]
     disk = (2 * headers.dense_numel if recipe.merge else 4 * trained) + 2**24
     work = 3 * (12 * trained + 2**22)  # two checkpoints are kept while a third is written
@@ -81,7 +82,7 @@ def placement(job: Job) -> Placement | None:
         raise InputError(f"{job.checkpoint} is packed in a way that can't be placed")
     depth = Sizes.of(headers.config).layers
     # One block's activations, and the hidden states between all of them.
-    training = 16 * _trained(headers, recipe)[1] + _activations(job, headers, 2 + depth // 16)
+    training = 16 * _trained(job, headers)[1] + _activations(job, headers, 2 + depth // 16)
     return place_any(
         headers,
         rows=1,
@@ -94,10 +95,15 @@ def placement(job: Job) -> Placement | None:
     )
 
 
-def _trained(headers: Headers, recipe: TuneRecipe) -> tuple[list[str], int]:
+def _trained(job: Job, headers: Headers) -> tuple[list[str], int]:
     """Return what is trained, a line each, and how many parameters that is together."""
+    recipe = job.recipe
+    assert isinstance(recipe, TuneRecipe)  # as above
+    labels, head = new_head(recipe, headers, job.files["data.train"])
+    new = [f"train a head for {labels} labels ({head} parameters)"] if labels else []
     if "all" in recipe.unfreeze:
-        return [f"train the whole model ({headers.dense_numel} parameters)"], headers.dense_numel
+        whole = headers.dense_numel
+        return [f"train the whole model ({whole} parameters)", *new], whole + head
     sizes = Sizes.of(headers.config)
     modules = modules_of_headers(headers)
     steps, whole = [], 0
@@ -111,7 +117,7 @@ def _trained(headers: Headers, recipe: TuneRecipe) -> tuple[list[str], int]:
     own = _unfrozen(modules, recipe)
     if own:
         steps.append(f"train {', '.join(recipe.unfreeze)} ({own} parameters)")
-    return steps, whole + own
+    return [*steps, *new], whole + own + head
 
 
 def _unfrozen(modules: Mapping[str, Module], recipe: TuneRecipe) -> int:

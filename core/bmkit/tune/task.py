@@ -1,0 +1,48 @@
+"""What rows are for, by their keys, and the head that a model needs for it. No torch here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bmkit import plan
+from bmkit.data import labelled, rows
+from bmkit.plan import Headers
+from bmkit.runtime.budget import Sizes
+from bmkit.tune.recipe import Task, TuneRecipe
+
+BY_KEY: dict[str, Task] = {
+    "label": "sequence_classification",
+    "chosen": "preference",
+    "tags": "token_classification",
+}
+LABELLED = ("sequence_classification", "token_classification")
+
+
+def task_of_rows(train: Path) -> Task | None:
+    """Return the task that the first row's keys tell; None if they don't."""
+    with train.open("rb") as stream:
+        first = next(iter(rows.read(stream)), None)
+    values = first.values if isinstance(first, rows.Row) else {}
+    return next((task for key, task in BY_KEY.items() if key in values), None)
+
+
+def new_head(recipe: TuneRecipe, headers: Headers, train: Path) -> tuple[int, int]:
+    """Return how many labels a head gets that is trained with the deltas, and its parameters.
+
+    Both are 0 for a task without labels. An encoder or encoder-decoder that classifies has a dense
+    layer before the labels, as most have; it counts unless the checkpoint has one, a pooler.
+    Raises InputError for rows without labels.
+    """
+    task = task_of_rows(train) if recipe.task == "auto" else recipe.task
+    if task not in LABELLED:
+        return 0, 0
+    labels = len(recipe.data.labels or labelled.labels_of(train))
+    width, config = Sizes.of(headers.config).hidden, headers.config
+    reads = config.get("model_type") in plan.ENCODERS or config.get("is_encoder_decoder")
+    biased = bool(reads) or task == "token_classification"
+    count = labels * (width + biased)
+    pooled = any(".pooler." in f".{tensor.name}" for tensor in headers.tensors)
+    dense = task == "sequence_classification" or config.get("model_type") == "modernbert"
+    if reads and dense and not pooled:
+        count += width * width + width
+    return labels, count

@@ -191,6 +191,35 @@ def test_several_deltas_are_trained_together_and_kept_apart(
     assert json.loads(one.stdout)["token_ids"] == said[0]
 
 
+@pytest.mark.parametrize("second", ["type: lora, name: b, layers: [1]", "type: adapter, name: b"])
+def test_a_row_names_an_artifact_of_several_deltas_as_a_whole(
+    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path, second: str
+) -> None:
+    path = recipe(tmp_path, "type: lora, name: a", second)
+    assert bmkit("tune", path, "-m", "tiny", "--data", texts, "-o", "two", *SHORT).returncode == 0
+    words = ("--data", texts, *SHORT, "--seed", "3")
+    assert bmkit("tune", "lora", "-m", "tiny", "-o", "one", *words).returncode == 0
+    asked = [{"prompt": "Number 3?", "adapter": name} for name in ("two", "one", "a", "b")]
+    rows = write(tmp_path / "in.jsonl", asked)
+    words = ("--max-new-tokens", "8", "--json")
+    given = ("-m", "tiny", "--adapter", "two", "--adapter", "one")
+    done = bmkit("infer", *given, "-i", rows, *words)
+    assert done.returncode == 0, done.stderr
+    said = [json.loads(line)["token_ids"] for line in done.stdout.splitlines()]
+    parts = [tmp_path / "two" / "adapters" / name for name in "ab"]
+    for found, names in zip(said, (("two",), ("one",), (parts[0],), (parts[1],)), strict=True):
+        chosen = [word for name in names for word in ("--adapter", name)]
+        alone = bmkit("infer", "-m", "tiny", *chosen, "-p", "Number 3?", *words)
+        assert found == json.loads(alone.stdout)["token_ids"]
+    assert len({tuple(ids) for ids in said}) > 2
+    whole = write(tmp_path / "whole.jsonl", asked[:1])
+    itself = bmkit("infer", "-m", "two", "-i", whole, *words)
+    assert json.loads(itself.stdout)["token_ids"] == said[0]
+    strange = write(tmp_path / "no.jsonl", [{"prompt": "Hi", "adapter": "tow"}])
+    refused = bmkit("infer", *given, "-i", strange, *words)
+    assert refused.returncode == 3 and "a, b, one, two" in refused.stderr
+
+
 def test_what_is_unfrozen_is_trained_and_kept_with_the_delta(
     bmkit: Run, tiny: Path, texts: Path, tmp_path: Path
 ) -> None:

@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 
-def load(model: Any, folders: Mapping[str, Path]) -> Any:
+def load(
+    model: Any,
+    folders: Mapping[str, Path],
+    wholes: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> Any:
     """Put saved deltas on `model` by their names, all at work; return the model to use.
 
-    Raises InputError for one that doesn't fit the model.
+    `wholes` names some of them together. Raises InputError for one that doesn't fit the model.
     """
     if not folders:
         return model
     from bmkit.deltas import compose
 
-    return compose.load(model, folders)
+    model = compose.load(model, folders)
+    model.bmkit_wholes = dict(wholes)
+    return model
 
 
 @contextmanager
 def only(model: Any, name: str | None) -> Iterator[None]:
     """Let only the delta `name` work while the block runs; None: none of them; `*`: all, as loaded.
 
-    A model without deltas stays as it is.
+    It may be a name of several. A model without deltas stays as it is.
     """
     if name == "*" or not getattr(model, "bmkit_deltas", None):
         yield
         return
     from bmkit.deltas import compose
 
-    with compose.active(model, () if name is None else (name,)):
+    parts = () if name is None else getattr(model, "bmkit_wholes", {}).get(name, (name,))
+    with compose.active(model, parts):
         yield
 
 

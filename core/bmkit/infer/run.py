@@ -18,9 +18,10 @@ from bmkit.infer import encode, score
 from bmkit.infer.recipe import InferRecipe
 from bmkit.plan import Job
 from bmkit.runtime import heads
+from bmkit.runtime.adapters import adapters_of
 from bmkit.runtime.answered import Answered, how_to
 from bmkit.runtime.generate import Answer, eos_ids, generate
-from bmkit.runtime.opening import names, open_engine, peak_gpu_bytes
+from bmkit.runtime.opening import open_engine, peak_gpu_bytes
 from bmkit.runtime.prompts import Bad, Prompt, Reader
 
 WINDOW_BATCHES = 8
@@ -52,7 +53,7 @@ class Session:
         self.encoder_decoder = bool(config.is_encoder_decoder)
         self.tokens = self.scored_tokens = 0
         self.logprob = self.seconds = 0.0
-        self.adapters = names(job.adapter_paths)
+        self.adapters = adapters_of(job).names
         self.reader = Reader(
             self.tokenizer,
             recipe,

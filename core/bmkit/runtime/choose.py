@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from bmkit.artifact import deltas
 from bmkit.errors import RecipeError, ResourceError
 from bmkit.plan import FOREIGN, Headers, Job, read_headers, task
 from bmkit.runtime import budget, family
@@ -69,6 +70,10 @@ def choose(job: Job, headers: Headers, *, tokens: int | None = None) -> Chosen:
     guesses = recipe.guesses if answer else 0
     tokens = tokens or min(answer + prompt, context) + guesses
     besides = budget.lora_bytes([read_headers(path) for path in job.adapter_paths])
+    if len(job.deltas) > 1:  # what rows call an artifact of several is put together as well
+        for parts in (deltas(delta.path) for delta in job.deltas):
+            several = [read_headers(path) for path in parts if len(parts) > 1]
+            besides += budget.lora_bytes(several)
     besides += budget.experts_bytes(headers, quant)
     if recipe.scores:
         besides += 4 * budget.SCORE_BYTES

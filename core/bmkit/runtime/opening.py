@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from bmkit.deltas import plugged
 from bmkit.errors import ResourceError
 from bmkit.plan import Job, read_headers
 from bmkit.runtime import budget, experts
+from bmkit.runtime.adapters import adapters_of
 from bmkit.runtime.choose import Chosen, choose
 from bmkit.runtime.generate import plain_defaults
 from bmkit.runtime.recipe import GenerateRecipe
@@ -59,15 +59,6 @@ def cap_gpu(device: torch.device, limit: int) -> None:
     )
 
 
-def names(paths: list[Path]) -> list[str]:
-    """Return what rows call adapters: the last part of the path, or more where that is not one."""
-    found: list[str] = []
-    for path in paths:
-        name = path.name
-        found.append(str(path) if [p.name for p in paths].count(name) > 1 else name)
-    return found
-
-
 def open_engine(
     job: Job, config: Any, *, said: Sequence[int] | None = None, head: bool = False
 ) -> Engine:
@@ -95,8 +86,8 @@ def open_engine(
     if found.model is not None:
         if models.task(config) == "generate":
             plain_defaults(found.model)
-        paths = job.adapter_paths
-        found.model = plugged.load(found.model, dict(zip(names(paths), paths, strict=True)))
+        asked_for = adapters_of(job)
+        found.model = plugged.load(found.model, asked_for.folders, asked_for.wholes)
         experts.attach_stored(found.model, job.checkpoint)
     return found
 
@@ -148,8 +139,8 @@ def _packed(
         job.reporter.warn(f"{text}; not used")
         return None
     if job.deltas:
-        paths = job.adapter_paths
-        load.attach(decoder, dict(zip(names(paths), paths, strict=True)))
+        asked_for = adapters_of(job)
+        load.attach(decoder, asked_for.folders, asked_for.wholes)
     most = None if job.cpu_memory is None else chosen.placement.tokens
     return Engine(device, before, chosen.placement.rows, decoder=decoder, most_tokens=most)
 

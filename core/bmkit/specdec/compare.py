@@ -13,8 +13,8 @@ from bmkit import model as models
 from bmkit.deltas import plugged
 from bmkit.plan import Job
 from bmkit.runtime import experts
+from bmkit.runtime.adapters import adapters_of
 from bmkit.runtime.generate import Generation, generate, plain_defaults
-from bmkit.runtime.opening import names
 from bmkit.specdec.recipe import SpecDecodeRecipe
 
 Answerer = Callable[[Any], list[int]]
@@ -140,8 +140,8 @@ class Transformers:
         model = models.load_model(path, device=device, dtype=job.recipe.dtype)
         plain_defaults(model)
         if path == job.checkpoint:
-            paths = job.adapter_paths
-            model = plugged.load(model, dict(zip(names(paths), paths, strict=True)))
+            asked_for = adapters_of(job)
+            model = plugged.load(model, asked_for.folders, asked_for.wholes)
         experts.attach_stored(model, path)
         return model
 

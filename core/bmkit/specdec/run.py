@@ -18,10 +18,11 @@ from bmkit.deltas import plugged
 from bmkit.errors import InputError, ResourceError
 from bmkit.plan import Job
 from bmkit.runtime import frequent
+from bmkit.runtime.adapters import adapters_of
 from bmkit.runtime.answered import Answered, how_to
 from bmkit.runtime.choose import draft_job
 from bmkit.runtime.generate import Answer, eos_ids
-from bmkit.runtime.opening import Engine, names, open_engine, peak_gpu_bytes
+from bmkit.runtime.opening import Engine, open_engine, peak_gpu_bytes
 from bmkit.runtime.prompts import Bad, Prompt, Reader
 from bmkit.runtime.speculation import calibrate, pool
 from bmkit.runtime.speculation.draft import Draft
@@ -79,7 +80,7 @@ class Session:
         if models.task(config) != "generate":
             raise InputError(f"{job.checkpoint} doesn't generate text")
         self.context = models.context(config)
-        self.adapters = names(job.adapter_paths)
+        self.adapters = adapters_of(job).names
         self.digest = pool.tokenizer_digest(self.tokenizer)
         self.vocabulary = max(len(self.tokenizer), int(config.get_text_config().vocab_size))
         self.pool = self._pool(job.phrases)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -221,16 +222,20 @@ def largest_difference(decoder: Decoder, *, layers: int = 2, tokens: int = 20) -
     return float(max(abs(many - wanted).max(), abs(few - wanted).max()) / scale)
 
 
-def attach(decoder: Decoder, adapters: Mapping[str, Path]) -> None:
+def attach(
+    decoder: Decoder,
+    adapters: Mapping[str, Path],
+    wholes: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> None:
     """Put plain LoRA adapters on a decoder by their names; `Decoder.choose` takes one, or all.
 
-    Raises InputError for one that doesn't fit the model.
+    `wholes` names some of them together. Raises InputError for one that doesn't fit the model.
     """
     found = {name: _pairs(decoder, path) for name, path in adapters.items()}
-    decoder.delta_sets[EVERY] = _deltas(decoder, list(found.values()))
-    for name, pairs in found.items():
-        alone = len(found) == 1
-        decoder.delta_sets[name] = decoder.delta_sets[EVERY] if alone else _deltas(decoder, [pairs])
+    every = decoder.delta_sets[EVERY] = _deltas(decoder, list(found.values()))
+    for name, parts in ({one: (one,) for one in found} | dict(wholes)).items():
+        chosen = [found[part] for part in parts]
+        decoder.delta_sets[name] = every if len(parts) == len(found) else _deltas(decoder, chosen)
     decoder.choose(EVERY)
 
 

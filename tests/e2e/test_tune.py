@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     GPT2Config,
+    Qwen2MoeConfig,
     T5Config,
 )
 
@@ -528,6 +529,40 @@ def test_the_better_of_two_answers_becomes_likelier(bmkit: Run, tiny: Path, tmp_
     bad = write(tmp_path / "bad.jsonl", [{"prompt": "a", "chosen": "b"}] * 2)
     refused = bmkit("tune", "lora", "-m", "tiny", "--data", bad, "-o", "x")
     assert refused.returncode == 3 and "rejected" in refused.stderr
+
+
+def test_experts_that_share_a_parameter_are_tuned(
+    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path, with_tokenizer: Any
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+    counts = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = Qwen2MoeConfig(vocab_size=400, num_experts=4, num_experts_per_tok=2, **sizes, **counts)  # type: ignore[arg-type]
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
+    with_tokenizer(tmp_path / "moe")
+    where = "target_parameters: [experts.gate_up_proj, experts.down_proj]"
+    path = recipe(tmp_path, f"type: lora, r: 2, target_modules: [], {where}")
+    words = ("tune", path, "-m", "moe", "--data", texts, *SHORT)
+    count = 2 * 4 * 2 * (16 + 16 + 16 + 8)
+    plan = bmkit(*words, "--plan").stdout
+    assert f'"train lora on 4 parameters of experts ({count} parameters)"' in plan
+    assert json.loads(bmkit(*words, "--inspect").stdout)["trained"] == count
+    kept = metrics(bmkit(*words, "-o", "d"))
+    assert kept["trainable_parameters"] == count and kept["dev_loss"] < kept["dev_loss_before"]
+    again = ("-s", "train.gradient_checkpointing=true", "-s", "merge=true")
+    merged = metrics(bmkit(*words, "-o", "m", *again))
+    assert merged["dev_loss"] == pytest.approx(kept["dev_loss"], rel=1e-4)
+    answers = ("-p", "Number 3?", "--max-new-tokens", "8", "--json")
+    said = [json.loads(bmkit("infer", "-m", name, *answers).stdout) for name in ("d", "m")]
+    assert said[0]["token_ids"] == said[1]["token_ids"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    for more, code, told in (
+        (("-s", "deltas.0.target_parameters=[experts.gate_proj]"), 2, "experts.gate_up_proj"),
+        (("-s", "deltas.0.lora_dropout=0.1"), 2, "target_parameters"),
+        (("--cpu-memory", "400MiB"), 2, "budget"),
+    ):
+        refused = bmkit(*words, "-o", "x", *more)
+        assert refused.returncode == code and told in refused.stderr
 
 
 LAUNCHERS = {

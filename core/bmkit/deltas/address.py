@@ -20,6 +20,7 @@ PLURALS: Mapping[Kind, str] = {
     "conv": "convolutions",
     "router": "routers",
     "block": "blocks",
+    "parameter": "parameters of experts",
 }
 Layers = Sequence[int] | int | str
 
@@ -33,6 +34,7 @@ def matched(
     last: int | None = None,
     kinds: Collection[Kind] = KINDS,
     method: str = "this delta",
+    key: str = "target_modules",
 ) -> list[str]:
     """Return the names of the modules that a delta addresses, in the order of `modules`.
 
@@ -42,7 +44,7 @@ def matched(
     is left out with all that is inside of it, so the beginning of a name leaves out all that goes
     on from there. `layers` keeps the modules in the numbered blocks of every stack, `last` those in
     the last blocks of each. Of what a pattern matches, the delta gets what is of `kinds`; names
-    alone count as linear layers.
+    alone count as linear layers. `key` is what the recipe calls the patterns.
 
     Raises RecipeError for a pattern that matches nothing, or nothing of `kinds`, for layers that
     aren't there, and if nothing is left.
@@ -51,12 +53,12 @@ def matched(
         modules = dict.fromkeys(modules, Module("linear"))
     targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if not targets:
-        raise RecipeError("target_modules: it names no module", hint="write all-linear for all")
+        raise RecipeError(f"{key}: it names no module", hint="write all-linear for all")
     kept = _kept(modules, layers, last)
-    finder = _Finder(modules)
+    finder = _Finder(modules, key, kinds)
     found: set[str] = set()
     for pattern in targets:
-        hits = finder.find("target_modules", pattern, modules)
+        hits = finder.find(key, pattern, modules)
         fitting = [name for name in hits if modules[name].kind in kinds]
         if not fitting:
             raise _wrong_kind(pattern, hits, finder, kinds, method)
@@ -133,8 +135,10 @@ def _kept(
 class _Finder:
     """Finds modules by patterns, and knows what there is when one finds nothing."""
 
-    def __init__(self, modules: Mapping[str, Module]) -> None:
-        self.modules = modules
+    def __init__(self, modules: Mapping[str, Module], key: str, kinds: Collection[Kind]) -> None:
+        self.modules, self.key = modules, key
+        self.stacked = tuple(kinds) == ("parameter",)
+        """Whether none but parameters of experts are looked for."""
         self.outer = {n: list(_outer(n)) for n in modules}
         self.by_role: dict[str, list[str]] = {}
         for name, roles in roles_of(modules).items():
@@ -186,10 +190,12 @@ class _Finder:
         if pattern in ROLES or (half in HALVES and rest in ROLES):
             return RecipeError(f"{where}: the model has no `{pattern}`", hint=roles)
         near = [f"`{name}`" for name in self._nearest(pattern.removeprefix(REGEX))]
-        short = sorted({plain(n).rpartition(".")[2] for n in self.modules})
+        short = sorted({plain(n).rpartition(".")[2] for n in self._offered()})
         names = ", ".join(n for n in short if not n.isdigit())
         first = f"did you mean {' or '.join(near)}?" if near else f"there are: {names}"
         what = "matches" if pattern.startswith(REGEX) else "ends in"
+        if self.stacked and where == self.key:
+            return RecipeError(f"{where}: no parameter's name {what} `{pattern}`", hint=first)
         return RecipeError(
             f"{where}: no module's name {what} `{pattern}`", hint=f"{first} ({roles})"
         )
@@ -197,10 +203,16 @@ class _Finder:
     def _nearest(self, pattern: str) -> list[str]:
         """Return up to three ends of names, or roles, that are spelt nearly as `pattern`."""
         count = pattern.count(".") + 1
-        ends = {".".join(plain(n).split(".")[-count:]) for n in self.modules}
-        known = [*self.by_role, ALL_LINEAR, *sorted(ends - self.by_role.keys())]
+        ends = {".".join(plain(n).split(".")[-count:]) for n in self._offered()}
+        roles = [] if self.stacked else [*self.by_role, ALL_LINEAR]
+        known = [*roles, *sorted(ends - self.by_role.keys())]
         near = difflib.get_close_matches
         return near(pattern, known, n=3, cutoff=0.8) or near(pattern, known, n=1, cutoff=0.55)
+
+    def _offered(self) -> list[str]:
+        """Return the names of what could be meant."""
+        kinds = ("parameter",) if self.stacked else KINDS
+        return [n for n, module in self.modules.items() if module.kind in kinds]
 
 
 def _wrong_kind(
@@ -209,8 +221,10 @@ def _wrong_kind(
     what = " and ".join(k for k in KINDS if k in {finder.modules[n].kind for n in hits})
     wanted = " and ".join(PLURALS[k] for k in KINDS if k in kinds)
     inside = finder.roles_inside(hits, kinds) or finder.roles_inside(("",), kinds)
+    if finder.stacked:
+        inside = sorted({n.rpartition(".")[2] for n in finder._offered()})
     return RecipeError(
-        f"target_modules: `{pattern}` is {what}, and {method} goes to {wanted}",
+        f"{finder.key}: `{pattern}` is {what}, and {method} goes to {wanted}",
         hint=f"it can go to: {', '.join(inside)}" if inside else "name a module of that kind",
     )
 

@@ -35,6 +35,8 @@ class Place:
     """Full names of the modules that it is put beside, so that PEFT has nothing to interpret."""
     inputs: Sequence[str] = ()
     """Of a second list of modules that some methods have."""
+    parameters: Sequence[str] = ()
+    """Full names of parameters of experts."""
     task_type: str | None = None
     """One of PEFT's, as `CAUSAL_LM`; None where it has none."""
     modules_to_save: Sequence[str] = ()
@@ -73,6 +75,7 @@ def lora(spec: Lora, place: Place) -> Any:
         rank_pattern=dict(spec.rank_pattern),
         alpha_pattern={name: _whole(value) for name, value in spec.alpha_pattern.items()},
         target_modules=sorted(place.modules),
+        target_parameters=sorted(place.parameters) or None,
         **place.common,
     )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 if TYPE_CHECKING:
     from torch import nn
 
-Kind = Literal["linear", "embedding", "norm", "conv", "router", "block"]
+Kind = Literal["linear", "embedding", "norm", "conv", "router", "block", "parameter"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 WRAPPED = ("base_layer", "original_module")
 """What PEFT's wrappers call the module of the base that they stand for."""
@@ -34,7 +34,8 @@ class Module:
     """One module: what kind it is, and the shape of its weight.
 
     A linear layer's shape is [out, in], except that GPT-2's Conv1D has [in, out]. A block is
-    whatever holds other modules or parameters of its own; its shape is ().
+    whatever holds other modules or parameters of its own; its shape is (). A parameter of experts
+    is none of a model's modules, but addressed like them (`stacked.py`).
     """
 
     kind: Kind

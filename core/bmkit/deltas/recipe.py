@@ -98,6 +98,25 @@ class Lora(_Linear):
     alpha_pattern: dict[str, float] = Field(
         default={}, description="Other alphas, by the end of modules' names."
     )
+    target_parameters: list[str] = Field(
+        default=[],
+        description="Parameters that hold the matrices of all experts in one, by the end of their "
+        "names, as `experts.gate_up_proj`; each expert gets an update of its own.",
+    )
+
+    @model_validator(mode="after")
+    def _plain_on_parameters(self) -> Lora:
+        if not self.target_parameters:
+            return self
+        if self.lora_dropout or self.use_dora:
+            name = "use_dora" if self.use_dora else "lora_dropout"
+            raise contradiction(name, "it can't be had with `target_parameters`")
+        if self.init_lora_weights not in ("default", "gaussian"):
+            raise contradiction(
+                "init_lora_weights",
+                f"`{self.init_lora_weights}` can't be had with `target_parameters`",
+            )
+        return self
 
 
 class AdaLora(_Linear):

@@ -25,7 +25,8 @@ from bmkit.deltas.recipe import (
 def parameters(spec: Any, shapes: Sequence[tuple[int, ...]], hidden: int, layers: int) -> int:
     """Return how many parameters `spec` trains in modules whose weights have these shapes.
 
-    A shape is [out, in], [width] of a norm, or () of a block, which is taken to be `hidden` wide.
+    A shape is [out, in], [experts, out, in], [width] of a norm, or () of a block, which is taken to
+    be `hidden` wide.
     It is an estimate for a plan: exact for LoRA, adapters and prompts, else within about twice.
     """
     if isinstance(spec, TrainableTokens):
@@ -48,6 +49,8 @@ def parameters(spec: Any, shapes: Sequence[tuple[int, ...]], hidden: int, layers
 
 def _beside(spec: Any, shape: tuple[int, ...]) -> int:
     """Return the parameters beside one module."""
+    if len(shape) == 3:
+        return shape[0] * _beside(spec, shape[1:])
     out, into = shape[0], shape[-1]
     if isinstance(spec, Lora):
         return spec.r * (out + into) + (out if spec.use_dora else 0)

@@ -84,20 +84,31 @@ def modules_of_headers(headers: Headers, architecture: str | None = None) -> dic
 
     `architecture` is the class that it is loaded into; the first of `config.json` if not given.
     """
-    kind = headers.config.get("model_type", "")
-    first = (headers.config.get("architectures") or [""])[0]
-    wanted = first if architecture is None else architecture
-    shapes = {
-        name: shape
-        for name, shape in _placed(_renamed(headers, kind), kind, wanted, first)
-        if not (kind in COMPUTED and name.endswith("embed_positions.weight"))
-    }
+    shapes = shapes_of_headers(headers, architecture)
+    kind, wanted = headers.config.get("model_type", ""), _architecture(headers, architecture)
     found = _leaves(shapes)
     for name, module in _shared(found).items():
         found.setdefault(name, module)
     if _SPEAKS.search(wanted) and not any(m.head for m in found.values()):
         found |= _tied_head(found, shapes, kind)
     return with_blocks(found)
+
+
+def shapes_of_headers(
+    headers: Headers, architecture: str | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Return the dense shapes of the tensors that are stored, by the model's names of them."""
+    kind, first = headers.config.get("model_type", ""), _architecture(headers, None)
+    wanted = _architecture(headers, architecture)
+    return {
+        name: shape
+        for name, shape in _placed(_renamed(headers, kind), kind, wanted, first)
+        if not (kind in COMPUTED and name.endswith("embed_positions.weight"))
+    }
+
+
+def _architecture(headers: Headers, given: str | None) -> str:
+    return (headers.config.get("architectures") or [""])[0] if given is None else given
 
 
 def _renamed(headers: Headers, kind: str) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from bmkit.deltas import address
-from bmkit.deltas.modules import Module
+from bmkit.deltas.modules import Kind, Module
 from bmkit.deltas.roles import roles_there
 from bmkit.errors import RecipeError
 
 SECOND = ("feedforward_modules", "input_modules")
 """Further modules that some methods name."""
+STACKED: tuple[Kind, ...] = ("parameter",)
 
 
 def addressed(spec: Any, modules: Mapping[str, Module]) -> tuple[list[str], list[str]]:
@@ -19,7 +20,7 @@ def addressed(spec: Any, modules: Mapping[str, Module]) -> tuple[list[str], list
 
     Both are empty for one that goes to no module. Raises RecipeError as `address.matched` does.
     """
-    if not spec.targets:
+    if not spec.targets or (spec.target_modules == [] and getattr(spec, "target_parameters", ())):
         return [], []
     own, besides = (
         address.matched(modules, kinds=spec.KINDS, method=f"`{spec.type}`", **where)
@@ -30,6 +31,33 @@ def addressed(spec: Any, modules: Mapping[str, Module]) -> tuple[list[str], list
     _require_patterns(spec, own)
     _require_sizes(spec, [(name, modules[name].shape) for name in own])
     return own, besides
+
+
+def parameters_addressed(
+    spec: Any, modules: Mapping[str, Module], stacked: Mapping[str, Module]
+) -> list[str]:
+    """Return the parameters of experts that a delta goes to, of those in `stacked`.
+
+    Raises RecipeError as `address.matched` does, and if the model has none.
+    """
+    patterns = getattr(spec, "target_parameters", ())
+    if not patterns:
+        return []
+    if not stacked:
+        raise RecipeError(
+            "target_parameters: the model has no experts that share a parameter",
+            hint="target_modules names layers",
+        )
+    where = spec.targets | {"target_modules": patterns}
+    found = address.matched(
+        {**modules, **stacked},
+        kinds=STACKED,
+        method=f"`{spec.type}` by this key",
+        key="target_parameters",
+        **where,
+    )
+    _require_sizes(spec, [(name, stacked[name].shape[1:]) for name in found])
+    return found
 
 
 def _require_patterns(spec: Any, found: list[str]) -> None:

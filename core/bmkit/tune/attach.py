@@ -12,7 +12,8 @@ from bmkit.deltas.configs import Place
 from bmkit.deltas.merge import require_mergeable
 from bmkit.deltas.modules import modules_of_model
 from bmkit.deltas.recipe import names
-from bmkit.deltas.targets import addressed
+from bmkit.deltas.stacked import stacked_of_model
+from bmkit.deltas.targets import addressed, parameters_addressed
 from bmkit.errors import LibraryRefusal, RecipeError
 from bmkit.plan import Job
 from bmkit.tune.base import Base, unfrozen
@@ -68,7 +69,7 @@ def attach(
         raise RecipeError(
             f"merge: `{recipe.deltas[0].type}` has no place in the weights", hint="leave merge out"
         )
-    modules = modules_of_model(base.model)
+    modules, stacked = modules_of_model(base.model), stacked_of_model(base.model)
     torch.manual_seed(recipe.seed)
     found: dict[str, Any] = {}
     for number, (name, spec) in enumerate(zip(called, recipe.deltas, strict=True)):
@@ -76,6 +77,7 @@ def attach(
         place = Place(
             own,
             besides,
+            parameters_addressed(spec, modules, stacked),
             task_type=goal.task_type,
             modules_to_save=saved if number == carrier else (),
             tokenizer=tokenizer,
@@ -103,7 +105,8 @@ def _require_placed(recipe: TuneRecipe) -> None:
     """Raise RecipeError for a method that needs dense weights, which a budget doesn't leave."""
     for spec in recipe.deltas:
         begun = getattr(spec, "init_lora_weights", "default")
-        if spec.type in DENSE or getattr(spec, "use_dora", False) or begun in ("pissa", "olora"):
+        reads = getattr(spec, "use_dora", False) or getattr(spec, "target_parameters", ())
+        if spec.type in DENSE or reads or begun in ("pissa", "olora"):
             raise RecipeError(
                 f"deltas: `{spec.type}` as it is here reads the model's weights, which are packed "
                 "or elsewhere in a budget",

@@ -10,8 +10,9 @@ from bmkit.deltas import address
 from bmkit.deltas.modules import Module
 from bmkit.deltas.recipe import names
 from bmkit.deltas.sizes import parameters
+from bmkit.deltas.stacked import stacked_of_headers
 from bmkit.deltas.stored import modules_of_headers
-from bmkit.deltas.targets import addressed
+from bmkit.deltas.targets import addressed, parameters_addressed
 from bmkit.env import format_bytes
 from bmkit.errors import InputError, RecipeError
 from bmkit.plan import (
@@ -105,13 +106,17 @@ def _trained(job: Job, headers: Headers) -> tuple[list[str], int]:
         whole = headers.dense_numel
         return [f"train the whole model ({whole} parameters)", *new], whole + head
     sizes = Sizes.of(headers.config)
-    modules = modules_of_headers(headers)
+    modules, stacked = modules_of_headers(headers), stacked_of_headers(headers)
     steps, whole = [], 0
     for name, spec in zip(names(recipe.deltas), recipe.deltas, strict=True):
         found = addressed(spec, modules)[0]
         shapes = [modules[module].shape for module in found]
+        experts = parameters_addressed(spec, modules, stacked)
+        shapes += [stacked[name].shape for name in experts]
         count = parameters(spec, shapes, sizes.hidden, sizes.layers)
-        where = f" on {len(found)} modules" if found else ""
+        told = [f"{len(found)} modules"] if found else []
+        told += [f"{len(experts)} parameters of experts"] if experts else []
+        where = f" on {' and '.join(told)}" if told else ""
         steps.append(f"train {name}{where} ({count} parameters)")
         whole += count
     own = _unfrozen(modules, recipe)

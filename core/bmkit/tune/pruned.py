@@ -26,7 +26,9 @@ def keep_pruned(recipe: TuneRecipe, model: Any) -> Masks:
     if not any(is_pruned(p) for n, p in model.named_parameters() if not p.requires_grad):
         return Masks()
     for spec in recipe.deltas:
-        plain = spec.type != "lora" or not (spec.use_dora or spec.lora_dropout)
+        plain = spec.type != "lora" or not (
+            spec.use_dora or spec.lora_dropout or spec.target_parameters
+        )
         if spec.type in FILLS or not plain or getattr(spec, "init_lora_weights", "")[:5] in _OWN:
             raise RecipeError(
                 f"merge: the model is pruned, and `{spec.type}` as it is here would fill its zeros",

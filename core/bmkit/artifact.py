@@ -49,6 +49,8 @@ DELTAS = "adapters"
 """Where an artifact of several deltas has them, each an adapter by itself."""
 ORDER = "deltas.json"
 """Their names, in the order in which they are put on the model."""
+EVENTS = "events.out.tfevents"
+"""What a file for TensorBoard begins its name with."""
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 """Either holds or names a model's weights; the first wins, as in transformers."""
 QUANTO = "quanto_qmap.json"
@@ -321,7 +323,11 @@ def _digest(kind: str, files: Mapping[str, FileEntry]) -> str:
 
 
 def _without_place(file: Path) -> str | None:
-    """Hash an adapter's config without the path of its base; None for any other file."""
+    """Hash an adapter's config without the path of its base, and events, which hold the time, as
+    nothing; None for any other file.
+    """
+    if file.name.startswith(EVENTS):
+        return _sha256(b"")
     if file.name != "adapter_config.json":
         return None
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +205,14 @@ def test_what_rows_are_filled_up_with_never_enters_the_loss(
     assert found["labelled_tokens"] == count
     assert found["train_loss"] == pytest.approx(total / count, rel=1e-4)
     assert found["dev_loss_before"] == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is not None, reason="tensorboard is installed")
+def test_what_needs_tensorboard_is_refused_before_training_where_there_is_none(
+    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path
+) -> None:
+    words = ("-m", "tiny", "--data", texts, "-o", "x", "-s", "train.tensorboard=true")
+    for more in ((), ("--plan",)):
+        done = bmkit("tune", "lora", *words, *more)
+        assert done.returncode == 4 and "bmkit[tensorboard]" in done.stderr
+    assert not (tmp_path / "x").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping
 
@@ -14,7 +15,7 @@ from bmkit.deltas.stacked import stacked_of_headers
 from bmkit.deltas.stored import modules_of_headers
 from bmkit.deltas.targets import addressed, parameters_addressed
 from bmkit.env import format_bytes
-from bmkit.errors import InputError, RecipeError
+from bmkit.errors import InputError, RecipeError, ResourceError
 from bmkit.plan import (
     RUNTIME_BYTES,
     Estimate,
@@ -33,10 +34,16 @@ def estimate(job: Job) -> Estimate:
     """Say what `tune` will train, and the memory and disk it takes.
 
     Activations are counted as 34 values of the hidden width a layer and token, and the logits
-    three times in float32. Raises RecipeError if an address matches nothing.
+    three times in float32. Raises RecipeError if an address matches nothing, ResourceError if what
+    the recipe needs isn't installed.
     """
     recipe = job.recipe
     assert isinstance(recipe, TuneRecipe)  # the registry pairs recipe and plan
+    if recipe.train.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ResourceError(
+            "train.tensorboard: the package `tensorboard` isn't installed",
+            hint="pip install 'bmkit[tensorboard]'; metrics.jsonl and loss.svg need nothing",
+        )
     headers = read_headers(job.checkpoint)
     if (job.checkpoint / QUANTO).is_file():  # tells no shapes, and its layers are another library's
         raise InputError(

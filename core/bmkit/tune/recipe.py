@@ -49,6 +49,15 @@ class Data(Model):
     )
 
 
+class TuneTrain(Train):
+    """How to train, and what to leave of it."""
+
+    tensorboard: bool = Field(
+        default=False,
+        description="Leave a file for TensorBoard as well; needs bmkit[tensorboard].",
+    )
+
+
 class TuneRecipe(Recipe):
     """`bmkit tune`."""
 
@@ -87,7 +96,7 @@ class TuneRecipe(Recipe):
         description="Of `task: preference`: how far the model is held to what it said before.",
     )
     data: Data
-    train: Train = Train()
+    train: TuneTrain = TuneTrain()
     cache_states: bool | Literal["auto"] = Field(
         default="auto",
         description="Where only the last blocks are trained, keep what the first ones say of each "

@@ -33,7 +33,7 @@ from bmkit.tune.merging import write_whole
 from bmkit.tune.objectives import Batch, Objective, batches_of, objective
 from bmkit.tune.pruned import keep_pruned
 from bmkit.tune.recipe import TuneRecipe
-from bmkit.tune.written import write_history
+from bmkit.tune.written import write_events, write_history
 
 __all__ = ["METHODS", "run"]
 
@@ -176,6 +176,8 @@ def _train(
         told = [f"{n} {before[n]:.3f} before, {after[n]:.3f} after" for n in after]
         job.reporter.info("held out: " + "; ".join(told).replace("dev_", ""))
     write_history(job.out, trained.history)
+    if spec.tensorboard:
+        write_events(job.out, trained.history)
     return metrics
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bmkit.artifact import EVENTS
 from bmkit.picture import lines
 
 METRICS = "metrics.jsonl"
@@ -27,6 +28,22 @@ def write_history(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
     if curves:
         picture = lines(curves, "loss", "step")
         (folder / PICTURE).write_text(picture, encoding="utf-8")
+
+
+def write_events(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """Write what was measured as a file for TensorBoard, which has to be installed."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(log_dir=str(folder))
+    for entry in history:
+        for name, value in entry.items():
+            part = "dev" if name.startswith("dev_") else "train"
+            if name not in ("step", "epoch"):
+                tag = f"{part}/{name.removeprefix('dev_')}"
+                writer.add_scalar(tag, value, int(entry["step"]))
+    writer.close()
+    for file in folder.glob(f"{EVENTS}.*"):  # named by the time and the machine
+        file.rename(folder / f"{EVENTS}.bmkit")
 
 
 def _rounded(entry: Mapping[str, float]) -> dict[str, float]:

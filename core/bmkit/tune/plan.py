@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Mapping
 
@@ -15,7 +14,8 @@ from bmkit.deltas.stacked import stacked_of_headers
 from bmkit.deltas.stored import modules_of_headers
 from bmkit.deltas.targets import addressed, parameters_addressed
 from bmkit.env import format_bytes
-from bmkit.errors import InputError, RecipeError, ResourceError
+from bmkit.errors import InputError, RecipeError
+from bmkit.foreign import extra
 from bmkit.plan import (
     RUNTIME_BYTES,
     Estimate,
@@ -39,11 +39,8 @@ def estimate(job: Job) -> Estimate:
     """
     recipe = job.recipe
     assert isinstance(recipe, TuneRecipe)  # the registry pairs recipe and plan
-    if recipe.train.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ResourceError(
-            "train.tensorboard: the package `tensorboard` isn't installed",
-            hint="pip install 'bmkit[tensorboard]'; metrics.jsonl and loss.svg need nothing",
-        )
+    if recipe.train.tensorboard:
+        extra.require("tensorboard", "tensorboard", "`train.tensorboard`")
     headers = read_headers(job.checkpoint)
     if (job.checkpoint / QUANTO).is_file():  # tells no shapes, and its layers are another library's
         raise InputError(

@@ -42,6 +42,7 @@ from bmkit.train.frozen import FrozenPrefix, numbered, with_rows
 from bmkit.train.loss import next_token_loss
 from bmkit.train.packing import Packing, pack, way
 from bmkit.train.recipe import Train
+from bmkit.train.replay import noted
 from bmkit.train.trainer import default_loss, train
 
 TOKENS = 256
@@ -162,7 +163,8 @@ def by_bmkit(spec: dict[str, Any], model: Any, rows: list[Example], work: Path) 
     starts: list[Instant] = []
 
     def clocked(model: Any, batch: dict[str, torch.Tensor]) -> Any:
-        starts.append(now())
+        if len(batch["input_ids"]) > 1:  # a single row is for trying things out
+            starts.append(now())
         return loss(model, batch)
 
     trained = train(
@@ -181,8 +183,8 @@ def by_bmkit(spec: dict[str, Any], model: Any, rows: list[Example], work: Path) 
         loss=clocked,
     )
     starts.append(now())
-    with counted(model) as kept:
-        loss(model, collate(rows[: spec["batch"]]))
+    with noted(model, loss, lambda: collate(rows[:1])) as lean, counted(model) as kept:
+        lean(model, collate(rows[: spec["batch"]]))
     found = {"starts": starts, "losses": trained.losses, "kept": kept.total}
     if prefix is not None:
         found |= {"states": prefix.states.bytes, "skipped": prefix.skipped}
@@ -220,7 +222,10 @@ def child(spec: dict[str, Any]) -> dict[str, Any]:
         handle.remove()
     starts = found.pop("starts")
     steps = len(starts) - 1
-    tokens = lengths[-steps - (spec["way"] != "forward") :][:steps]  # the last batch is counted
+    behind = {"forward": 0, "peft": 1}.get(
+        spec["way"], 2
+    )  # forward passes that bytes are counted in
+    tokens = lengths[-steps - behind :][:steps]
     first = spec["warm"]
     wall, cpu = (starts[-1][i] - starts[first][i] for i in (0, 1))
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -60,12 +60,28 @@ def counted(
     for number, block in enumerate(blocks):
         hooks.append(block.register_forward_pre_hook(lambda *_, n=number: inside.append(n)))
         hooks.append(block.register_forward_hook(lambda *_: void(inside.pop())))
+    _WATCHING.append(pack)
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield kept
     finally:
+        _WATCHING.remove(pack)
         for hook in hooks:
             hook.remove()
+
+
+def tell(tensor: Tensor) -> Tensor | None:
+    """Say that a tensor is being kept, from hooks that stand before those of `counted`.
+
+    Returns what is to be kept in its place.
+    """
+    found: Tensor | None = tensor
+    for pack in _WATCHING:
+        found = pack(tensor)
+    return found
+
+
+_WATCHING: list[Callable[[Tensor], Tensor | None]] = []
 
 
 def void(_: object) -> None:

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from bmkit.train.dev import Dev, Progress
 from bmkit.train.learned import load_learned, save_learned
 from bmkit.train.loss import next_token_loss
 from bmkit.train.recipe import Train
+from bmkit.train.replay import noted
 from bmkit.train.together import Learner, leave
 
 Loss = Callable[[Any, dict[str, Tensor]], tuple[Tensor, int]]
@@ -74,20 +75,38 @@ def train(
     loss: Loss | None = None,
     dev: Dev | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    replay: bool = True,
 ) -> Trained:
     """Train what is trainable in `model`, in place.
 
     Checkpoints go to `work`; if a killed run has left one there, training goes on from it, with
     the same batches, random draws and final loss as if it had never stopped. `loss` takes the model
     and a batch, and returns the sum and what it is divided by; if there is none, it is that of
-    `default_loss`. `dev` measures in between. Raises DivergedError when a loss is not a number,
+    `default_loss`. `dev` measures in between. With `replay`, activations that are cheap to make
+    aren't kept (`train.replay`). Raises DivergedError when a loss is not a number,
     leaving the last good checkpoint in `work`.
     """
     with _as_asked(device):
         loss = loss or default_loss(model)
-        return _train(
-            model, examples, collate, spec, seed, work, device, reporter, loss, dev, callbacks
-        )
+        batch = _longest(examples, collate, device)
+        with noted(model, loss, batch) if replay else nullcontext(loss) as loss:
+            return _train(
+                model, examples, collate, spec, seed, work, device, reporter, loss, dev, callbacks
+            )
+
+
+def _longest(
+    examples: Sequence[Example],
+    collate: Callable[[Sequence[Example]], dict[str, Tensor]],
+    device: torch.device,
+) -> Callable[[], dict[str, Tensor]]:
+    """Return what makes a batch of the longest row."""
+
+    def make() -> dict[str, Tensor]:
+        row = max(examples, key=lambda e: len(e["input_ids"]))
+        return {name: value.to(device) for name, value in collate([row]).items()}
+
+    return make
 
 
 def default_loss(model: Any) -> Loss:
@@ -210,11 +229,7 @@ def _again(
     loss: Loss,
 ) -> list[Any] | None:
     """Return the blocks that compute their activations again; None: transformers finds them."""
-
-    def longest() -> dict[str, Tensor]:
-        row = max(examples, key=lambda e: len(e["input_ids"]))
-        return {name: value.to(device) for name, value in collate([row]).items()}
-
+    longest = _longest(examples, collate, device)
     rows = spec.per_device_train_batch_size
     if heads.prompted(model) and model.active_peft_config.peft_type == "PREFIX_TUNING":
         if spec.gradient_checkpointing is True:

@@ -164,6 +164,7 @@ def _train(
         loss=penalised if ranks else rows.loss,
         dev=_dev(recipe, goal, model, batches, device),
         callbacks=ranks,
+        replay=not base.placed,  # blocks that come and go compute all of theirs again
     )
     rows.close()
     metrics["train_loss"] = round(trained.loss, 6)

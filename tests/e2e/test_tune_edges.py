@@ -216,3 +216,16 @@ def test_what_needs_tensorboard_is_refused_before_training_where_there_is_none(
         done = bmkit("tune", "lora", *words, *more)
         assert done.returncode == 4 and "bmkit[tensorboard]" in done.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_tokens_alone_keep_no_new_head_and_say_so(
+    bmkit: Run, tiny: Path, labelled: Path, tmp_path: Path
+) -> None:
+    tokens = 'type: trainable_tokens, tokens: ["a", "b"]'
+    alone = recipe(tmp_path, tokens)
+    done = bmkit("tune", alone, "-m", "tiny", "--data", labelled, "-o", "d", *SHORT)
+    assert done.returncode == 2
+    assert "score" in done.stderr and "bitfit" in done.stderr
+    both = recipe(tmp_path, tokens, "type: bitfit")
+    found = metrics(bmkit("tune", both, "-m", "tiny", "--data", labelled, "-o", "d", *SHORT))
+    assert found["dev_accuracy"] >= 0

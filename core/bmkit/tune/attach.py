@@ -58,10 +58,12 @@ def attach(
     if base.placed is not None:
         _require_placed(recipe)
     called = names(recipe.deltas)
-    carrier = next((i for i, spec in enumerate(recipe.deltas) if not spec.PROMPT), None)
-    if carrier is None and (set(saved) - HEADS or (saved and recipe.unfreeze)):
+    bare = [spec.PROMPT or spec.type == "trainable_tokens" for spec in recipe.deltas]
+    carrier = bare.index(False) if False in bare else None
+    lost = recipe.unfreeze or any(not spec.PROMPT for spec in recipe.deltas)
+    if carrier is None and (set(saved) - HEADS or (saved and lost)):
         raise RecipeError(
-            f"unfreeze: {', '.join(saved)} would have to be kept with a delta, and "
+            f"what is trained besides, {', '.join(saved)}, is kept with a delta, and "
             f"`{recipe.deltas[0].type}` keeps none",
             hint="put another delta beside it, as bitfit",
         )

@@ -146,6 +146,27 @@ def test_an_activation_that_draws_random_numbers_is_left_alone() -> None:
     assert notes.odd == {model[1]}
 
 
+def test_trying_it_out_counts_no_step() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+            self.register_buffer("steps", torch.zeros(()))
+
+        def forward(self, values: Tensor) -> Tensor:
+            self.steps += 1
+            return functional.silu(self.inner(values))
+
+    def loss(model: Any, given: dict[str, Tensor]) -> tuple[Tensor, int]:
+        return model(given["values"]).sum(), 1
+
+    model, given = Counting(), {"values": torch.ones(2, 4)}
+    with noted(model, loss, lambda: given) as lean:
+        assert int(model.steps) == 0
+        lean(model, given)
+    assert int(model.steps) == 1
+
+
 def test_notes_are_gone_with_the_graph(
     architecture: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:

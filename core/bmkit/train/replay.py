@@ -44,8 +44,12 @@ def noted(model: Any, loss: Loss, batch: Callable[[], dict[str, Tensor]]) -> Ite
         with notes.kept():
             return loss(model, batch)
 
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # as counters of steps
     try:
         notes.learn(lambda: loss(model, batch()))
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        del buffers
         yield run
     finally:
         notes.close()

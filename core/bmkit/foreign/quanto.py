@@ -5,7 +5,8 @@ The library is an extra, and imported where it is used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,23 @@ NONE = "none"
 def library() -> Any:
     """Import optimum-quanto, or raise ResourceError naming the extra."""
     return extra.load("optimum.quanto", "quanto", "a checkpoint or step of optimum-quanto")
+
+
+def require_compiled(weights: Iterable[str]) -> None:
+    """Raise ResourceError if code that some of these weights need can't be compiled here.
+
+    quanto compiles what unpacks 2 and 4 bits when it is first used.
+    """
+    if not {"int2", "int4"} & {kind.removeprefix("q") for kind in weights}:
+        return
+    library()
+    try:
+        torch.ops.quanto.unpack(torch.zeros(1, dtype=torch.uint8), 4)
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as exc:
+        raise ResourceError(
+            f"optimum-quanto compiles its code for 2 and 4 bits, and can't here: {first_line(exc)}",
+            hint="install a C++ compiler, or take int8 or float8",
+        ) from None
 
 
 def read_map(path: Path) -> dict[str, dict[str, str]]:
@@ -53,6 +71,7 @@ def unpacked(
     `skeleton` is the model on any device. Raises InputError for a layer that lacks a part.
     """
     quanto, found = library(), dict(tensors)
+    require_compiled(entry["weights"] for entry in qmap.values())
     for name, entry in qmap.items():
         parts = {}
         for key in [k for k in found if k.startswith(f"{name}.")]:
@@ -101,6 +120,7 @@ def fill(
     of the layers `rounds_outputs`, if it is given. Other numbers are cast to the model's dtype.
     Raises InputError for a checkpoint that isn't the model's.
     """
+    require_compiled(entry["weights"] for entry in qmap.values())
     dtype = next(model.parameters()).dtype
     state = {
         name: tensor.to(dtype) if tensor.is_floating_point() and not _packed(name) else tensor
@@ -141,6 +161,7 @@ def quantise(
     scales of groups is `hqq` (Half-Quadratic Quantization) or, if none is named, quanto's own.
     """
     quanto = library()
+    require_compiled([weights])
     how = {"hqq": quanto.HqqOptimizer}.get(optimizer or "")
     quanto.quantize(
         model,

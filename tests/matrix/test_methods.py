@@ -57,7 +57,7 @@ TUNED = Line(
 MATRIX = {
     ("compress", "quantize"): Line("model"),
     ("compress", "gptq"): Line("model", (*SHORT, "steps.0.bits=8")),
-    ("compress", "quanto"): Line("model", needs="optimum.quanto"),
+    ("compress", "quanto"): Line("model", ("steps.0.weights=int8",), needs="optimum.quanto"),
     ("compress", "optimum_gptq"): Line(
         "model", (*SHORT, "steps.0.bits=8", NARROW), needs="gptqmodel"
     ),

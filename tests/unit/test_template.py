@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from bmkit.errors import InputError, RecipeError
 from bmkit.prompting.chat import parse_chat
@@ -148,6 +152,11 @@ WRONG: dict[str, tuple[int, str, str]] = {
         'write "post_processing": "rstrip_punctuation"',
     ),
     '{"placeholder": "a", "post_processing": str.lower}': (41, "never run", '"lower"'),
+    '{"placeholder": "a", "post_processing": lambda s: s.lower(x=1)}': (
+        41,
+        "never run",
+        "filters are strip",
+    ),
     '{"placeholder": "a", "post_processing": lambda s: s.encode()}': (
         41,
         "never run",
@@ -173,6 +182,12 @@ def test_what_is_wrong_is_pointed_at(text: str) -> None:
         assert f"column {column}:" in message
         assert carets.index("^") - len("   | ") == column - 1
     assert len(carets) <= len(shown)
+
+
+def test_a_caret_stands_under_the_fault_behind_tabs_too() -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse('\ta\t{"maks"}')
+    assert str(caught.value).splitlines()[-2:] == ['   | \ta\t{"maks"}', "   | \t \t ^^^^^^"]
 
 
 def test_code_in_a_template_is_not_run(tmp_path: Path) -> None:
@@ -352,6 +367,33 @@ def test_a_chat_template_that_changes_messages_is_refused(
     tokenizer.chat_template = chat_template
     with pytest.raises(RecipeError, match="chat template"):
         parse_chat([ASK, ANSWER]).template(tokenizer)
+
+
+def test_the_page_about_templates_says_what_there_is() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "templates.md").read_text(encoding="utf-8")
+    recipes = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+    told: dict[str, Any] = {k: v for recipe in recipes for k, v in recipe["template"].items()}
+    assert parse(told["text"]).require_mask().fields == ("text_a",)
+    assert from_jinja(told["jinja"]).require_mask().fields == ("text_a", "title")
+    assert parse_chat(told["chat"]).require_mask().fields == ("text_a",)
+    filters = page.split("### Filters")[1].split("##")[0]
+    assert all(f"`{name}`" in filters for name in FILTERS)
+    rows = page.split("### Trainable tokens")[1].split("### Filters")[0]
+    shown = re.findall(r"^\| `(\{.*\})` \|", rows, re.MULTILINE)
+    assert [len(parse(text).soft) for text in shown] == [2, 10, 1, 1, 2, 1]
+    error = re.findall(r"```text\n(.*?)\n```", page, re.DOTALL)[0]
+    with pytest.raises(RecipeError) as caught:
+        parse(error.splitlines()[1].removeprefix("   | "))
+    assert str(caught.value) == error
+
+
+def test_reading_templates_loads_no_torch() -> None:
+    names = "template jinja chat wrap encode"
+    code = f"import sys; from bmkit.prompting import {', '.join(names.split())}; " + (
+        "print([n for n in ('torch', 'transformers', 'jinja2', 'numpy') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_templates_are_equal_by_what_they_say_and_not_by_where_they_stand() -> None:

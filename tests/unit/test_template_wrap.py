@@ -85,6 +85,7 @@ JINJA = {
     "{{ text_a }} It was {{ mask }}.": "A fine film! It was <mask>.",
     "{{ text_b | upper }}  {{ n }} {{ yes }}": "IT  WAS  3 true",
     "{% if n > 2 %}\nMany: {{ mask }}\n{% else %}\nFew\n{% endif %}": "Many: <mask>\n",
+    "A\n  {% if yes %}\nB\n  {% endif %}\nC": "A\nB\nC",
     "{% for w in text_b.split() %}{{ w }}, {% endfor %}{{ mask }}": "it, was, <mask>",
     "{{ 'It: ' ~ mask }}{{ empty }}": "It: <mask>",
     "{% macro say(x) %}<{{ x }}>{% endmacro %}{{ say(text_b) }} {{ mask }}": "<it  was> <mask>",
@@ -97,6 +98,17 @@ def test_a_row_makes_this_prompt_in_jinja(text: str) -> None:
     parts = wrap(from_jinja(text), ROW, 1)
     assert show(parts) == JINJA[text]
     assert [p.mask for p in parts if p.role == "mask"] == list(range(text.count("mask")))
+
+
+def test_a_macro_keeps_words_and_fields_apart() -> None:
+    text = "{% macro say(x) %}<{{ x }}>{% endmacro %}{{ say(n) }}{{ 'Is' ~ mask }}"
+    parts = wrap(from_jinja(text), ROW, 1)
+    assert [(p.role, p.text) for p in parts] == [
+        ("text", "<"),
+        ("placeholder", "3"),
+        ("text", ">Is"),
+        ("mask", ""),
+    ]
 
 
 def test_what_an_expression_shows_may_be_shortened() -> None:

@@ -50,13 +50,15 @@ class Chat:
             text = chat.render(tokenizer, told, answer=False)
         except ValueError as exc:
             raise RecipeError(f"{self.where}: {exc}") from None
+        places = [text.find(mark) for mark in marks]
+        once = all(text.count(mark) == 1 for mark in marks)
+        if not once or places != sorted(places):
+            problem = "the model's chat template doesn't leave the messages as they are"
+            raise RecipeError(f"{self.where}: {problem}", hint="use template.text")
         found: list[Piece] = []
         space = False
         for (_, template), mark in zip(self.messages, marks, strict=True):
-            before, there, text = text.partition(mark)
-            if not there or any(other in before for other in marks) or mark in text:
-                problem = "the model's chat template doesn't leave the messages as they are"
-                raise RecipeError(f"{self.where}: {problem}", hint="use template.text")
+            before, _, text = text.partition(mark)
             opens, words, space = cut_blanks(before, space)
             if words:
                 found.append(Scaffold(words, opens))

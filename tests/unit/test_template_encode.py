@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -191,6 +192,47 @@ def test_no_blank_comes_in_where_none_is_written(
     # A mask token has no blank before it; some tokenizers put one before any text.
     wanted = show(wrap(parse(GLUED), row, 1)).replace(" <mask>", "<mask>")
     assert written == (f" {wanted}" if name != "roberta" else wanted)
+
+
+def library(name: str) -> Any:
+    """A tokenizer of one of the classes that transformers has, with a small vocabulary."""
+    import transformers
+
+    if name == "ByT5Tokenizer":
+        return transformers.ByT5Tokenizer()
+    known = json.loads((llama if name == "LlamaTokenizer" else t5)().backend_tokenizer.to_str())
+    vocabulary = known["model"]["vocab"]
+    kind = getattr(transformers, name)
+    if name == "LlamaTokenizer":
+        return kind(vocab=vocabulary, merges=[tuple(m) for m in known["model"]["merges"]])
+    words = [tuple(word) for word in vocabulary[6:]]
+    special = ["<pad>", "</s>", "<unk>"] if name == "T5Tokenizer" else ["<pad>", "<unk>", "<mask>"]
+    return kind(vocab=[*((token, 0.0) for token in special), *words])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ByT5Tokenizer", "seq2seq"),
+        ("T5Tokenizer", "seq2seq"),
+        ("XLMRobertaTokenizer", "masked"),
+        ("LlamaTokenizer", "causal"),
+    ],
+)
+def test_the_classes_that_transformers_has_are_understood(name: str, kind: Kind) -> None:
+    tokenizer = library(name)
+    done = encode(tokenizer, kind, GLUED, ROWS[0])
+    tokens = tokenizer.convert_ids_to_tokens(done.ids + done.behind)
+    written = ""
+    for token, role in zip(tokens, done.roles, strict=True):
+        shown = "<mask>" if role == "mask" else token.replace("▁", " ")
+        written += shown if role != "added" else ""
+    wanted = show(wrap(parse(GLUED), ROWS[0], 1))
+    wanted = wanted.replace(" <mask>", "" if kind == "causal" else "<mask>")
+    assert written.removeprefix(" ") == wanted
+    added = [at for at, role in enumerate(done.roles) if role == "added"]
+    ends = {"masked": [0, len(tokens) - 1], "seq2seq": [len(tokens) - 1], "causal": []}
+    assert added == ends[kind]
 
 
 def test_an_unknown_character_right_behind_a_piece_stays(made: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""Templates, verbalizers and scoring, for `prompt` and for `infer` on what it makes."""

@@ -74,7 +74,7 @@ def search(
     scores = likelihood_ratios(logprobs.double(), labels, classes, balanced=balanced)
     keep = torch.ones_like(scores, dtype=torch.bool)
     if allowed is not None:
-        keep &= allowed
+        keep &= allowed.to(keep.device)
     if num_candidates > 0:
         keep &= _likely(logprobs.double(), labels, keep, num_candidates)
     if exclusive:

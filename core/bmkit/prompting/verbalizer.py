@@ -179,6 +179,8 @@ def probabilities(logprobs: Tensor, labels: Sequence[str]) -> list[dict[str, flo
 
 def _handled(found: Tensor, tokens: Tensor, handler: Handler) -> Tensor:
     """Make one score of those of a word's tokens, the last axis; -inf where there is no word."""
+    if found.dtype in (torch.float16, torch.bfloat16):
+        found = found.float()
     if handler == "first":
         one = found[..., 0]
     elif handler == "max":

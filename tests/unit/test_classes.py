@@ -133,6 +133,7 @@ def test_rows_that_are_alike_are_drawn_once() -> None:
     labels = [TWO.number(r) for r in rows]
     train, dev = sample(rows, labels, TWO, total=1, seed=3)
     assert texts(rows, train) != texts(rows, dev)
+    assert {*train, *dev} <= {0, 9, 10}  # the first of those that are alike
     with pytest.raises(InputError, match=r"too few rows for 2 of each label.*`a` has 2, `b` has 1"):
         sample(rows, labels, TWO, per_label=2, dev_like=False)
 

@@ -53,6 +53,12 @@ def test_columns_without_a_header_are_numbers(write: Write) -> None:
     assert [(r.line, r.where) for r in found] == [(1, f"{path}:1"), (3, f"{path}:3")]
 
 
+def test_a_table_without_a_header_is_read_by_numbers_if_nothing_is_named(write: Write) -> None:
+    path = write("x.csv", "a,b\nc,d\n")
+    assert values(path, header=False) == [{"0": "a", "1": "b"}, {"0": "c", "1": "d"}]
+    assert values(path) == [{"a": "c", "b": "d"}]
+
+
 def test_columns_with_a_header_have_names_and_the_others_keep_theirs(write: Write) -> None:
     path = write("x.csv", "text,label,source\ngood,yes,web\n")
     mapped = values(path, {"text_a": "text", "meta.from": "source"})

@@ -158,6 +158,11 @@ def test_words_in_order_may_repeat_and_stand_one_at_each_mask(wordpiece: Any) ->
         resolve({"x": ["good"], "y": ["Good"]}, wordpiece, in_order=True)
 
 
+def test_words_come_back_from_json(wordpiece: Any) -> None:
+    words = resolve({"y": ["wonderful", "<!>good"], "x": ["bad"]}, wordpiece)
+    assert LabelWords.of_values(json.loads(json.dumps(words.values()))) == words
+
+
 def test_words_of_several_labels_can_be_left_out(wordpiece: Any) -> None:
     words = resolve({"x": ["good", "bad"], "y": ["good", "great"]}, wordpiece)
     assert [[w.ids for w in own] for own in delete_common(words).words] == [[(3,)], [(5,)]]

@@ -62,6 +62,7 @@ def test_words_that_go_with_other_labels_are_left_out_and_first_words_stay() -> 
     words = made([[0], [1], [2]], [[3], [4], [5]])
     there = torch.ones(2, 3, dtype=torch.bool)
     assert ids(refine.relevant(words, probs.log(), there)) == [[(0,), (1,)], [(3,), (4,), (5,)]]
+    assert ids(refine.relevant(words, probs.log(), there, least=1e9)) == [[(0,)], [(3,)]]
     single = made([[0], [1]])
     assert ids(refine.relevant(single, probs[:, :1, :2].log(), there[:1, :2])) == ids(single)
 

@@ -70,6 +70,13 @@ def test_prototypes_learn_to_tell_labels_apart_and_seeds_decide() -> None:
     assert prototypes.fit(twin, hidden, labels, epochs=60, learning_rate=1e-2) == losses
 
 
+def test_states_that_were_made_in_inference_mode_can_be_learned_from() -> None:
+    with torch.inference_mode():
+        hidden = states(4)
+    losses = prototypes.fit(Prototypes(16, 2), hidden, torch.tensor([0, 1, 0, 1]))
+    assert losses[-1] < losses[0]
+
+
 def test_one_label_costs_nothing_and_leaves_gradients_that_make_sense() -> None:
     module = Prototypes(16, 1)
     loss = module.loss(states(3), torch.zeros(3, dtype=torch.long))

@@ -162,6 +162,14 @@ def test_a_score_that_is_no_number_is_not_hidden() -> None:
     assert found.isnan().all()
 
 
+def test_scores_of_half_precision_are_counted_in_float32() -> None:
+    columns = Columns.of(made([[[0, 1, 2]], [[3]]]))
+    scores = logits(4).to(torch.bfloat16)
+    found = verbalizer.label_logprobs(columns.pick(scores), columns, "mean")
+    wanted = [directly(row, [[[0, 1, 2]], [[3]]], "mean") for row in scores.tolist()]
+    torch.testing.assert_close(found.exp(), torch.tensor(wanted))
+
+
 def test_likelihoods_of_words_are_sums_or_means_over_their_own_tokens() -> None:
     logprobs = logits(2, 3, 4)
     lengths = torch.tensor([1, 4, 2])

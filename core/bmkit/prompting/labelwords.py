@@ -43,6 +43,19 @@ class LabelWords:
         """Return the words of all labels, one label after the other."""
         return tuple(word for own in self.words for word in own)
 
+    def values(self) -> dict[str, list[dict[str, Any]]]:
+        """Return what an artifact keeps: by label, each word's text and tokens."""
+        return {
+            label: [{"text": word.text, "ids": list(word.ids)} for word in own]
+            for label, own in zip(self.labels, self.words, strict=True)
+        }
+
+    @classmethod
+    def of_values(cls, values: Mapping[str, Sequence[Mapping[str, Any]]]) -> LabelWords:
+        """Return the words of which `values` were kept."""
+        words = (tuple(Word(w["text"], tuple(w["ids"])) for w in own) for own in values.values())
+        return cls(tuple(values), tuple(words))
+
     def keep(self, kept: Callable[[int, int], bool]) -> LabelWords:
         """Return the words for which `kept(label, word)`, by their places, is true."""
         words = tuple(

@@ -51,6 +51,7 @@ def fit(
     learning_rate: float = 1e-3,
 ) -> list[float]:
     """Train on all rows at once with Adam; return the loss before each epoch."""
+    states = states.detach().clone()  # those of inference mode can't be trained on
     optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate)
     losses = []
     for _ in range(epochs):

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bmkit.data.columns import read_rows
-from bmkit.data.tabular import split_files
+from bmkit.data.columns import map_columns, read_rows
+from bmkit.data.tabular import Record, split_files
 from bmkit.errors import InputError, RecipeError
 
 Write = Callable[..., Path]
@@ -118,6 +118,38 @@ def test_a_star_makes_a_row_of_each_item_of_nested_lists(write: Write) -> None:
     }
     found = [(v["text_a"], v["text_b"], v["answer"], v["label"]) for v in values(path, columns)]
     assert found == [("t", "q1", "x", 0), ("t", "q1", "y", 1), ("t", "q2", "z", 1)]
+
+
+def test_rows_from_elsewhere_may_lack_a_label_and_have_our_names() -> None:
+    columns = {"text_a": 0, "label": 1, "meta.word": "w"}
+
+    def mapped(**held: Any) -> list[dict[str, Any]]:
+        record = Record("stdin:1", 1, held)
+        found = map_columns(record, columns, keep=False, optional=["label"], ours_too=True)
+        return [r.values for r in found]
+
+    assert mapped(text_a="t", w="x", label="1") == [
+        {"text_a": "t", "label": "1", "meta": {"word": "x"}}
+    ]
+    assert mapped(sentence="t", gold="1", w="x") == [
+        {"text_a": "t", "label": "1", "meta": {"word": "x"}}
+    ]
+    assert mapped(text_a="t", meta={"word": "x"})[0]["meta"] == {"word": "x"}
+    short = Record("", 1, {"text_a": "t"})
+    (found,) = map_columns(short, {"text_a": 0, "label": 1}, optional=["label"])
+    assert found.values == {"text_a": "t"}
+    nested = Record("", 1, {"answers": [{"label": "1"}], "label": "0"})
+    (found,) = map_columns(nested, {"label": "answers.*.label"}, ours_too=True)
+    assert found.values["label"] == "1"
+    swapped = Record("", 1, {"text_a": "1", "text_b": "2"})
+    (found,) = map_columns(swapped, {"text_a": "text_b", "text_b": "text_a"}, ours_too=True)
+    assert found.values == {"text_a": "2", "text_b": "1"}
+    named = {"text_a": "sentence", "label": "gold"}
+    without = Record("stdin:1", 1, {"sentence": "t"})
+    (found,) = map_columns(without, named, optional=["label"])
+    assert found.values == {"sentence": "t", "text_a": "t"}
+    with pytest.raises(InputError, match="stdin:1: it has no column `gold`"):
+        list(map_columns(without, named))
 
 
 def test_the_same_rows_are_read_plain_compressed_and_as_a_json_list(

@@ -146,7 +146,7 @@ def test_soft_words_of_many_tokens_begin_with_their_mean_and_are_copies() -> Non
 ROW: dict[str, Any] = {
     "text_a": "The man slid the razor across his chin.",
     "choice2": "His stubble disappeared.",
-    "meta": {"choice1": "His stubble grew.", "answer": 7},
+    "meta": {"choice1": "His stubble grew.", "answer": 7, "sure": True},
 }
 
 
@@ -154,6 +154,7 @@ def test_rules_make_the_text_of_a_label_from_a_row() -> None:
     rules = parse_rules({"0": '{"meta": "choice1"}', "1": '{"meta": "choice2"}'}, ["0", "1"])
     assert choices(rules, ROW, "x.jsonl:1") == [["His stubble grew."], ["His stubble disappeared."]]
     rule = parse_rule('It is {"placeholder": "text_a"} so {"meta": "answer"} {"text": "{}"}.')
+    assert targets([parse_rule('{"meta": "sure"}')], ROW, "") == ["true"]
     assert targets([rule], ROW, "") == ["It is The man slid the razor across his chin. so 7 {}."]
 
 

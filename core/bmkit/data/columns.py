@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bmkit.data.tabular import Record, Table, read_table
+from bmkit.data.tabular import Record, read_table
 from bmkit.errors import InputError, RecipeError, did_you_mean
 
 Columns = Mapping[str, str | int]
@@ -18,40 +18,58 @@ _MISSING = object()
 
 
 def read_rows(
-    path: Path, columns: Columns | None = None, *, header: bool | None = None, **table: Any
+    path: Path,
+    columns: Columns | None = None,
+    *,
+    header: bool | None = None,
+    quoted: bool | None = None,
 ) -> list[Record]:
-    """Read a file of rows (see `read_table`) and rename its columns.
+    """Read a file of rows (see `read_table`) and rename its columns (see `map_columns`).
+
+    A CSV or TSV without a header has numbers for columns: `header` says whether it has one, and is
+    false by default if all of `columns` are numbers. Raises InputError naming the file, the line
+    and the column; RecipeError for `columns` that contradict each other.
+    """
+    wanted = dict(columns or {})
+    _require_columns(wanted)
+    if header is None:
+        header = not wanted or any(isinstance(column, str) for column in wanted.values())
+    table = read_table(path, header=header, quoted=quoted)
+    keep = table.named or not wanted
+    return [row for record in table.records for row in map_columns(record, wanted, keep=keep)]
+
+
+def map_columns(
+    record: Record,
+    columns: Columns,
+    *,
+    keep: bool = True,
+    optional: Collection[str] = (),
+    ours_too: bool = False,
+) -> Iterator[Record]:
+    """Yield a row under our names, or several where a column leads into each item of a list.
 
     `columns` maps our names (`text_a`, `label`, `meta.word`, any) to the file's. `meta.word`
     becomes the key `word` of `meta`. In JSON, `passage.text` and `choices.0` lead into nested
     values, and `answers.*.text` makes a row of each item of a list. Columns that aren't named keep
-    their own names, unless one of ours takes it. A CSV or TSV without a header has numbers for
-    columns: `header` says whether it has one, and is false by default if all of `columns` are
-    numbers. Raises InputError naming the file, the line and the column; RecipeError for
-    `columns` that contradict each other.
+    their own names, unless one of ours takes it, or aren't kept without `keep`. Those in `optional`
+    may be missing. With `ours_too` a row may have our name in the place of a column that it lacks,
+    or of a number, as rows have that people write for a table without a header. Raises InputError
+    naming the row and the column.
     """
-    wanted = dict(columns or {})
-    _require_columns(wanted)
-    numbers = [name for name, column in wanted.items() if isinstance(column, int)]
-    if header is None:
-        header = not numbers or len(numbers) < len(wanted)
-    table_ = read_table(path, header=header, **table)
-    return [mapped for record in table_.records for mapped in map_columns(record, wanted, table_)]
-
-
-def map_columns(record: Record, columns: Columns, table: Table | None = None) -> Iterator[Record]:
-    """Yield a row under our names, or several where a column leads into each item of a list."""
-    own = record.values if table is None or table.named or not columns else {}
-    names = list(record.values)
-    paths = {
-        ours: _by_number(record, ours, column, names) if isinstance(column, int) else column
-        for ours, column in columns.items()
-    }
+    paths: dict[str, str] = {}
+    for ours, column in columns.items():
+        if ours_too and _is_ours(record, ours, column):
+            paths[ours] = ours
+        elif not (ours in optional and _beyond(record, column)):
+            paths[ours] = _path(record, ours, column)
     for found in _unfold(record.values, paths):
-        values: dict[str, Any] = dict(own)
+        values: dict[str, Any] = dict(record.values) if keep else {}
         meta: dict[str, Any] = {}
         for ours, path in found.items():
             value = _lookup(record.values, path)
+            if value is _MISSING and ours in optional:
+                continue
             if value is _MISSING:
                 raise InputError(
                     f"{record.where}: it has no column `{path}`, which is to be `{ours}`",
@@ -60,7 +78,7 @@ def map_columns(record: Record, columns: Columns, table: Table | None = None) ->
             key = ours.removeprefix("meta.")
             (values if key == ours else meta)[key] = value
         if meta:
-            kept = own.get("meta")
+            kept = values.get("meta")
             values["meta"] = {**(kept if isinstance(kept, dict) else {}), **meta}
         yield replace(record, values=values)
 
@@ -73,13 +91,26 @@ def _require_columns(columns: Columns) -> None:
             raise RecipeError(f"data.columns: `{ours}` is no name")
 
 
-def _by_number(record: Record, ours: str, number: int, names: list[str]) -> str:
-    if not 0 <= number < len(names):
+def _is_ours(record: Record, ours: str, column: str | int) -> bool:
+    start = str(column).partition(f".{EACH}")[0]
+    lacks = isinstance(column, int) or _lookup(record.values, start) is _MISSING
+    return lacks and _lookup(record.values, ours) is not _MISSING
+
+
+def _beyond(record: Record, column: str | int) -> bool:
+    return isinstance(column, int) and not 0 <= column < len(record.values)
+
+
+def _path(record: Record, ours: str, column: str | int) -> str:
+    """Return a column's name; that of a number, by its place in the row."""
+    if isinstance(column, str):
+        return column
+    if _beyond(record, column):
         raise InputError(
-            f"{record.where}: it has no column {number}, which is to be `{ours}`",
-            hint=f"there are {len(names)}, counted from 0",
+            f"{record.where}: it has no column {column}, which is to be `{ours}`",
+            hint=f"there are {len(record.values)}, counted from 0",
         )
-    return names[number]
+    return list(record.values)[column]
 
 
 def _lookup(values: Any, path: str) -> Any:

@@ -7,6 +7,7 @@ A rule is text with pieces in braces: `{"meta": "choice1"}`, `{"placeholder": "t
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -144,6 +145,8 @@ def _said(piece: Piece, values: Mapping[str, Any], where: str) -> str:
             hint=did_you_mean(piece.said, there, otherwise=f"there are {', '.join(there)}"),
         )
     value = held[piece.said]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise InputError(f"{where}: `{piece.said}` is not text")
-    return str(value)
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, bool | int | float):
+        raise InputError(f"{where}: `{piece.said}` is not text, of which the label's text is made")
+    return json.dumps(value)

@@ -220,6 +220,13 @@ def test_a_missing_column_is_told_with_those_that_there_are(write: Write) -> Non
     assert error.hint == "there are 2, counted from 0"
 
 
+def test_a_file_without_labels_is_read_if_they_are_optional(write: Write) -> None:
+    path = write("x.tsv", "one\ntwo\n")
+    columns = {"text_a": 0, "label": 1}
+    assert values(path, columns, optional=["label"]) == [{"text_a": "one"}, {"text_a": "two"}]
+    assert "no column 1, which is to be `label`" in str(refusal(path, columns))
+
+
 def test_a_file_that_is_not_there_and_a_folder_are_told(tmp_path: Path) -> None:
     assert "there is no file" in str(refusal(tmp_path / "none.csv"))
     assert "is a folder" in str(refusal(tmp_path))

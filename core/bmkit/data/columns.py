@@ -23,6 +23,7 @@ def read_rows(
     *,
     header: bool | None = None,
     quoted: bool | None = None,
+    optional: Collection[str] = (),
 ) -> list[Record]:
     """Read a file of rows (see `read_table`) and rename its columns (see `map_columns`).
 
@@ -36,7 +37,11 @@ def read_rows(
         header = not wanted or any(isinstance(column, str) for column in wanted.values())
     table = read_table(path, header=header, quoted=quoted)
     keep = table.named or not wanted
-    return [row for record in table.records for row in map_columns(record, wanted, keep=keep)]
+    return [
+        row
+        for record in table.records
+        for row in map_columns(record, wanted, keep=keep, optional=optional)
+    ]
 
 
 def map_columns(

@@ -99,7 +99,7 @@ class Session:
             several=kept.task == "multilabel",
             prior=kept.prior,
         )
-        self.opened = open_model(job, kind, self.tokenizer, recipe.batch_size)
+        self.opened = open_model(job, kind, self.tokenizer, recipe.batch_size, kept.max_seq_length)
         self.rss_before_bytes = self.opened.rss_before_bytes
         self.tokens = 0
         self.seconds = 0.0

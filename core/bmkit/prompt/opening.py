@@ -49,15 +49,15 @@ def _in_front(job: Job) -> int:
     return sum(int(config.get("num_virtual_tokens") or 0) for config in configs)
 
 
-def open_model(job: Job, kind: Kind, tokenizer: Any, size: int) -> Opened:
-    """Load the job's model with its deltas; `size` rows are asked together.
+def open_model(job: Job, kind: Kind, tokenizer: Any, size: int, most: int) -> Opened:
+    """Load the job's model with its deltas; `size` rows of `most` tokens are asked together.
 
     Raises InputError for a checkpoint that can't be used, ResourceError for a budget that can't
     work. Peak memory: the dense model in the compute dtype, or the budget.
     """
     device = models.pick_device(job.recipe.device)
     placed = None
-    found = placement(job, size)
+    found = placement(job, size, most)
     if found is None:
         before = env.rss_bytes()
         config = _config(job, kind)
@@ -69,7 +69,7 @@ def open_model(job: Job, kind: Kind, tokenizer: Any, size: int) -> Opened:
             hint = "does the checkpoint have a head that says words?" if config else exc.hint
             raise InputError(str(exc), hint=hint) from None
     else:
-        before, placed = _placed(job, found, device)
+        before, placed = _placed(job, kind, found, device)
         model = placed.model
     asked_for = adapters_of(job)
     model = plugged.load(model, asked_for.folders, asked_for.wholes)
@@ -101,13 +101,13 @@ def _config(job: Job, kind: Kind) -> Any:
     return config
 
 
-def _placed(job: Job, found: budget.Placement, device: torch.device) -> tuple[int, Any]:
+def _placed(job: Job, kind: Kind, found: budget.Placement, device: torch.device) -> tuple[int, Any]:
     """Return what was resident just before, and the model on placed weights."""
     from bmkit.runtime.opening import cap_gpu
     from bmkit.runtime.placed import load
     from bmkit.runtime.placed.model import Room, place_model
 
-    model = load.empty(job.checkpoint)
+    model = load.empty(job.checkpoint) if kind != "masked" else _empty(job)
     dtype = models.compute_dtype(job.recipe.dtype, models.stored_dtype(model.config), device)
     on_cpu = device.type == "cpu"
     if on_cpu:
@@ -128,3 +128,15 @@ def _placed(job: Job, found: budget.Placement, device: torch.device) -> tuple[in
         room=Room(weights, None if on_cpu else budget.room_in_ram(job.cpu_memory)),
     )
     return before, placed
+
+
+def _empty(job: Job) -> Any:
+    """Build a model that fills in masks, with parameters on the meta device."""
+    from transformers import AutoModelForMaskedLM
+
+    from bmkit.runtime.placed import load
+
+    config = models.load_config(job.checkpoint)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return load.build(AutoModelForMaskedLM, config)

@@ -14,7 +14,7 @@ from bmkit.runtime.family import readable
 from bmkit.runtime.recipe import GenerateRecipe
 
 TOKENS = 128
-"""Tokens of a row that are reckoned with in a budget, as its recipe doesn't know them."""
+"""Tokens of a row that are reckoned with where there is no budget."""
 
 
 def estimate(job: Job) -> Estimate:
@@ -32,7 +32,8 @@ def estimate(job: Job) -> Estimate:
     steps = [f"ask a {kind} model about {', '.join(counts) or 'no rows'}"]
     if recipe.calibrate.type != "none":
         steps.append(f"calibrate: {recipe.calibrate.type}")
-    return _estimate(job, headers, steps, recipe.train.per_device_eval_batch_size)
+    most = recipe.template.max_seq_length
+    return _estimate(job, headers, steps, recipe.train.per_device_eval_batch_size, most)
 
 
 def estimate_answers(job: Job) -> Estimate:
@@ -45,12 +46,13 @@ def estimate_answers(job: Job) -> Estimate:
     kept = stored.read(job.prompt.path)
     headers = read_headers(job.checkpoint)
     kind_of(headers.config, kept.model_kind)
-    return _estimate(job, headers, [f"tell one of {len(kept.labels)} labels"], recipe.batch_size)
+    steps = [f"tell one of {len(kept.labels)} labels"]
+    return _estimate(job, headers, steps, recipe.batch_size, kept.max_seq_length)
 
 
-def _estimate(job: Job, headers: Headers, steps: list[str], size: int) -> Estimate:
-    steps = [*steps[:0], *(f"attach {delta.path}" for delta in job.deltas), *steps]
-    found = placement(job, size)
+def _estimate(job: Job, headers: Headers, steps: list[str], size: int, most: int) -> Estimate:
+    steps = [*(f"attach {delta.path}" for delta in job.deltas), *steps]
+    found = placement(job, size, most)
     on_gpu = job.recipe.device != "cpu"
     if found is not None:
         kept = f"{len(found.resident)} of {len(found.units)} units resident"
@@ -69,10 +71,11 @@ def _estimate(job: Job, headers: Headers, steps: list[str], size: int) -> Estima
     return Estimate(steps, Peak(RUNTIME_BYTES + weights + largest + activations, 0, 2**20))
 
 
-def placement(job: Job, size: int) -> Placement | None:
+def placement(job: Job, size: int, most: int) -> Placement | None:
     """Say where weights will be, if memory has a budget or they are rounded for this run.
 
-    Raises ResourceError if the budget can't work, InputError for a model that can't be placed.
+    It is planned for `size` prompts of `most` tokens, or fewer of them. Raises ResourceError if the
+    budget can't work, InputError for a model that can't be placed.
     """
     recipe = job.recipe
     on_gpu = recipe.device.startswith("cuda")
@@ -87,11 +90,12 @@ def placement(job: Job, size: int) -> Placement | None:
             f"{job.checkpoint} can't be placed within a budget, or rounded for one run",
             hint="leave the budget and --quant out",
         )
+    tokens = min(most, int(headers.config.get("max_position_embeddings") or most))
     return place_any(
         headers,
         rows=size,
-        tokens=TOKENS,
-        prompt=TOKENS,
+        tokens=tokens,
+        prompt=tokens,
         budget=limit,
         quant="int8" if quant == "w8a8" else quant,
         besides=budget.lora_bytes([read_headers(path) for path in job.adapter_paths]),

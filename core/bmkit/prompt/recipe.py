@@ -191,7 +191,10 @@ class Trained(Model):
         description="`soft`: the template's soft tokens; `delta`: those and `deltas`; `full`: the "
         "whole model.",
     )
-    deltas: list[Delta] = Field(default=[], description="What to train beside the model.")
+    deltas: list[Delta] = Field(
+        default=[],
+        description="What to train beside the model, with the keys that they have in `tune`.",
+    )
     encoder: Literal["lstm", "mlp"] | None = Field(
         default=None, description="What soft tokens come out of while they are trained."
     )

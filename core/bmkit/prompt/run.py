@@ -59,7 +59,8 @@ def run(job: Job) -> Outcome:
     measured = {name: encoded[name] for name in right}
     if not measured:
         job.reporter.warn("nothing is measured: there is no data.test and no data.dev")
-    opened = open_model(job, ready.kind, ready.tokenizer, recipe.train.per_device_eval_batch_size)
+    size, most = recipe.train.per_device_eval_batch_size, recipe.template.max_seq_length
+    opened = open_model(job, ready.kind, ready.tokenizer, size, most)
     asked = [("calibrate", prior), *measured.items()]
     logprobs = _ask(job, opened, told.token_ids, [(n, p) for n, p in asked if p])
     opened.close()

@@ -197,6 +197,53 @@ def test_calibration_divides_by_what_is_likely_anyway(
     assert f"{float(prior[0]):.4f}" in shown
 
 
+LONG = {"negative": ["bad", "so terrible"], "positive": ["good", "great film", "so long"]}
+
+
+@pytest.mark.parametrize("kind", ["causal", "t5"])
+@pytest.mark.parametrize("combine", ["sum", "mean"])
+def test_words_of_several_tokens_are_as_likely_as_token_by_token(
+    bmkit: Run, tmp_path: Path, kind: str, combine: str
+) -> None:
+    path = make(kind, tmp_path / "asked")
+    spec = {"label_words": LONG, "multi_token_handler": "likelihood", "combine": combine}
+    text = '{"placeholder": "text_a"} It was {"mask"}, film.'
+    file = recipe(tmp_path, verbalizer=spec, template={"text": text})
+    assert bmkit("prompt", file, "-m", path, "-o", "p").returncode == 0
+    said = told(bmkit("infer", "-m", "p", "-i", "rows.jsonl", "--json"))
+    for row, text in zip(said, TEXTS, strict=True):
+        found = [
+            [_likelihood(path, kind, text, word, combine) for word in own] for own in LONG.values()
+        ]
+        words = torch.tensor([*found[0], *found[1]]).log_softmax(-1)
+        wanted = torch.stack([words[:2].mean(), words[2:].mean()]).softmax(-1)
+        assert list(row["probabilities"].values()) == pytest.approx(wanted.tolist(), abs=5e-5)
+
+
+def _likelihood(path: Path, kind: str, text: str, word: str, combine: str) -> float:
+    """Return the log-likelihood of a word, and in a causal model of what is behind it."""
+    import transformers
+
+    known = transformers.AutoTokenizer.from_pretrained(path)
+    parts = [f"{text} It was", f" {word}", ", film."]
+    before, own, after = (known(p, add_special_tokens=False)["input_ids"] for p in parts)
+    if kind == "causal":
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(path)
+        ids, asked = [*before, *own, *after], [*own, *after]
+        given = {"input_ids": torch.tensor([ids])}
+    else:
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(path)
+        mask = known.convert_tokens_to_ids("<extra_id_0>")
+        read, asked = [*before, mask, *after, known.eos_token_id], own
+        ids = [0, mask, *own]
+        given = {"input_ids": torch.tensor([read]), "decoder_input_ids": torch.tensor([ids])}
+    with torch.no_grad():
+        logprobs = model.eval()(**given).logits[0].log_softmax(-1)
+    first = len(ids) - len(asked)
+    each = [float(logprobs[first - 1 + i, token]) for i, token in enumerate(asked)]
+    return sum(each) / (len(each) if combine == "mean" else 1)
+
+
 def test_a_prompt_can_be_made_on_a_delta_and_on_a_compressed_model(
     bmkit: Run, tmp_path: Path
 ) -> None:

@@ -155,7 +155,6 @@ def test_a_template_longer_than_the_context_is_told(
         ("data.labels=[positive]", "one label only"),
         ("tune.mode=soft", "can't be trained yet"),
         ("learning_setting.type=few_shot", "can't be trained yet"),
-        ("verbalizer.multi_token_handler=likelihood", "can't be had yet"),
         ("task=multilabel", "take content_free or contextual"),
         ('template.text=\'{"soft"} {"mask"}\'', "soft tokens"),
         ('template.text=\'{"mask"} and {"mask"}\'', "2 masks"),

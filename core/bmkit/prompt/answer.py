@@ -19,10 +19,9 @@ from bmkit.errors import BmkitError, InputError, RecipeError
 from bmkit.plan import Job
 from bmkit.prompt import stored
 from bmkit.prompt.kinds import kind_of
-from bmkit.prompt.labels import verbalizer
+from bmkit.prompt.labels import Verbalizer
 from bmkit.prompt.opening import context, open_model
-from bmkit.prompt.prompts import Prompts, make
-from bmkit.prompt.stored import KeptPrompt
+from bmkit.prompt.prompts import make
 from bmkit.prompting.encode import Encoded
 from bmkit.runtime.opening import peak_gpu_bytes
 from bmkit.runtime.recipe import GenerateRecipe
@@ -89,18 +88,27 @@ class Session:
         stored.require_vocabulary(kept, self.tokenizer, job.prompt.path, job.checkpoint)
         config = models.load_config(job.checkpoint)
         kind = kind_of(config.to_dict(), kept.model_kind)
-        self.prompts = prompts_of(
-            kept, self.tokenizer, context(config, job), getattr(config, _START, None)
+        self.prompts = make(
+            kept.template,
+            self.tokenizer,
+            kind,
+            words=kept.words if kept.multi_token_handler == "likelihood" else None,
+            context=context(config, job),
+            max_seq_length=kept.max_seq_length,
+            truncate_method=kept.truncate_method,
+            decoder_start=getattr(config, "decoder_start_token_id", None),
         )
-        self.verbalizer = verbalizer(
+        told = Verbalizer(
             kept.words,
             kept.multi_token_handler,
+            kept.combine,
             kept.aggregate,
             several=kept.task == "multilabel",
-            prior=kept.prior,
         )
+        self.verbalizer = told if kept.prior is None else told.with_prior(kept.prior)
         self.opened = open_model(job, kind, self.tokenizer, recipe.batch_size, kept.max_seq_length)
         self.rss_before_bytes = self.opened.rss_before_bytes
+        self.batch_size = recipe.batch_size
         self.tokens = 0
         self.seconds = 0.0
 
@@ -118,7 +126,7 @@ class Session:
         first `done` rows that can be used are passed over: an earlier run has answered them.
         """
         read = self._rest(given, done)
-        size = 1 if write else self.opened.asker.size * WINDOW_BATCHES
+        size = 1 if write else self.batch_size * WINDOW_BATCHES
         while taken := list(itertools.islice(read, size)):
             good = [found for found in taken if isinstance(found, _Asked)]
             start = time.perf_counter()
@@ -130,7 +138,7 @@ class Session:
 
     def _tell(self, asked: list[_Asked]) -> list[Told]:
         prompts = [found.encoded for found in asked]
-        logprobs = self.opened.asker.logprobs(prompts, self.verbalizer.token_ids)
+        logprobs = self.opened.asker.logprobs(prompts, self.verbalizer.question)
         labels = self.verbalizer.label_logprobs(logprobs)
         names = self.kept.labels
         chosen = self.verbalizer.chosen(labels)
@@ -179,24 +187,6 @@ class Session:
     def close(self) -> None:
         """End: nothing is kept."""
         self.opened.close()
-
-
-_START = "decoder_start_token_id"
-
-
-def prompts_of(
-    kept: KeptPrompt, tokenizer: Any, context: int | None, decoder_start: int | None
-) -> Prompts:
-    """Return what makes prompts of rows, as a prompt artifact says it."""
-    return make(
-        kept.template,
-        tokenizer,
-        kept.model_kind,
-        context=context,
-        max_seq_length=kept.max_seq_length,
-        truncate_method=kept.truncate_method,
-        decoder_start=decoder_start,
-    )
 
 
 def _plain(exc: BmkitError, where: str) -> str:

@@ -16,7 +16,7 @@ from bmkit.prompt.ask import Asker
 from bmkit.prompt.kinds import HEADS
 from bmkit.prompt.plan import placement
 from bmkit.prompting.encode import Kind
-from bmkit.runtime import budget, experts, heads
+from bmkit.runtime import budget, experts
 from bmkit.runtime.adapters import adapters_of
 
 
@@ -74,10 +74,8 @@ def open_model(job: Job, kind: Kind, tokenizer: Any, size: int, most: int) -> Op
     asked_for = adapters_of(job)
     model = plugged.load(model, asked_for.folders, asked_for.wholes)
     experts.attach_stored(model, job.checkpoint)
-    pad = heads.pad_of(model.config, tokenizer)
-    asker = Asker(model.eval(), kind, pad, size if found is None else found.rows)
-    if asker.head is None:
-        job.reporter.warn("the model's head isn't found: it is asked at all tokens, which is slow")
+    rows = size if found is None else found.rows
+    asker = Asker(model.eval(), kind, tokenizer.mask_token_id, rows * most)
     return Opened(asker, device, before, placed)
 
 

@@ -11,6 +11,7 @@ from bmkit.errors import InputError, RecipeError
 from bmkit.prompt import templates
 from bmkit.prompting.encode import Encoded, Encoder, Kind
 from bmkit.prompting.jinja import Jinja
+from bmkit.prompting.labelwords import LabelWords
 from bmkit.prompting.template import Template
 from bmkit.prompting.truncate import Method
 from bmkit.prompting.wrap import Part, wrap
@@ -61,6 +62,7 @@ def make(
     tokenizer: Any,
     kind: Kind,
     *,
+    words: LabelWords | None = None,
     context: int | None,
     max_seq_length: int,
     truncate_method: Method,
@@ -68,7 +70,8 @@ def make(
 ) -> Prompts:
     """Return what makes prompts of a template as an artifact keeps it (see `templates.written`).
 
-    Prompts are no longer than the model's `context`. Raises RecipeError for a template that the
+    Prompts are no longer than the model's `context`, with the longest of `words` if they are given.
+    Raises RecipeError for a template that the
     tokenizer or the kind of model can't have.
     """
     template = templates.for_tokenizer(templates.parse(spec), tokenizer)
@@ -78,6 +81,9 @@ def make(
             f"{template.where}: it has {template.masks} masks, and a label's words stand at one",
             hint="leave one mask",
         )
-    most = max_seq_length if context is None else min(max_seq_length, context)
+    most = max_seq_length
+    if context is not None:
+        longest = max((len(word.ids) for word in words.flat), default=0) if words else 0
+        most = min(most, context - longest)
     encoder = Encoder(tokenizer, kind, most, truncate_method, decoder_start=decoder_start)
     return Prompts(template, encoder)

@@ -125,7 +125,13 @@ class VerbalizerSpec(Model):
     multi_token_handler: Literal["first", "mean", "max", "likelihood"] = Field(
         default="first",
         description="The score of a word of several tokens: its first one's, their mean or "
-        "highest; `likelihood` of all, each behind those before it.",
+        "highest; `likelihood`: of all, each behind those before it, and of what a causal prompt "
+        "has behind its mask.",
+    )
+    combine: Literal["sum", "mean"] = Field(
+        default="sum",
+        description="Of `likelihood`: a word has that of all of its tokens, or the mean of theirs, "
+        "so that long words lose nothing.",
     )
     aggregate: Literal["logarithms", "probabilities"] = Field(
         default="logarithms", description="A label has the mean of its words: of which of both."
@@ -141,10 +147,6 @@ class VerbalizerSpec(Model):
             if self.label_words is None:
                 problem = "one of `label_words` and `file_path` is required"
             raise contradiction("file_path" if self.file_path else "label_words", problem)
-        if self.multi_token_handler == "likelihood":
-            raise contradiction(
-                "multi_token_handler", "`likelihood` can't be had yet: take first, mean or max"
-            )
         words = self.label_words
         listed = list(words.values() if isinstance(words, dict) else words or ())
         if self.type == "one_to_one" and any(len(_listed(own)) != 1 for own in listed):

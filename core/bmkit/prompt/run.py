@@ -15,8 +15,9 @@ from bmkit.data.classes import Classes
 from bmkit.errors import RecipeError
 from bmkit.plan import Job, Outcome
 from bmkit.prompt import rows, stored, templates
+from bmkit.prompt.ask import Question
 from bmkit.prompt.kinds import kind_of
-from bmkit.prompt.labels import Verbalizer, verbalizer
+from bmkit.prompt.labels import Verbalizer
 from bmkit.prompt.measure import measure
 from bmkit.prompt.opening import Opened, context, open_model
 from bmkit.prompt.prompts import Prompts, make
@@ -47,9 +48,10 @@ def run(job: Job) -> Outcome:
     if job.threads:
         torch.set_num_threads(job.threads)
     ready = Ready(job)
-    told = verbalizer(
+    told = Verbalizer(
         ready.words,
-        ready.handler,
+        recipe.verbalizer.multi_token_handler,
+        recipe.verbalizer.combine,
         recipe.verbalizer.aggregate,
         several=recipe.task == "multilabel",
     )
@@ -59,14 +61,18 @@ def run(job: Job) -> Outcome:
     measured = {name: encoded[name] for name in right}
     if not measured:
         job.reporter.warn("nothing is measured: there is no data.test and no data.dev")
+    if told.handler != "likelihood" and any(p.behind for own in encoded.values() for p in own):
+        job.reporter.warn(
+            "the model doesn't read what is behind the mask: multi_token_handler: likelihood does"
+        )
     size, most = recipe.train.per_device_eval_batch_size, recipe.template.max_seq_length
     opened = open_model(job, ready.kind, ready.tokenizer, size, most)
     asked = [("calibrate", prior), *measured.items()]
-    logprobs = _ask(job, opened, told.token_ids, [(n, p) for n, p in asked if p])
+    said = _ask(job, opened, told.question, [(n, p) for n, p in asked if p])
     opened.close()
     if prior:
-        told = told.calibrated(logprobs["calibrate"])
-    metrics, table = _measured(told, logprobs, right)
+        told = told.calibrated(said["calibrate"])
+    metrics, table = _measured(told, said, right)
     metrics["rows_truncated"] = sum(p.cut > 0 for own in measured.values() for p in own)
     metrics["tokens"] = sum(len(p.ids) for own in measured.values() for p in own)
     stored.write(job.out, ready.kept(told))
@@ -89,23 +95,18 @@ class Ready:
         self.spec = templates.written(
             recipe.template.model_dump(), job.files.get("template.file_path")
         )
+        self.words: LabelWords = self._words()
+        whole = recipe.verbalizer.multi_token_handler == "likelihood"
         self.prompts: Prompts = make(
             self.spec,
             self.tokenizer,
             self.kind,
+            words=self.words if whole else None,
             context=context(self.config, job),
             max_seq_length=recipe.template.max_seq_length,
             truncate_method=recipe.template.truncate_method,
             decoder_start=getattr(self.config, "decoder_start_token_id", None),
         )
-        self.words: LabelWords = self._words()
-
-    @property
-    def handler(self) -> manual.Handler:
-        """Return how a word of several tokens is scored."""
-        found = self.recipe.verbalizer.multi_token_handler
-        assert found != "likelihood"  # which the recipe refuses
-        return found
 
     def _words(self) -> LabelWords:
         spec = self.recipe.verbalizer
@@ -122,7 +123,7 @@ class Ready:
             whole=spec.type == "one_to_one",
             max_token_split=spec.max_token_split,
         )
-        labelwords.require_distinct(found, first_only=self.handler == "first")
+        labelwords.require_distinct(found, first_only=spec.multi_token_handler == "first")
         return found
 
     def right(self) -> dict[str, list[tuple[int, ...]]]:
@@ -169,7 +170,8 @@ class Ready:
                 "labels": list(self.classes.names),
                 "verbalizer": recipe.verbalizer.type,
                 "label_words": self.words.values(),
-                "multi_token_handler": self.handler,
+                "multi_token_handler": recipe.verbalizer.multi_token_handler,
+                "combine": recipe.verbalizer.combine,
                 "aggregate": recipe.verbalizer.aggregate,
                 "calibration": recipe.calibrate.type,
                 "prior": told.kept_prior(),
@@ -181,25 +183,25 @@ class Ready:
 def _ask(
     job: Job,
     opened: Opened,
-    token_ids: Tensor,
+    question: Question,
     asked: Sequence[tuple[str, list[Encoded]]],
 ) -> dict[str, Tensor]:
     """Return the log-probabilities at masks of each group of prompts."""
     total = sum(len(prompts) for _, prompts in asked)
     with report.task(job.reporter, "prompt", total, "rows") as bar:
         return {
-            name: opened.asker.logprobs(prompts, token_ids, bar.advance) for name, prompts in asked
+            name: opened.asker.logprobs(prompts, question, bar.advance) for name, prompts in asked
         }
 
 
 def _measured(
-    told: Verbalizer, logprobs: dict[str, Tensor], right: dict[str, list[tuple[int, ...]]]
+    told: Verbalizer, said: dict[str, Tensor], right: dict[str, list[tuple[int, ...]]]
 ) -> tuple[dict[str, Any], list[dict[str, float | int | str]]]:
     """Return the figures of test, of dev by `dev_…`, and a line for each split and label."""
     metrics: dict[str, Any] = {}
     table: list[dict[str, float | int | str]] = []
     for name, own in right.items():
-        chosen = told.chosen(told.label_logprobs(logprobs[name]))
+        chosen = told.chosen(told.label_logprobs(said[name]))
         figures, lines = measure(chosen, own, told.words.labels)
         prefix = "" if name == "test" else f"{name}_"
         metrics |= {f"{prefix}{figure}": value for figure, value in figures.items()}

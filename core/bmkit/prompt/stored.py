@@ -41,7 +41,8 @@ class KeptPrompt(_Part):
     labels: list[str] = Field(min_length=2)
     verbalizer: str
     label_words: dict[str, list[KeptWord]]
-    multi_token_handler: Literal["first", "mean", "max"]
+    multi_token_handler: Literal["first", "mean", "max", "likelihood"]
+    combine: Literal["sum", "mean"]
     aggregate: Literal["logarithms", "probabilities"]
     calibration: str
     prior: list[list[float]] | None

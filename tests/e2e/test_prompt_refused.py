@@ -109,9 +109,11 @@ def test_a_word_that_is_not_one_token_shows_its_tokens(
     words = {"negative": "bad", "positive": "good"}
     told = refused(written(words=words, more="  type: one_to_one\n"), 3)
     assert "`bad`, of `negative`, is 4 tokens: Ġ b a d" in told
+    assert "recipe.yaml:8:" in told
     told = refused(written(words=words), 3)
     assert "have the same first tokens" in told
     assert "multi_token_handler: mean" in told
+    assert "recipe.yaml:8:" in told
 
 
 @pytest.mark.parametrize(
@@ -147,6 +149,7 @@ def test_a_template_longer_than_the_context_is_told(
     template = f"""{{text: '{long}{{"placeholder": "text_a"}} {{"mask"}}'}}"""
     told = refused(written(template=template), 2, "-s", "template.max_seq_length=4000")
     assert "max_seq_length is 512" in told  # what the model reads
+    assert "recipe.yaml:6:" in refused(written(template=template), 2)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,8 @@ def show_examples(given: dict[str, Any], count: int) -> None:
     request = replace(request, model=session.model_path(given["model"]))
     prepared = stages.prepare(request, reporter)
     job = prepared.job(prepared.out, prepared.out, reporter)
-    found = registry.load("bmkit.prompt.examples:examples")(job, count)
+    with stages.placed_errors(prepared):
+        found = registry.load("bmkit.prompt.examples:examples")(job, count)
     if given["as_json"]:
         stream.json(found)
     else:

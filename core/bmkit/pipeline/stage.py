@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from bmkit import artifact, builtin, env, hashes, place, plan, registry
 from bmkit import recipe as recipes
 from bmkit.artifact import Artifact, InputEntry, Step
 from bmkit.data.tabular import split_files
-from bmkit.errors import GateError, InputError, OutputTaken, UsageError
+from bmkit.errors import BmkitError, GateError, InputError, OutputTaken, UsageError
 from bmkit.pipeline.resolve import find_base, find_model, warn_foreign_base
 from bmkit.plan import Estimate, Job, Outcome
 from bmkit.recipe import Document, Recipe
@@ -69,6 +70,8 @@ class Prepared:
     out: Path
     done: Artifact | None
     """The result, if it is there already."""
+    doc: Document | None = None
+    """The recipe as it was written."""
     prompt: Artifact | None = None
     """The prompt that `-m` or an adapter names; `model` is what it was made on, or is asked on."""
 
@@ -252,6 +255,7 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
         key,
         out,
         done,
+        doc,
         prompt,
     )
 
@@ -323,8 +327,21 @@ def _models(recipe: Recipe, reporter: Reporter, *, bring: bool) -> dict[str, Art
 def estimate(prepared: Prepared, reporter: Reporter) -> Estimate:
     """Say what the stage will do and need, from headers alone."""
     job = prepared.job(prepared.out, prepared.out, reporter)
-    found: Estimate = registry.load(prepared.engine[0])(job)
+    with placed_errors(prepared):
+        found: Estimate = registry.load(prepared.engine[0])(job)
     return found
+
+
+@contextmanager
+def placed_errors(prepared: Prepared) -> Iterator[None]:
+    """Show in the recipe what an error of the block is about, if it names a key."""
+    try:
+        yield
+    except BmkitError as exc:
+        if exc.key is None or prepared.doc is None:
+            raise
+        where = recipes.at(prepared.doc, tuple(exc.key.split(".")), str(exc))
+        raise type(exc)(where.strip().removeprefix("--> "), hint=exc.hint) from None
 
 
 def describe_plan(
@@ -390,7 +407,8 @@ def run_stage(request: Request, reporter: Reporter) -> Result:
             for left in work.iterdir():  # «build again» means from the start
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         job = prepared.job(scratch, work, reporter)
-        outcome: Outcome = registry.load(prepared.engine[1])(job)
+        with placed_errors(prepared):
+            outcome: Outcome = registry.load(prepared.engine[1])(job)
         step = Step(
             stage=prepared.stage.name,
             name=prepared.name,

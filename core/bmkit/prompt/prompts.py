@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bmkit.data.tabular import Record
-from bmkit.errors import InputError, RecipeError
+from bmkit.errors import About, InputError, RecipeError
 from bmkit.prompt import templates
 from bmkit.prompting.encode import Encoded, Encoder, Kind
 from bmkit.prompting.jinja import Jinja
@@ -43,7 +43,8 @@ class Prompts:
         is too long.
         """
         wrapped = [self.wrap(record) for record in records]
-        found = self.encoder.encode_all(wrapped, [record.line for record in records])
+        with About("template"):
+            found = self.encoder.encode_all(wrapped, [record.line for record in records])
         for record, prompt in zip(records, found, strict=True):
             if len(prompt.masks) != 1:  # which Jinja may decide
                 raise InputError(f"{record.where}: its prompt has {len(prompt.masks)} masks, not 1")

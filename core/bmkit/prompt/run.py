@@ -12,7 +12,7 @@ from torch import Tensor
 from bmkit import model as models
 from bmkit import report
 from bmkit.data.classes import Classes
-from bmkit.errors import RecipeError
+from bmkit.errors import About, RecipeError
 from bmkit.plan import Job, Outcome
 from bmkit.prompt import rows, stored, templates
 from bmkit.prompt.ask import Question
@@ -95,18 +95,21 @@ class Ready:
         self.spec = templates.written(
             recipe.template.model_dump(), job.files.get("template.file_path")
         )
-        self.words: LabelWords = self._words()
+        key = "file_path" if recipe.verbalizer.file_path else "label_words"
+        with About(f"verbalizer.{key}"):
+            self.words: LabelWords = self._words()
         whole = recipe.verbalizer.multi_token_handler == "likelihood"
-        self.prompts: Prompts = make(
-            self.spec,
-            self.tokenizer,
-            self.kind,
-            words=self.words if whole else None,
-            context=context(self.config, job),
-            max_seq_length=recipe.template.max_seq_length,
-            truncate_method=recipe.template.truncate_method,
-            decoder_start=getattr(self.config, "decoder_start_token_id", None),
-        )
+        with About(f"template.{next(iter(self.spec))}"):
+            self.prompts: Prompts = make(
+                self.spec,
+                self.tokenizer,
+                self.kind,
+                words=self.words if whole else None,
+                context=context(self.config, job),
+                max_seq_length=recipe.template.max_seq_length,
+                truncate_method=recipe.template.truncate_method,
+                decoder_start=getattr(self.config, "decoder_start_token_id", None),
+            )
 
     def _words(self) -> LabelWords:
         spec = self.recipe.verbalizer

@@ -268,6 +268,31 @@ def test_a_prompt_can_be_made_on_a_delta_and_on_a_compressed_model(
     assert (base["kind"], Path(base["path"])) == ("delta", tmp_path / "d")
 
 
+@pytest.mark.parametrize("delta", ["prompt", "prefix"])
+def test_what_a_delta_puts_in_front_is_read_before_the_prompt(
+    bmkit: Run, tmp_path: Path, delta: str
+) -> None:
+    path = make("causal", tmp_path / "asked")
+    rows = [{"prompt": f"{t}.", "completion": " It was good."} for t in TEXTS]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    short = ("-s", "train.max_steps=6", "-s", "train.learning_rate=0.3", "-q")
+    short = (*short, "-s", "deltas.0.num_virtual_tokens=4")
+    done = bmkit("tune", delta, "-m", path, "--data", "t.jsonl", "-o", "d", *short)
+    assert done.returncode == 0, done.stderr
+    assert bmkit("prompt", recipe(tmp_path), "-m", "d", "-o", "p").returncode == 0
+    said = told(bmkit("infer", "-m", "p", "-i", "rows.jsonl", "--json"))
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    known = AutoTokenizer.from_pretrained(path)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path), tmp_path / "d")
+    for row, text in zip(said, TEXTS, strict=True):
+        ids = known(f"{text} It was", return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            wanted = shares(model.eval()(input_ids=ids).logits[0, -1], path)
+        assert list(row["probabilities"].values()) == pytest.approx(wanted.tolist(), abs=2e-5)
+
+
 def test_a_budget_and_rounding_for_one_run_tell_the_same(bmkit: Run, tmp_path: Path) -> None:
     path = make("masked", tmp_path / "asked")
     assert bmkit("prompt", recipe(tmp_path), "-m", path, "-o", "p").returncode == 0
@@ -366,6 +391,7 @@ def test_calibration_helps_smollm2(bmkit: Run, smollm2: Path) -> None:
         bmkit("prompt", "sentiment", "-m", "smollm2-135m", "--json", "-s", "calibrate.type=none")
     )
     free = told(bmkit("prompt", "sentiment", "-m", "smollm2-135m", "--json"))
-    assert plain[0]["metrics"]["accuracy"] < 0.7 < 0.8 < free[0]["metrics"]["accuracy"]
+    assert plain[0]["metrics"]["accuracy"] + 0.1 <= free[0]["metrics"]["accuracy"]
+    assert free[0]["metrics"]["accuracy"] > 0.8
     done = bmkit("infer", "-m", free[0]["path"], "-p", "A dull and clumsy film.", "--json")
     assert told(done)[0]["label"] == "negative"

@@ -218,7 +218,7 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
         warn_foreign_base(found, base or model, reporter)
     plan.read_headers((base or model).path)
     inputs = {"model": given.entry()}
-    if prompt is not None:
+    if prompt is not None and prompt is not given:
         inputs["prompt"] = prompt.entry()
     for i, found in enumerate(adapters):
         inputs[f"adapters.{i}"] = found.entry()

@@ -368,6 +368,14 @@ METHODS = (
     ),
     Method(
         "prompt",
+        "knowledgeable",
+        "bmkit.prompt.refined:knowledgeable",
+        "knowledgeable",
+        "Many words for each label, of which those are kept that the model says and tells apart.",
+        "Knowledgeable Prompt-tuning, arXiv 2108.02035",
+    ),
+    Method(
+        "prompt",
         "content_free",
         "bmkit.verbalizers.calibration:prior",
         "sentiment",

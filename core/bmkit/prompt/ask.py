@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bmkit.errors import InputError
 from bmkit.prompting.encode import Encoded, Kind
-from bmkit.verbalizers import likelihood
+from bmkit.verbalizers import likelihood, positions
 from bmkit.verbalizers.likelihood import Likelihoods
 
 ON_CPU = 512
@@ -65,6 +65,31 @@ class Asker:
             if done is not None:
                 done(len(places))
         return found
+
+    @torch.inference_mode()
+    def prior(self, prompts: Sequence[Encoded]) -> Tensor:
+        """Return how likely each token is at the mask, on the mean of prompts, [vocabulary].
+
+        That is the logarithm of the mean probability, in float32.
+        """
+        whole = self.kind == "seq2seq"
+        asked = [prompt.decoder_ids if whole else prompt.ids for prompt in prompts]
+        lengths = [len(p.ids) + len(p.decoder_ids) for p in prompts]
+        reads, most = [1] * len(prompts), positions.most_reads(self.model)
+        total = torch.zeros(positions.vocabulary(self.model), device=self.model.device)
+        pad = positions.pad_of(self.model)
+        for part in positions.batches(lengths, reads, self.batch_tokens, most):
+            ids, mask = positions.padded([prompts[at].ids for at in part], pad, self.model.device)
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            if whole:
+                said, _ = positions.padded([asked[at] for at in part], pad, self.model.device)
+                inputs["decoder_input_ids"] = said
+            columns = torch.tensor([prompts[at].reads[0] for at in part], device=ids.device)
+            rows = torch.arange(len(part), device=ids.device)
+            width = max(len(asked[at]) for at in part)
+            logits = positions.logits_at(self.model, inputs, width, rows, columns)
+            total += logits[:, : len(total)].float().softmax(-1).sum(0)
+        return (total / len(prompts)).log().cpu()
 
     def _score(self, prompts: Sequence[Encoded], question: Question) -> Likelihoods:
         if self.kind == "causal" and not question.behind:

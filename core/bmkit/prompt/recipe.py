@@ -104,10 +104,11 @@ class TemplateSpec(Model):
 class VerbalizerSpec(Model):
     """Which words stand for labels."""
 
-    type: Literal["manual", "one_to_one"] = Field(
+    type: Literal["manual", "one_to_one", "knowledgeable"] = Field(
         default="manual",
         description="`manual`: words of any number of tokens; `one_to_one`: one word for each "
-        "label, of one token.",
+        "label, of one token; `knowledgeable`: many words, of which those are kept that fit "
+        "(arXiv 2108.02035).",
     )
     label_words: dict[str, str | list[str]] | list[str | list[str]] | None = Field(
         default=None,
@@ -135,6 +136,19 @@ class VerbalizerSpec(Model):
     )
     aggregate: Literal["logarithms", "probabilities"] = Field(
         default="logarithms", description="A label has the mean of its words: of which of both."
+    )
+    candidate_frac: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="Of `knowledgeable`: words with a token in this rarest share of the vocabulary "
+        "are left out, by how likely they are at the mask.",
+    )
+    relevance: float = Field(
+        default=1.0,
+        ge=0,
+        description="Of `knowledgeable`: words that go less with their own label than this, "
+        "compared with the others, are left out.",
     )
     max_token_split: int | None = Field(
         default=None, ge=1, description="Words of more tokens are left out."
@@ -295,6 +309,10 @@ class PromptRecipe(Recipe):
         if labels is not None and words is not None:
             with _PointingAt("verbalizer.label_words"):
                 labelwords.parse(words, labels)
+        if self.verbalizer.type == "knowledgeable" and self.calibrate.type != "contextual":
+            raise contradiction(
+                "calibrate.type", "`knowledgeable` refines words on rows: take contextual"
+            )
         if self.task == "multilabel" and self.calibrate.type == "none":
             raise contradiction(
                 "calibrate.type",

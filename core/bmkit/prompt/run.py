@@ -22,6 +22,7 @@ from bmkit.prompt.measure import measure
 from bmkit.prompt.opening import Opened, context, open_model
 from bmkit.prompt.prompts import Prompts, make
 from bmkit.prompt.recipe import PromptRecipe
+from bmkit.prompt.refined import knowledgeable
 from bmkit.prompt.rows import Split
 from bmkit.prompt.stored import KeptPrompt
 from bmkit.prompting import labelwords
@@ -33,6 +34,7 @@ from bmkit.verbalizers import calibration, manual
 METHODS = {
     "manual": manual.label_logprobs,
     "one_to_one": manual.label_logprobs,
+    "knowledgeable": knowledgeable,
     "content_free": calibration.prior,
     "contextual": calibration.prior,
 }
@@ -67,6 +69,8 @@ def run(job: Job) -> Outcome:
         )
     size, most = recipe.train.per_device_eval_batch_size, recipe.template.max_seq_length
     opened = open_model(job, ready.kind, ready.tokenizer, size, most)
+    if recipe.verbalizer.type == "knowledgeable":
+        told = knowledgeable(told, opened.asker, prior, recipe.verbalizer)
     asked = [("calibrate", prior), *measured.items()]
     said = _ask(job, opened, told.question, [(n, p) for n, p in asked if p])
     opened.close()
@@ -74,6 +78,7 @@ def run(job: Job) -> Outcome:
         told = told.calibrated(said["calibrate"])
     metrics, table = _measured(told, said, right)
     metrics["rows_truncated"] = sum(p.cut > 0 for own in measured.values() for p in own)
+    metrics["label_words"] = len(told.words.flat)
     metrics["tokens"] = sum(len(p.ids) for own in measured.values() for p in own)
     stored.write(job.out, ready.kept(told))
     return Outcome("prompt", metrics, ("bmkit",), table=table)
@@ -126,6 +131,8 @@ class Ready:
             whole=spec.type == "one_to_one",
             max_token_split=spec.max_token_split,
         )
+        if spec.type == "knowledgeable":
+            found = labelwords.delete_common(found)
         labelwords.require_distinct(found, first_only=spec.multi_token_handler == "first")
         return found
 
@@ -172,7 +179,7 @@ class Ready:
                 "columns": recipe.data.columns,
                 "labels": list(self.classes.names),
                 "verbalizer": recipe.verbalizer.type,
-                "label_words": self.words.values(),
+                "label_words": told.words.values(),
                 "multi_token_handler": recipe.verbalizer.multi_token_handler,
                 "combine": recipe.verbalizer.combine,
                 "aggregate": recipe.verbalizer.aggregate,

@@ -79,7 +79,7 @@ def recipe_keys() -> str:
     for stage in registry.STAGES.values():
         recipe = registry.load(stage.recipe)
         known = set(GenerateRecipe.model_fields) if stage.gives == "text" else set()
-        own = _rows(recipe, "", (shared | known) - {"kind"})
+        own = _rows(recipe, "", (shared | known) - {"kind"}, DELTAS if stage.name != "tune" else ())
         parts += [f"### `{stage.name}`", _key_table(own)]
         metrics = ", ".join(f"`{name}`" for name in recipe.METRICS) or "none"
         parts.append(f"Metrics that `gates` may bound: {metrics}.")
@@ -96,7 +96,13 @@ def _key_table(rows: Iterable[Row]) -> str:
     return table(("key", "value", "default", "meaning"), rows)
 
 
-def _rows(model: type[BaseModel], prefix: str, skipped: Iterable[str]) -> Iterator[Row]:
+DELTAS = ("tune.deltas",)
+"""Keys whose own keys are those of another stage's table."""
+
+
+def _rows(
+    model: type[BaseModel], prefix: str, skipped: Iterable[str], told: Iterable[str] = ()
+) -> Iterator[Row]:
     tags = {"method", "type"}  # they come first: they say whose keys follow
     for name, field in sorted(model.model_fields.items(), key=lambda item: item[0] not in tags):
         if name in skipped:
@@ -106,10 +112,10 @@ def _rows(model: type[BaseModel], prefix: str, skipped: Iterable[str]) -> Iterat
         listed = get_origin(field.annotation) is list
         value = _value(field, nested=bool(inner))
         yield (f"`{key}`", value, _default(field, nested=bool(inner)), _meaning(model, field))
-        if get_origin(field.annotation) is dict:
+        if get_origin(field.annotation) is dict or key in told:
             continue
         for part in inner:
-            yield from _rows(part, f"{key}.0." if listed else f"{key}.", ())
+            yield from _rows(part, f"{key}.0." if listed else f"{key}.", (), told)
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

@@ -115,6 +115,8 @@ def run(
         for name, value in wanted.items():
             if value:
                 raise UsageError(f"{name} is not for a chat", hint="give -p TEXT or -i FILE.jsonl")
+        if stages.prepare(request, reporter).prompt is not None:
+            raise UsageError("a prompt doesn't chat", hint="give -p TEXT or -i FILE.jsonl")
         _, opened = generate.open_session(replace(request, rows=1, longest=CHAT), reporter)
         chat.Chat(opened, reporter, stdout()).run()
         return

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bmkit_cli import stopping
-from bmkit_cli.commands import books, infer, spec_decode, stages, tune
+from bmkit_cli.commands import books, infer, prompt, spec_decode, stages, tune
 
 app = typer.Typer(
     name="bmkit",
@@ -43,9 +43,11 @@ app.command()(stages.pull)
 app.command()(stages.compress)
 app.command()(tune.tune)
 app.command()(tune.merge)
+app.command()(prompt.prompt)
 app.command()(infer.infer)
 app.command()(spec_decode.spec_decode)
 app.command()(spec_decode.phrases)
+app.add_typer(prompt.brought, name="import")
 app.command()(books.run)
 app.command()(books.ls)
 app.command()(books.show)

@@ -28,6 +28,8 @@ class BmkitError(Exception):
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+        self.key: str | None = None
+        """The dotted key of the recipe that it is about, where its place is not told yet."""
 
 
 class UsageError(BmkitError):
@@ -68,6 +70,23 @@ class DivergedError(BmkitError):
     """Training produced a loss that is not a number; the last good checkpoint is kept."""
 
     exit_code = 5
+
+
+class About:
+    """A block whose errors are about a key of the recipe: whoever has it shows the place."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, _: object
+    ) -> None:
+        """Note the key on an error that has none."""
+        if isinstance(exc, BmkitError) and exc.key is None:
+            exc.key = self.key
 
 
 class LibraryRefusal:

@@ -289,6 +289,8 @@ class Job:
     """Whether the model is opened beside another one, to guess for it."""
     tight: bool = False
     """Whether that one has a budget, which this one counts in."""
+    prompt: Artifact | None = None
+    """The prompt that is asked; `model` is what it was made on."""
 
     @property
     def deltas(self) -> tuple[Artifact, ...]:

@@ -72,7 +72,7 @@ class Recipe(Model):
 
 
 def contradiction(key: str, text: str) -> PydanticCustomError:
-    """Return what a validator of several keys raises, so that the error points at `key`."""
+    """Return what a validator of several keys raises, so that the error points at dotted `key`."""
     return PydanticCustomError("contradiction", "{text}", {"text": text, "key": key})
 
 
@@ -443,7 +443,8 @@ def _inside(data: Any, loc: Sequence[Key]) -> bool:
 def _explain(doc: Document, model: type[Model], problem: Any) -> str:
     kind, ctx = problem["type"], problem.get("ctx", {})
     if kind == "contradiction":
-        return at(doc, _resolve(doc, model, (*problem["loc"], ctx["key"]))[0], problem["msg"])
+        keys = (*problem["loc"], *ctx["key"].split("."))
+        return at(doc, _resolve(doc, model, keys)[0], problem["msg"])
     path, known = _resolve(doc, model, problem["loc"])
     name = str(path[-1]) if path else doc.source
     if kind == "extra_forbidden":

@@ -19,6 +19,12 @@ class Stage:
     takes: tuple[str, ...]
     gives: str  # what it writes by default; "text" is written to stdout
     version: int = 1  # raise it when the same recipe would give other bytes
+    others: tuple[tuple[str, str, str], ...] = ()
+    """A kind of input that another engine answers for: kind, `plan` and `run` as above."""
+
+    def engine(self, kind: str) -> tuple[str, str]:
+        """Return the `plan` and `run` of the engine that takes inputs of this kind."""
+        return next(((p, r) for k, p, r in self.others if k == kind), (self.plan, self.run))
 
 
 @dataclass(frozen=True)
@@ -57,13 +63,23 @@ STAGES = {
             version=2,
         ),
         Stage(
+            "prompt",
+            "Ask a model for labels by a template.",
+            "bmkit.prompt.recipe:PromptRecipe",
+            "bmkit.prompt.plan:estimate",
+            "bmkit.prompt.run:run",
+            takes=("model", "delta"),
+            gives="prompt",
+        ),
+        Stage(
             "infer",
             "Generate text.",
             "bmkit.infer.recipe:InferRecipe",
             "bmkit.infer.plan:estimate",
             "bmkit.infer.run:run",
-            takes=("model", "delta"),
+            takes=("model", "delta", "prompt"),
             gives="text",
+            others=(("prompt", "bmkit.prompt.plan:estimate_answers", "bmkit.prompt.answer:run"),),
         ),
         Stage(
             "spec-decode",
@@ -333,6 +349,46 @@ METHODS = (
         "bitfit",
         "Biases, also where there were none.",
         "BitFit, arXiv 2106.10199",
+    ),
+    Method(
+        "prompt",
+        "manual",
+        "bmkit.verbalizers.manual:label_logprobs",
+        "sentiment",
+        "Words for each label, of any number of tokens.",
+        "PET, arXiv 2001.07676; OpenPrompt, arXiv 2111.01998",
+    ),
+    Method(
+        "prompt",
+        "one_to_one",
+        "bmkit.verbalizers.manual:label_logprobs",
+        "question",
+        "One word for each label, of one token.",
+        "OpenPrompt, arXiv 2111.01998",
+    ),
+    Method(
+        "prompt",
+        "knowledgeable",
+        "bmkit.prompt.refined:knowledgeable",
+        "knowledgeable",
+        "Many words for each label, of which those are kept that the model says and tells apart.",
+        "Knowledgeable Prompt-tuning, arXiv 2108.02035",
+    ),
+    Method(
+        "prompt",
+        "content_free",
+        "bmkit.verbalizers.calibration:prior",
+        "sentiment",
+        "Divide away what is likely after inputs that say nothing.",
+        "Calibrate Before Use, arXiv 2102.09690",
+    ),
+    Method(
+        "prompt",
+        "contextual",
+        "bmkit.verbalizers.calibration:prior",
+        "question",
+        "Divide away what is likely on the average of rows without labels.",
+        "Knowledgeable Prompt-tuning, arXiv 2108.02035",
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Tables of what was measured after each step, as lines of text."""
+"""Tables of what was measured, after each step or of each label, as lines of text."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ HEADS: Mapping[str, str] = {
     "perplexity": "perplexity",
     "decode": "decode tok/s",
     "prefill": "prefill tok/s",
+    "rows": "rows",
+    "told": "told",
+    "right": "right",
+    "f1": "F1",
 }
 
 
@@ -38,7 +42,7 @@ def lines(rows: Sequence[Mapping[str, float | int | str]]) -> list[str]:
 def _cell(key: str, value: float | int | str | None) -> str:
     if value is None:
         return "-"
-    if key in ("perplexity", "decode", "prefill"):
+    if key in ("perplexity", "decode", "prefill", "f1"):
         return f"{value:.4g}"
     number = float(value)
     for unit in ("", "k", "M", "G", "T"):

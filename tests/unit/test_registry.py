@@ -19,6 +19,8 @@ from bmkit.registry import Method, Stage
 ROOT = Path(__file__).parents[2]
 STAGES = list(registry.STAGES.values())
 TAGS = ("method", "type")
+OTHERS = ("learning_setting", "tune")
+"""Keys of a prompt recipe whose `type` says how much is learned, or is a method of `tune`."""
 
 each_stage = pytest.mark.parametrize("stage", STAGES, ids=lambda s: s.name)
 each_method = pytest.mark.parametrize(
@@ -30,20 +32,25 @@ def tags_in_recipe(stage: Stage) -> set[str]:
     """Return the words that `method:` and `type:` may take in a stage's recipe, by its schema."""
     schema = registry.load(stage.recipe).model_json_schema()
     found: set[str] = set()
-    for model in (schema, *schema.get("$defs", {}).values()):
+    apart = set()
+    if stage.name == "prompt":
+        deltas = registry.load("bmkit.tune.recipe:TuneRecipe").model_json_schema()["$defs"]
+        apart = {"LearningSetting", *deltas}
+    for name, model in (("", schema), *schema.get("$defs", {}).items()):
         for key, value in model.get("properties", {}).items():
-            if key in TAGS:
+            if key in TAGS and name not in apart:
                 found |= {value["const"]} if "const" in value else set(value.get("enum", []))
-    return found
+    return found - {"none"}
 
 
 def tagged(values: Any) -> Iterator[str]:
     """Yield the words of `method:` and `type:` anywhere in a recipe."""
     if isinstance(values, dict):
         for key, value in values.items():
-            if key in TAGS and isinstance(value, str):
+            if key in TAGS and isinstance(value, str) and value != "none":
                 yield value
-            yield from tagged(value)
+            if key not in OTHERS:
+                yield from tagged(value)
     elif isinstance(values, list):
         for value in values:
             yield from tagged(value)

@@ -72,6 +72,10 @@ def test_help_and_version_load_next_to_nothing(loads: Loads, arguments: list[str
         ["ls", "--json"],
         ["show", "lora"],
         ["schema", "tune"],
+        ["schema", "prompt"],
+        ["prompt", "--help"],
+        ["import", "--help"],
+        ["validate", "sentiment"],
         ["validate", "int8"],
         ["validate", "lora", "-s", "train.max_steps=3"],
         ["validate", "quickstart"],
@@ -91,6 +95,7 @@ def test_looking_something_up_loads_nothing_heavy(loads: Loads, arguments: list[
     [
         ["compress", "int8"],
         ["tune", "lora"],
+        ["prompt", "sentiment"],
         ["infer", "greedy"],
         ["compress", "int8", "--json"],
         ["infer", "greedy", "-p", "Hello"],

@@ -132,12 +132,15 @@ def show(
             stdout().text(text, end="")
         return
     from bmkit import tables
+    from bmkit.prompt import stored
 
     found = artifact.open_artifact(path)
     if as_json:
         values: dict[str, Any] = {"path": name, "kind": found.kind, "digest": found.digest}
         if found.manifest is not None:
             values |= found.manifest.model_dump(mode="json", by_alias=True)
+        if found.kind == "prompt":
+            values["prompt"] = stored.read(path).model_dump(mode="json")
         stdout().json(values)
         return
     lines = [f"kind     {found.kind}", f"digest   {found.digest}"]
@@ -145,6 +148,8 @@ def show(
         lines.append(f"made by  {' | '.join(f'{s.stage} {s.name}' for s in manifest.steps)}")
         if manifest.base is not None:
             lines.append(f"base     {manifest.base.path}  ({manifest.base.digest[:12]}…)")
+        if found.kind == "prompt":
+            lines += stored.described(stored.read(path))
         lines += [f"metric   {key} = {value}" for key, value in manifest.metrics.items()]
         lines += [f"loads in {name}" for name in manifest.loads_in]
         lines += [f"table    {line}" for line in tables.lines(manifest.table)]

@@ -45,6 +45,12 @@ class _Tune(_Stage):
     data: str | None = None
 
 
+class _Prompt(_Stage):
+    prompt: str | dict[str, Any]
+    out: str | None = None
+    data: str | None = None
+
+
 class _Answers(_Stage):
     prompt: str | list[str] | None = None
     input: str | None = None
@@ -68,6 +74,7 @@ WORDS: dict[str, type[Model]] = {
     "pull": _Pull,
     "compress": _Compress,
     "tune": _Tune,
+    "prompt": _Prompt,
     "infer": _Infer,
     "spec-decode": _SpecDecode,
 }
@@ -125,6 +132,8 @@ def _item(doc: Document, i: int, entry: Any, problems: list[str]) -> Item | None
         problems.append(_said(doc, i, None, "a stage is a mapping, as `compress: int8`"))
         return None
     names = [key for key in entry if key in WORDS]
+    if len(names) > 1 and set(names) & {"infer", "spec-decode"}:
+        names = [name for name in names if name != "prompt"]  # what is asked there
     if len(names) != 1:
         odd = [key for key in entry if difflib.get_close_matches(str(key), WORDS, n=1)]
         close = [difflib.get_close_matches(str(key), WORDS, n=1)[0] for key in odd]
@@ -269,9 +278,10 @@ def lineage(steps: Sequence[Step]) -> list[dict[str, Any]]:
     return items
 
 
-def to_yaml(items: Sequence[Mapping[str, Any]]) -> str:
-    """Write a pipeline so that bmkit's own loader reads the same values back."""
-    return yaml.dump(list(items), Dumper=_Dumper, sort_keys=False, width=10**6)
+def to_yaml(items: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> str:
+    """Write a pipeline or recipe so that bmkit's own loader reads the same values back."""
+    whole = dict(items) if isinstance(items, Mapping) else list(items)
+    return yaml.dump(whole, Dumper=_Dumper, sort_keys=False, width=10**6)
 
 
 class _Dumper(yaml.SafeDumper):

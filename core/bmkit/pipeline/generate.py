@@ -61,7 +61,7 @@ def open_session(request: Request, reporter: Reporter) -> tuple[Prepared, Any]:
     prepared = stage.prepare(request, reporter)
     stage.check_fits(prepared, reporter)
     job = prepared.job(prepared.out, prepared.out, reporter)
-    return prepared, registry.load(prepared.stage.run)(job)
+    return prepared, registry.load(prepared.engine[1])(job)
 
 
 def resume_key(request: Request, reporter: Reporter, content: str) -> str:

@@ -28,7 +28,7 @@ def find_model(text: str, reporter: Reporter, *, bring: bool = True) -> Artifact
 
 
 def find_base(delta: Artifact, reporter: Reporter, *, bring: bool = True) -> Artifact:
-    """Return the model that `delta` was trained on.
+    """Return the model that `delta`, or a prompt, was made on.
 
     Its recorded path is used if the content there is still the same, else the cache is searched
     for that content. Raises InputError saying how to name the base by hand.
@@ -45,7 +45,7 @@ def find_base(delta: Artifact, reporter: Reporter, *, bring: bool = True) -> Art
                 return found
             said = (
                 f"the base of {delta.path} has changed: {entry.path} has digest "
-                f"{found.digest[:12]}…, the delta was trained on {entry.digest[:12]}…"
+                f"{found.digest[:12]}…, the {delta.kind} was made on {entry.digest[:12]}…"
             )
         except InputError as exc:
             said = f"the base of {delta.path} has changed: {exc}"

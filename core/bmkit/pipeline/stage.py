@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import bmkit
 from bmkit import artifact, builtin, env, hashes, place, plan, registry
 from bmkit import recipe as recipes
 from bmkit.artifact import Artifact, InputEntry, Step
-from bmkit.errors import GateError, InputError, OutputTaken, UsageError
+from bmkit.data.tabular import split_files
+from bmkit.errors import BmkitError, GateError, InputError, OutputTaken, UsageError
 from bmkit.pipeline.resolve import find_base, find_model, warn_foreign_base
 from bmkit.plan import Estimate, Job, Outcome
 from bmkit.recipe import Document, Recipe
@@ -68,6 +70,15 @@ class Prepared:
     out: Path
     done: Artifact | None
     """The result, if it is there already."""
+    doc: Document | None = None
+    """The recipe as it was written."""
+    prompt: Artifact | None = None
+    """The prompt that `-m` or an adapter names; `model` is what it was made on, or is asked on."""
+
+    @property
+    def engine(self) -> tuple[str, str]:
+        """Return the `plan` and `run` of the engine that does it."""
+        return self.stage.engine("prompt" if self.prompt is not None else self.model.kind)
 
     def job(self, out: Path, work: Path, reporter: Reporter) -> Job:
         """Return what the engine gets."""
@@ -83,6 +94,7 @@ class Prepared:
             gpu_memory=self.budget("gpu"),
             rows=self.request.rows,
             longest=self.request.longest,
+            prompt=self.prompt,
         )
 
     def budget(self, where: str) -> int | None:
@@ -154,10 +166,12 @@ def _take_data(doc: Document, kind: type[Recipe], data: str) -> None:
         raise UsageError(f"--data has no meaning in `{doc.source}`")
     if not isinstance(doc.data, dict) or not isinstance(doc.data.setdefault("data", {}), dict):
         return  # validate says what is wrong
-    splits = [f.partition(".")[2] for f in kind.FILES]
+    splits = [f.partition(".")[2] for f in kind.FILES if f.startswith("data.")]
     path = Path(data).expanduser()
     found = {"train": path}
-    if path.is_dir():
+    if path.is_dir() and "test" in splits:
+        found = split_files(path)
+    elif path.is_dir():
         found = {s: path / f"{s}.jsonl" for s in splits if (path / f"{s}.jsonl").is_file()}
         if "train" not in found:
             raise InputError(f"{path} has no train.jsonl", hint="--data takes a file or splits")
@@ -190,6 +204,12 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
         )
     named = (*_adapters(doc, recipe, request), *request.adapters)
     adapters = tuple(find_model(a, reporter, bring=bring) for a in named)
+    prompt, adapters = _prompt(stage, model, adapters)
+    given = model
+    if model.kind == "prompt":
+        model = find_base(model, reporter, bring=bring)
+    elif prompt is not None:
+        warn_foreign_base(prompt, model, reporter)
     for found in adapters:
         if found.kind != "delta":
             raise InputError(f"--adapter {found.path} is a {found.kind}, not a delta")
@@ -197,7 +217,9 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
     for found in adapters:
         warn_foreign_base(found, base or model, reporter)
     plan.read_headers((base or model).path)
-    inputs = {"model": model.entry()}
+    inputs = {"model": given.entry()}
+    if prompt is not None and prompt is not given:
+        inputs["prompt"] = prompt.entry()
     for i, found in enumerate(adapters):
         inputs[f"adapters.{i}"] = found.entry()
     draft = _draft(doc, recipe, request, base or model, reporter, bring=bring)
@@ -233,7 +255,21 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
         key,
         out,
         done,
+        doc,
+        prompt,
     )
+
+
+def _prompt(
+    stage: registry.Stage, model: Artifact, adapters: tuple[Artifact, ...]
+) -> tuple[Artifact | None, tuple[Artifact, ...]]:
+    """Return the prompt among what was named, and the adapters without it."""
+    found = [given for given in (model, *adapters) if given.kind == "prompt"]
+    if "prompt" not in stage.takes:
+        found = []
+    if len(found) > 1:
+        raise InputError(f"{found[1].path} is a second prompt: one is asked at a time")
+    return (found[0] if found else None), tuple(a for a in adapters if a not in found)
 
 
 def _adapters(doc: Document, recipe: Recipe, request: Request) -> list[str]:
@@ -291,8 +327,21 @@ def _models(recipe: Recipe, reporter: Reporter, *, bring: bool) -> dict[str, Art
 def estimate(prepared: Prepared, reporter: Reporter) -> Estimate:
     """Say what the stage will do and need, from headers alone."""
     job = prepared.job(prepared.out, prepared.out, reporter)
-    found: Estimate = registry.load(prepared.stage.plan)(job)
+    with placed_errors(prepared):
+        found: Estimate = registry.load(prepared.engine[0])(job)
     return found
+
+
+@contextmanager
+def placed_errors(prepared: Prepared) -> Iterator[None]:
+    """Show in the recipe what an error of the block is about, if it names a key."""
+    try:
+        yield
+    except BmkitError as exc:
+        if exc.key is None or prepared.doc is None:
+            raise
+        where = recipes.at(prepared.doc, tuple(exc.key.split(".")), str(exc))
+        raise type(exc)(where.strip().removeprefix("--> "), hint=exc.hint) from None
 
 
 def describe_plan(
@@ -358,7 +407,8 @@ def run_stage(request: Request, reporter: Reporter) -> Result:
             for left in work.iterdir():  # «build again» means from the start
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         job = prepared.job(scratch, work, reporter)
-        outcome: Outcome = registry.load(prepared.stage.run)(job)
+        with placed_errors(prepared):
+            outcome: Outcome = registry.load(prepared.engine[1])(job)
         step = Step(
             stage=prepared.stage.name,
             name=prepared.name,

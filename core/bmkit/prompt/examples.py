@@ -1,0 +1,74 @@
+"""`bmkit prompt --examples`: what a template makes of rows, token by token. No weights are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bmkit.errors import RecipeError
+from bmkit.plan import Job
+from bmkit.prompt.rows import all_of
+from bmkit.prompt.run import Ready
+from bmkit.prompting.encode import Encoded
+from bmkit.prompting.wrap import show
+
+
+def examples(job: Job, count: int) -> dict[str, Any]:
+    """Return the first `count` rows of train, else dev, else test, wrapped and tokenised.
+
+    A token has its `id`, its `role` and whether the model is `asked` there; `behind` are those
+    after a causal prompt's mask, `decoder` what a decoder begins with. Raises BmkitError for what
+    is wrong with the recipe, as a run does.
+    """
+    ready = Ready(job)
+    split = all_of(ready.splits, ("train", "dev", "test"))
+    if split is None:
+        raise RecipeError("data: there are no rows", hint="give data.train, data.dev or data.test")
+    records = split.records[:count]
+    encoded = ready.prompts.encode(records)
+    found = []
+    for record, prompt in zip(records, encoded, strict=True):
+        label = record.values.get("label")
+        found.append(
+            {
+                "row": record.where,
+                **({} if label is None else {"label": label}),
+                "text": show(ready.prompts.wrap(record)),
+                **_tokens(ready.tokenizer, prompt),
+            }
+        )
+    return {
+        "model_kind": ready.kind,
+        "max_seq_length": ready.prompts.encoder.max_length,
+        "truncate_method": ready.prompts.encoder.truncate_method,
+        "label_words": {
+            label: [
+                {**word, "tokens": ready.tokenizer.convert_ids_to_tokens(word["ids"])}
+                for word in own
+            ]
+            for label, own in ready.words.values().items()
+        },
+        "examples": found,
+    }
+
+
+def _tokens(tokenizer: Any, prompt: Encoded) -> dict[str, Any]:
+    """Return a prompt's tokens with their roles, and where the model is asked."""
+    size = len(prompt.ids)
+    asked = set() if prompt.decoder_ids else set(prompt.reads)
+    names = tokenizer.convert_ids_to_tokens([*prompt.ids, *prompt.behind, *prompt.decoder_ids])
+    listed = [
+        {"token": name, "id": id_, "role": role, "asked": at in asked}
+        for at, (name, id_, role) in enumerate(
+            zip(names, [*prompt.ids, *prompt.behind], prompt.roles, strict=False)
+        )
+    ]
+    found: dict[str, Any] = {"cut": prompt.cut, "masks": prompt.masks, "tokens": listed[:size]}
+    if prompt.behind:
+        found["behind"] = listed[size:]
+    if prompt.decoder_ids:
+        start = size + len(prompt.behind)
+        found["decoder"] = [
+            {"token": name, "id": id_, "asked": at in prompt.reads}
+            for at, (name, id_) in enumerate(zip(names[start:], prompt.decoder_ids, strict=True))
+        ]
+    return found

@@ -1,0 +1,353 @@
+"""What a prompt recipe may say. No torch here: `validate` and `--plan` stay fast."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from bmkit.deltas.recipe import Delta
+from bmkit.errors import BmkitError, RecipeError
+from bmkit.prompting import labelwords
+from bmkit.recipe import Model, Recipe, contradiction
+from bmkit.train.recipe import Train
+
+Kind = Literal["auto", "masked", "causal", "seq2seq"]
+
+
+class Data(Model):
+    """The rows: JSON lines, JSON, CSV or TSV, each compressed by gzip or not."""
+
+    train: str | None = Field(default=None, description="Rows to learn from, or to calibrate on.")
+    dev: str | None = Field(default=None, description="Held-out rows that are measured as well.")
+    test: str | None = Field(default=None, description="Rows that are measured.")
+    columns: dict[str, str | int] = Field(
+        default={},
+        description="A template's names and the file's: `text_a: sentence`, `label: 0` (a number "
+        "counts columns from 0), `meta.word: entity.text` (a path into nested rows).",
+    )
+    labels: list[str] | dict[str, str] | None = Field(
+        default=None,
+        min_length=1,
+        description="The labels in their order, or a mapping from what files hold to labels; if "
+        "not given, those of `label_words`, else those that the rows have.",
+    )
+    header: bool | None = Field(
+        default=None,
+        description="Whether the first line of CSV and TSV names columns; if not given, unless all "
+        "of `columns` are numbers.",
+    )
+    quoted: bool | None = Field(
+        default=None,
+        description='Whether `"` encloses values; if not given, in CSV and not in TSV.',
+    )
+    separator: str | None = Field(
+        default=None, min_length=1, description="Of `task: multilabel`: what is between labels."
+    )
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _numbers_are_names(cls, value: object) -> object:
+        if isinstance(value, list):
+            return [_text(name) for name in value]
+        if isinstance(value, dict):
+            return {key: _text(name) for key, name in value.items()}
+        return value
+
+
+def _text(value: object) -> object:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value) if isinstance(value, int) else value
+
+
+class Message(Model):
+    """One message of a chat."""
+
+    role: str = Field(description="`system`, `user` or `assistant`; the last one's is `assistant`.")
+    content: str = Field(description="A template.")
+
+
+class TemplateSpec(Model):
+    """How a row becomes a prompt: one of `text`, `file_path`, `jinja`, `chat`. See templates.md."""
+
+    text: str | None = Field(default=None, description="A template in OpenPrompt's language.")
+    file_path: str | None = Field(default=None, description="A file with one on each line.")
+    choice: int = Field(default=0, ge=0, description="Which line of the file, from 0.")
+    jinja: str | None = Field(default=None, description="A template in Jinja, with `{{ mask }}`.")
+    chat: list[Message] | None = Field(
+        default=None, min_length=1, description="Messages, put through the model's chat template."
+    )
+    truncate_method: Literal["tail", "head", "balanced"] = Field(
+        default="tail", description="Where what may be shortened loses tokens."
+    )
+    max_seq_length: int = Field(
+        default=512, ge=4, description="Tokens of a prompt; the model's context bounds it as well."
+    )
+
+    @model_validator(mode="after")
+    def _one_that_can_be_read(self) -> TemplateSpec:
+        from bmkit.prompt.templates import WAYS, parse
+
+        said = [way for way in WAYS if getattr(self, way) is not None]
+        if len(said) != 1:
+            names = ", ".join(f"`{way}`" for way in WAYS)
+            problem = f"it goes without `{said[0]}`" if said else f"one of {names} is required"
+            raise contradiction(said[1] if said else "text", problem)
+        if said[0] != "file_path":
+            with _PointingAt(said[0]):
+                parse(self.model_dump(include={said[0]}), said[0])
+        return self
+
+
+class VerbalizerSpec(Model):
+    """Which words stand for labels."""
+
+    type: Literal["manual", "one_to_one", "knowledgeable"] = Field(
+        default="manual",
+        description="`manual`: words of any number of tokens; `one_to_one`: one word for each "
+        "label, of one token; `knowledgeable`: many words, of which those are kept that fit "
+        "(arXiv 2108.02035).",
+    )
+    label_words: dict[str, str | list[str]] | list[str | list[str]] | None = Field(
+        default=None,
+        min_length=1,
+        description="Words by label, or lists of words in the order of labels.",
+    )
+    file_path: str | None = Field(
+        default=None,
+        description="A file of label words: JSON by label, or text with a line for each label.",
+    )
+    choice: int = Field(default=0, ge=0, description="Which set of the file, from 0.")
+    prefix: str = Field(
+        default=" ", description="What is before each word; `<!>` in front of a word keeps it away."
+    )
+    multi_token_handler: Literal["first", "mean", "max", "likelihood"] = Field(
+        default="first",
+        description="The score of a word of several tokens: its first one's, their mean or "
+        "highest; `likelihood`: of all, each behind those before it, and of what a causal prompt "
+        "has behind its mask.",
+    )
+    combine: Literal["sum", "mean"] = Field(
+        default="sum",
+        description="Of `likelihood`: a word has that of all of its tokens, or the mean of theirs, "
+        "so that long words lose nothing.",
+    )
+    aggregate: Literal["logarithms", "probabilities"] = Field(
+        default="logarithms", description="A label has the mean of its words: of which of both."
+    )
+    candidate_frac: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="Of `knowledgeable`: words with a token in this rarest share of the vocabulary "
+        "are left out, by how likely they are at the mask.",
+    )
+    relevance: float = Field(
+        default=1.0,
+        ge=0,
+        description="Of `knowledgeable`: words that go less with their own label than this, "
+        "compared with the others, are left out.",
+    )
+    max_token_split: int | None = Field(
+        default=None, ge=1, description="Words of more tokens are left out."
+    )
+
+    @model_validator(mode="after")
+    def _words_are_somewhere(self) -> VerbalizerSpec:
+        if (self.label_words is None) == (self.file_path is None):
+            problem = "it goes without `label_words`"
+            if self.label_words is None:
+                problem = "one of `label_words` and `file_path` is required"
+            raise contradiction("file_path" if self.file_path else "label_words", problem)
+        words = self.label_words
+        listed = list(words.values() if isinstance(words, dict) else words or ())
+        if self.type == "one_to_one" and any(len(_listed(own)) != 1 for own in listed):
+            raise contradiction("label_words", "`one_to_one` takes one word for each label")
+        seen: dict[frozenset[str], str] = {}
+        names = list(words) if isinstance(words, dict) else [f"number {i}" for i in range(99)]
+        for name, own in zip(names, listed, strict=False):
+            key = frozenset(_listed(own))
+            if key in seen:
+                raise contradiction(
+                    "label_words", f"`{seen[key]}` and `{name}` have the same words"
+                )
+            seen[key] = name
+        return self
+
+
+def _listed(own: str | list[str]) -> list[str]:
+    return [own] if isinstance(own, str) else own
+
+
+class Calibrate(Model):
+    """What a template makes likely by itself is divided away."""
+
+    type: Literal["none", "content_free", "contextual"] = Field(
+        default="none",
+        description="`content_free`: measured on inputs that say nothing (arXiv 2102.09690); "
+        "`contextual`: on rows without their labels (arXiv 2108.02035).",
+    )
+    num_examples: int = Field(
+        default=50, ge=1, description="Of `contextual`: rows of train, else of test."
+    )
+    texts: list[str] = Field(
+        default=["", "N/A", "[MASK]"],
+        min_length=1,
+        description="Of `content_free`: what stands in the place of a row's texts.",
+    )
+
+
+class Trained(Model):
+    """What is trained."""
+
+    mode: Literal["none", "soft", "delta", "full"] = Field(
+        default="none",
+        description="`soft`: the template's soft tokens; `delta`: those and `deltas`; `full`: the "
+        "whole model.",
+    )
+    deltas: list[Delta] = Field(
+        default=[],
+        description="What to train beside the model, with the keys that they have in `tune`.",
+    )
+    encoder: Literal["lstm", "mlp"] | None = Field(
+        default=None, description="What soft tokens come out of while they are trained."
+    )
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="Another learning rate for soft tokens."
+    )
+
+    @model_validator(mode="after")
+    def _nothing_yet(self) -> Trained:
+        if self.mode != "none":
+            raise contradiction(
+                "mode", f"`{self.mode}`: prompts can't be trained yet; `none` asks as it is"
+            )
+        for name in ("deltas", "encoder", "learning_rate"):
+            if getattr(self, name):
+                raise contradiction(name, "it says nothing with `mode: none`")
+        return self
+
+
+class LearningSetting(Model):
+    """From how many rows is learned."""
+
+    type: Literal["zero_shot", "few_shot", "full"] = Field(
+        default="zero_shot", description="From none, a few of each label, or all of `data.train`."
+    )
+    num_examples_per_label: int | None = Field(
+        default=None, ge=1, description="Of `few_shot`: rows of each label."
+    )
+    num_examples_total: int | None = Field(
+        default=None, ge=1, description="Of `few_shot`: rows of any label."
+    )
+    seeds: list[int] = Field(
+        default=[], description="Of `few_shot`: a draw and a run for each; `seed` if not given."
+    )
+
+    @model_validator(mode="after")
+    def _not_yet(self) -> LearningSetting:
+        if self.type != "zero_shot":
+            raise contradiction(
+                "type", f"`{self.type}` learns from rows, and prompts can't be trained yet"
+            )
+        return self
+
+
+class PromptTrain(Train):
+    """How to train, and how many rows are asked together."""
+
+    per_device_eval_batch_size: int = Field(
+        default=32, ge=1, description="Rows that are asked together."
+    )
+
+
+class PromptRecipe(Recipe):
+    """`bmkit prompt`."""
+
+    METRICS: ClassVar = (
+        "accuracy",
+        "macro_f1",
+        "micro_f1",
+        "dev_accuracy",
+        "dev_macro_f1",
+        "dev_micro_f1",
+        "train_accuracy",
+        "train_macro_f1",
+        "train_micro_f1",
+        "rows_truncated",
+    )
+    FILES: ClassVar = (
+        "data.train",
+        "data.dev",
+        "data.test",
+        "template.file_path",
+        "verbalizer.file_path",
+    )
+
+    kind: Literal["prompt"]
+    task: Literal["classification", "multilabel"] = Field(
+        default="classification", description="Each row has one label, or any number of them."
+    )
+    model_kind: Kind = Field(
+        default="auto", description="How the model is asked; `auto` goes by its config."
+    )
+    data: Data = Data()
+    template: TemplateSpec
+    verbalizer: VerbalizerSpec
+    calibrate: Calibrate = Calibrate()
+    tune: Trained = Trained()
+    learning_setting: LearningSetting = LearningSetting()
+    train: PromptTrain = PromptTrain()
+
+    @model_validator(mode="after")
+    def _labels_have_words(self) -> PromptRecipe:
+        labels, words = self.labels, self.verbalizer.label_words
+        if labels is not None and len(labels) < 2:
+            raise contradiction("data.labels", "there is one label only: nothing to tell apart")
+        if labels is not None and words is not None:
+            with _PointingAt("verbalizer.label_words"):
+                labelwords.parse(words, labels)
+        if self.verbalizer.type == "knowledgeable" and self.calibrate.type != "contextual":
+            raise contradiction(
+                "calibrate.type", "`knowledgeable` refines words on rows: take contextual"
+            )
+        if self.task == "multilabel" and self.calibrate.type == "none":
+            raise contradiction(
+                "calibrate.type",
+                "`task: multilabel` asks which labels a row makes likelier than they are by "
+                "themselves: take content_free or contextual",
+            )
+        return self
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """Return the labels in their order, as far as the recipe says them."""
+        said = self.data.labels
+        if isinstance(said, list):
+            return tuple(said)
+        if isinstance(said, dict):
+            return tuple(dict.fromkeys(said.values()))
+        words = self.verbalizer.label_words
+        return tuple(words) if isinstance(words, dict) else None
+
+
+class _PointingAt:
+    """A block in which a refusal becomes one of the recipe, at a key."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(self, kind: Any, exc: BaseException | None, _: Any) -> None:
+        """Raise what points at the key in the place of a RecipeError."""
+        if isinstance(exc, RecipeError):
+            raise refusal(self.key, exc) from None
+
+
+def refusal(key: str, exc: BmkitError) -> PydanticCustomError:
+    """Return what a validator raises for an error of the template or the words."""
+    return contradiction(key, f"{exc}\n   = {exc.hint}" if exc.hint else str(exc))

@@ -1,0 +1,121 @@
+"""The file of a prompt artifact: template, words with their tokens, calibration. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bmkit.errors import InputError
+from bmkit.prompting.labelwords import LabelWords
+
+FILE = "prompt.json"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class KeptWord(_Part):
+    """A label word as it stands in a text, and its tokens."""
+
+    text: str
+    ids: list[int] = Field(min_length=1)
+
+
+class KeptPrompt(_Part):
+    """What a prompt artifact says. Of its base it holds the vocabulary's digest alone."""
+
+    version: Literal[1] = 1
+    task: Literal["classification", "multilabel"]
+    model_kind: Literal["masked", "causal", "seq2seq"]
+    template: dict[str, Any]
+    """`text`, `jinja` or `chat`."""
+    truncate_method: Literal["tail", "head", "balanced"]
+    max_seq_length: int
+    columns: dict[str, str | int]
+    labels: list[str] = Field(min_length=2)
+    verbalizer: str
+    label_words: dict[str, list[KeptWord]]
+    multi_token_handler: Literal["first", "mean", "max", "likelihood"]
+    combine: Literal["sum", "mean"]
+    aggregate: Literal["logarithms", "probabilities"]
+    calibration: str
+    prior: list[list[float]] | None
+    """By label, the log-probability of each word without a row."""
+    vocabulary: str
+    """Hash of the tokenizer's vocabulary."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> KeptPrompt:
+        if list(self.label_words) != self.labels:
+            raise ValueError("label_words are not those of labels")
+        sizes = [len(own) for own in self.label_words.values()]
+        if self.prior is not None and [len(own) for own in self.prior] != sizes:
+            raise ValueError("prior is not that of label_words")
+        return self
+
+    @property
+    def words(self) -> LabelWords:
+        """Return the words of labels."""
+        values = {k: [w.model_dump() for w in own] for k, own in self.label_words.items()}
+        return LabelWords.of_values(values)
+
+
+def write(folder: Path, kept: KeptPrompt) -> None:
+    """Write the file into an artifact's directory."""
+    text = json.dumps(kept.model_dump(mode="json"), indent=1, ensure_ascii=False)
+    (folder / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> KeptPrompt:
+    """Read the file of an artifact's directory. Raises InputError if it is missing or damaged."""
+    try:
+        return KeptPrompt.model_validate_json((folder / FILE).read_text(encoding="utf-8"))
+    except ValidationError as exc:
+        problem = exc.errors(include_url=False)[0]
+        where = ".".join(map(str, problem["loc"])) or "the whole"
+        raise InputError(f"{folder / FILE} is damaged: {where}: {problem['msg']}") from None
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InputError(f"{folder / FILE} can't be read: {exc}") from None
+
+
+def described(kept: KeptPrompt) -> list[str]:
+    """Return the lines that people are shown of a prompt."""
+    lines = []
+    for way, held in kept.template.items():
+        if way == "chat":
+            lines += [f"{m['role']}: {m['content']}" for m in held]
+        else:
+            lines += str(held).splitlines()
+    lines = [f"template {line}" for line in lines]
+    lines.append(f"asks     a {kept.model_kind} model, {kept.max_seq_length} tokens at most")
+    for at, (label, own) in enumerate(kept.label_words.items()):
+        said = [f"{word.text!r} ({' '.join(map(str, word.ids))})" for word in own]
+        if kept.prior is not None:
+            shares = [f"{math.exp(held):.4f}" for held in kept.prior[at]]
+            said = [f"{word} {share}" for word, share in zip(said, shares, strict=True)]
+        lines.append(f"label    {label}: {', '.join(said)}")
+    what = {"none": "none", "content_free": "by texts that say nothing"}.get(
+        kept.calibration, "by rows without labels"
+    )
+    return [*lines, f"calibrated {what}"]
+
+
+def vocabulary_digest(tokenizer: Any) -> str:
+    """Hash the words and numbers of a tokenizer's vocabulary, added ones included."""
+    pairs = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+def require_vocabulary(kept: KeptPrompt, tokenizer: Any, prompt: Path, base: Path) -> None:
+    """Raise InputError if the tokenizer isn't the one that the prompt was made with."""
+    if vocabulary_digest(tokenizer) != kept.vocabulary:
+        raise InputError(
+            f"{prompt} was made with another tokenizer than that of {base}",
+            hint="make the prompt again on this model: its words have other tokens",
+        )

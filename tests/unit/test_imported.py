@@ -1,0 +1,308 @@
+"""Experiments of OpenPrompt become recipes, and what can't be converted is said."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bmkit.data.classes import Classes
+from bmkit.data.columns import read_rows
+from bmkit.errors import InputError
+from bmkit.prompting.imported import TEMPLATES, VERBALIZERS, convert
+from bmkit.prompting.processors import DATASETS
+
+FEW_SHOT = """
+dataset: {name: agnews, path: data/agnews/}
+plm:
+  model_name: bert
+  model_path: bert-large-cased
+  optimize: {freeze_para: false, lr: 0.00003, weight_decay: 0.01,
+             scheduler: {type: , num_warmup_steps: 500}}
+train: {batch_size: 2, num_epochs: 4, max_grad_norm: -1.0}
+dev: {batch_size: 8}
+template: manual_template
+verbalizer: manual_verbalizer
+manual_template: {choice: 2, file_path: agnews/manual_template.txt}
+one2one_verbalizer: {choice: 0, file_path: other.txt}
+manual_verbalizer:
+  parent_config: verbalizer
+  label_words: {World: [politics], Sports: [sports], Business: [business], Tech: [technology]}
+  prefix: ""
+  multi_token_handler: mean
+dataloader: {max_seq_length: 128, truncate_method: tail}
+environment: {num_gpus: 2, cuda_visible_devices: [0, 1]}
+reproduce: {seed: 100}
+learning_setting: few_shot
+few_shot: {parent_config: learning_setting, few_shot_sampling: sampling_from_train}
+sampling_from_train:
+  parent_config: few_shot_sampling
+  num_examples_per_label: 10
+  also_sample_dev: true
+  num_examples_per_label_dev: 10
+  seed: [123, 124]
+"""
+
+
+def test_a_few_shot_experiment_becomes_a_recipe() -> None:
+    recipe, notes = convert(yaml.safe_load(FEW_SHOT))
+    assert recipe == {
+        "kind": "prompt",
+        "task": "classification",
+        "seed": 100,
+        "data": {
+            "train": "data/agnews/train.csv",
+            "test": "data/agnews/test.csv",
+            "columns": {"label": 0, "text_a": 1, "text_b": 2},
+            "labels": {"1": "World", "2": "Sports", "3": "Business", "4": "Tech"},
+        },
+        "template": {
+            "file_path": "agnews/manual_template.txt",
+            "choice": 2,
+            "max_seq_length": 128,
+            "truncate_method": "tail",
+        },
+        "verbalizer": {
+            "type": "manual",
+            "label_words": {
+                "World": ["politics"],
+                "Sports": ["sports"],
+                "Business": ["business"],
+                "Tech": ["technology"],
+            },
+            "prefix": "",
+            "multi_token_handler": "mean",
+        },
+        "learning_setting": {
+            "type": "few_shot",
+            "num_examples_per_label": 10,
+            "seeds": [123, 124],
+        },
+        "tune": {"mode": "full"},
+        "train": {
+            "learning_rate": 0.00003,
+            "weight_decay": 0.01,
+            "warmup_steps": 500,
+            "num_train_epochs": 4,
+            "per_device_train_batch_size": 2,
+            "per_device_eval_batch_size": 8,
+        },
+    }
+    assert [note.split(":")[0] for note in notes] == [
+        "data",
+        "template",
+        "train",
+        "the model is no part of a recipe",
+        "environment",
+    ]
+    assert "-m bert-large-cased" in notes[3]
+
+
+def with_(**sections: Any) -> tuple[dict[str, Any], list[str]]:
+    base = {
+        "plm": {"optimize": {"freeze_para": True}},
+        "dataset": {"name": "sst-2", "path": "sst2"},
+        "template": "manual_template",
+        "manual_template": {"text": "<text_a> It was <mask>."},
+        "verbalizer": "manual_verbalizer",
+        "manual_verbalizer": {"label_words": [["bad"], ["good"]]},
+        "learning_setting": "full",
+    }
+    return convert(base | sections)
+
+
+def test_the_first_language_of_templates_becomes_pieces() -> None:
+    text = with_()[0]["template"]["text"]
+    assert text == '{"placeholder": "text_a"} It was {"mask"}.'
+
+
+def test_zero_shot_trains_nothing() -> None:
+    recipe, _ = with_(learning_setting="zero_shot", plm={"optimize": {"freeze_para": False}})
+    assert recipe["learning_setting"] == {"type": "zero_shot"}
+    assert recipe["tune"] == {"mode": "none"}
+    assert "train" not in recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "tune"),
+    [
+        ("manual_template", {}, {"mode": "none"}),
+        ("mixed_template", {"optimize": {"lr": 0.003}}, {"mode": "soft", "learning_rate": 0.003}),
+        (
+            "soft_template",
+            {"num_tokens": 7, "initialize_from_vocab": True, "random_range": 0.5},
+            {"mode": "delta", "deltas": [{"type": "prompt", "num_virtual_tokens": 7}]},
+        ),
+        ("ptuning_template", {"prompt_encoder_type": "mlp"}, {"mode": "soft", "encoder": "mlp"}),
+        ("ptuning_template", {}, {"mode": "soft", "encoder": "lstm"}),
+        ("ptr_template", {}, {"mode": "soft", "encoder": "mlp"}),
+        (
+            "prefix_tuning_template",
+            {"num_token": 5, "mid_dim": 512, "prefix_dropout": 0.0},
+            {
+                "mode": "delta",
+                "deltas": [
+                    {
+                        "type": "prefix",
+                        "num_virtual_tokens": 5,
+                        "prefix_projection": True,
+                        "encoder_hidden_size": 512,
+                    }
+                ],
+            },
+        ),
+    ],
+)
+def test_what_a_template_trains_beside_a_frozen_model(
+    name: str, section: dict[str, Any], tune: dict[str, Any]
+) -> None:
+    recipe, notes = with_(template=name, **{name: {"text": "x", **section}})
+    assert recipe["tune"] == tune
+    assert notes == []
+    free, _ = with_(
+        template=name, plm={"optimize": {"freeze_para": False}}, **{name: {"text": "x", **section}}
+    )
+    assert free["tune"] == {**tune, "mode": "full"}
+
+
+def test_deltas_of_a_conversion_are_deltas_of_recipes() -> None:
+    from pydantic import TypeAdapter
+
+    from bmkit.deltas.recipe import Delta
+
+    for name in ("soft_template", "prefix_tuning_template"):
+        for delta in with_(template=name, **{name: {"text": "x"}})[0]["tune"]["deltas"]:
+            TypeAdapter(Delta).validate_python(delta, strict=True)
+
+
+def test_options_of_other_verbalizers_are_renamed() -> None:
+    recipe, notes = with_(
+        verbalizer="automatic_verbalizer",
+        automatic_verbalizer={
+            "num_cadidates": 1000,
+            "label_word_num_per_class": 2,
+            "num_searches": 1,
+            "score_fct": "ce",
+            "balance": True,
+            "num_classes": 4,
+            "init_using_split": "train",
+        },
+    )
+    assert recipe["verbalizer"] == {
+        "type": "automatic",
+        "num_candidates": 1000,
+        "words_per_label": 2,
+        "balanced": True,
+    }
+    assert notes == [
+        "verbalizer: words are searched by their likelihood ratio only",
+        "automatic_verbalizer.init_using_split: 'train' was left out",
+    ]
+
+
+def test_calibration_is_taken_over() -> None:
+    contextual, notes = with_(
+        calibrate="contextualized_calibrate",
+        contextualized_calibrate={"num_example": 200, "use_split": "train"},
+    )
+    assert contextual["calibrate"] == {"type": "contextual", "num_examples": 200}
+    assert "never used it" in notes[0]
+    empty, _ = with_(calibrate="pmi_calibrate", pmi_calibrate={"parent_config": "calibrate"})
+    assert empty["calibrate"] == {"type": "content_free"}
+
+
+def test_all_that_is_left_out_is_said() -> None:
+    recipe, notes = with_(
+        task="generation",
+        verbalizer=None,
+        generation={"parent_config": "task", "max_length": 320, "num_beams": 5},
+        train={"teacher_forcing": True, "shuffle_data": False},
+        logging={"path_base": "logs", "overwrite": True},
+        dataset={"name": "webnlg", "path": "data"},
+        unheard={"of": 1},
+    )
+    assert recipe["task"] == "generation"
+    assert "verbalizer" not in recipe
+    said = "\n".join(notes)
+    for left in (
+        "the columns of `webnlg` aren't known",
+        "generation.max_length: 320 was left out",
+        "generation.num_beams: 5 was left out",
+        "train.teacher_forcing: True was left out",
+        "train.shuffle_data: False was left out",
+        "logging: left out; -o says where",
+        "unheard.of: 1 was left out",
+    ):
+        assert left in said
+    assert said.count("logging") == 1
+    assert "manual_verbalizer" not in said  # it wasn't selected
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"kind": "tune"}, "no experiment of OpenPrompt"),
+        ([], "no experiment of OpenPrompt"),
+        ({"template": "manual_templat", "verbalizer": None}, "`manual_templat` is no template"),
+        (
+            {"template": "manual_template", "verbalizer": "x"},
+            "`x` is no verbalizer of OpenPrompt",
+        ),
+        (
+            {"template": "manual_template", "learning_setting": "few"},
+            "`few` is none of OpenPrompt's",
+        ),
+        ({"template": "manual_template", "plm": 3, "train": "x", "dataset": None}, None),
+    ],
+)
+def test_what_is_no_experiment_is_refused(config: Any, told: str | None) -> None:
+    if told is None:
+        convert(config)
+        return
+    with pytest.raises(InputError) as caught:
+        convert(config)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("verbalizer", VERBALIZERS)
+def test_every_template_goes_with_every_verbalizer(template: str, verbalizer: str) -> None:
+    recipe, _ = with_(template=template, verbalizer=verbalizer, **{template: {"text": "x"}})
+    assert recipe["verbalizer"]["type"] == VERBALIZERS[verbalizer]
+    assert yaml.safe_load(yaml.safe_dump(recipe)) == recipe
+
+
+@pytest.mark.parametrize("name", ["boolq", "cb", "rte", "copa", "multirc", "wic", "wsc"])
+def test_columns_and_labels_of_tasks_read_their_rows(name: str, rows: Callable[..., Path]) -> None:
+    sample: dict[str, dict[str, Any]] = {
+        "boolq": {"question": "q", "passage": "p", "label": True},
+        "cb": {"premise": "p", "hypothesis": "h", "label": "neutral"},
+        "rte": {"premise": "p", "hypothesis": "h", "label": "not_entailment"},
+        "copa": {"premise": "p", "choice1": "a", "choice2": "b", "question": "cause", "label": 1},
+        "multirc": {
+            "passage": {
+                "text": "t",
+                "questions": [{"question": "q", "answers": [{"text": "a", "label": 1}]}],
+            }
+        },
+        "wic": {"word": "w", "sentence1": "a", "sentence2": "b", "label": False},
+        "wsc": {"text": "t", "target": {"span1_text": "a", "span2_text": "b"}, "label": True},
+    }
+    known = DATASETS[name]
+    labels = known.labels if isinstance(known.labels, dict) else list(known.labels)  # type: ignore[arg-type]
+    (found,) = read_rows(rows("x.jsonl", sample[name]), known.columns)
+    assert Classes.of(labels).number(found) in range(len(labels))
+    assert json.dumps(found.values["text_a"])
+
+
+def test_reading_data_and_words_and_converting_need_no_torch() -> None:
+    modules = "data.columns data.shots prompting.wordfiles prompting.generation prompting.imported"
+    script = "\n".join(f"import bmkit.{name}" for name in modules.split())
+    script += "\nimport sys\nassert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

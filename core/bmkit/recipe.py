@@ -72,7 +72,10 @@ class Recipe(Model):
 
 
 def contradiction(key: str, text: str) -> PydanticCustomError:
-    """Return what a validator of several keys raises, so that the error points at `key`."""
+    """Return what a validator of several keys raises, so that the error points at `key`.
+
+    The key of a part is dotted, as `train.max_steps`.
+    """
     return PydanticCustomError("contradiction", "{text}", {"text": text, "key": key})
 
 
@@ -255,7 +258,8 @@ def _assign(data: Any, path: KeyPath, value: Any) -> str | None:
         last = i == len(path) - 1
         if isinstance(target, list):
             if not isinstance(step, int) or step > len(target) - (not last):
-                return f"no `{shown}`: the list has {len(target)} items, counted from 0"
+                items = "1 item" if len(target) == 1 else f"{len(target)} items"
+                return f"no `{shown}`: the list has {items}, counted from 0"
             if last:
                 target[step : step + 1] = [value]
         elif isinstance(target, dict):
@@ -443,7 +447,8 @@ def _inside(data: Any, loc: Sequence[Key]) -> bool:
 def _explain(doc: Document, model: type[Model], problem: Any) -> str:
     kind, ctx = problem["type"], problem.get("ctx", {})
     if kind == "contradiction":
-        return at(doc, _resolve(doc, model, (*problem["loc"], ctx["key"]))[0], problem["msg"])
+        own = (*problem["loc"], *ctx["key"].split("."))
+        return at(doc, _resolve(doc, model, own)[0], problem["msg"])
     path, known = _resolve(doc, model, problem["loc"])
     name = str(path[-1]) if path else doc.source
     if kind == "extra_forbidden":

@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 from torch import nn
 
 from bmkit.deltas import address
 from bmkit.deltas.modules import Module, modules_of_model
+from bmkit.deltas.recipe import Delta
 from bmkit.deltas.roles import roles_of
+from bmkit.deltas.targets import addressed
 from bmkit.errors import RecipeError
 from bmkit.nn import walk
 
@@ -349,3 +352,10 @@ def test_a_delta_that_is_in_the_model_already_changes_no_address(
     for pattern, names in before.items():
         found = address.matched(wrapped, [pattern])
         assert [n.removeprefix("base_model.model.") for n in found] == names
+
+
+def test_no_module_at_all_is_told_as_that() -> None:
+    modules = {"mlp": Module("linear", (8, 8))}
+    spec = TypeAdapter(Delta).validate_python({"type": "lora", "target_modules": []})
+    with pytest.raises(RecipeError, match="names no module"):
+        addressed(spec, modules)

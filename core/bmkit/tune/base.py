@@ -104,5 +104,5 @@ def unfrozen(model: Any, patterns: Sequence[str], fresh: Sequence[str]) -> list[
     found = set(fresh)
     if patterns:
         modules = modules_of_model(model)
-        found.update(address.matched(modules, patterns, method="`unfreeze`"))
+        found.update(address.matched(modules, patterns, method="`unfreeze`", key="unfreeze"))
     return sorted(n for n in found if not any(n.startswith(f"{other}.") for other in found))

@@ -133,7 +133,7 @@ def _unfrozen(modules: Mapping[str, Module], recipe: TuneRecipe) -> int:
     """Return how many weights the modules have that are trained themselves, biases left out."""
     if not recipe.unfreeze:
         return 0
-    found = address.matched(modules, recipe.unfreeze, method="`unfreeze`")
+    found = address.matched(modules, recipe.unfreeze, method="`unfreeze`", key="unfreeze")
     return sum(
         math.prod(module.shape)
         for name, module in modules.items()

@@ -70,6 +70,13 @@ class Recipe(Model):
         default_factory=dict, description="Bounds on metrics, as `{metric: {min: …, max: …}}`."
     )
 
+    @model_validator(mode="after")
+    def _device_has_a_name(self) -> Recipe:
+        if not re.fullmatch(r"auto|cpu(:0)?|(cuda|mps|xpu)(:\d+)?", self.device):
+            text = f"`{self.device}` is not a device; write auto, cpu, cuda, cuda:1 or mps"
+            raise contradiction("device", text)
+        return self
+
 
 def contradiction(key: str, text: str) -> PydanticCustomError:
     """Return what a validator of several keys raises, so that the error points at `key`.

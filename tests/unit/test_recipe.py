@@ -603,8 +603,8 @@ def test_set_without_a_key_or_a_value_shows_how_it_is_written(assign: str) -> No
 
 
 def test_the_value_of_set_follows_the_same_yaml() -> None:
-    found = accepted(TUNE, TuneRecipe, "train.learning_rate=1e-4", "device=on")
-    assert (found.train.learning_rate, found.device) == (0.0001, "on")
+    found = accepted(TUNE, TuneRecipe, "train.learning_rate=1e-4", "data.dev=on")
+    assert (found.train.learning_rate, found.data.dev) == (0.0001, "on")
 
 
 def test_set_without_a_value_is_null() -> None:

@@ -32,7 +32,7 @@ def encode_pairs(path: Path, tokenizer: Any, *, max_length: int, raw: bool) -> E
         for side in SIDES:
             values = {"prompt": row.values.get("prompt"), "completion": row.values.get(side)}
             if not all(isinstance(text, str) for text in values.values()):
-                problem = rows.unknown_shape(row.values, "`prompt`, `chosen`, `rejected`")
+                problem = rows.unknown_shape(row.values, rows.WANTED["preference"])
                 raise InputError(f"{path}:{row.line}: {problem}")
             try:
                 parts.append(chat.labelled(tokenizer, values, raw=raw))

@@ -26,8 +26,9 @@ from bmkit.plan import (
 )
 from bmkit.runtime.budget import Placement, Sizes, place_any
 from bmkit.runtime.family import readable
+from bmkit.tune.foreseen import require_measured, require_once, require_placed, require_rows
 from bmkit.tune.recipe import TuneRecipe
-from bmkit.tune.task import new_head
+from bmkit.tune.task import new_head, task_of
 
 
 def estimate(job: Job) -> Estimate:
@@ -47,6 +48,9 @@ def estimate(job: Job) -> Estimate:
             f"{job.checkpoint} is quantised by optimum-quanto",
             hint="tune the model it was made from, or one of int8, int4 or gptq",
         )
+    task = task_of(recipe, headers.config, job.files["data.train"])
+    require_measured(recipe, task)
+    require_rows(task, job.files)
     parts, trained = _trained(job, headers)
     steps = [*parts, *(["merge it into the model"] if recipe.merge else [])]
     disk = (2 * headers.dense_numel if recipe.merge else 4 * trained) + 2**24
@@ -83,6 +87,7 @@ def placement(job: Job) -> Placement | None:
             hint="tune without merge, then merge without the budget",
         )
     headers = read_headers(job.checkpoint)
+    require_placed(recipe, task_of(recipe, headers.config, job.files["data.train"]))
     if not readable(headers.config.get("quantization_config")):
         raise InputError(f"{job.checkpoint} is packed in a way that can't be placed")
     depth = Sizes.of(headers.config).layers
@@ -112,8 +117,9 @@ def _trained(job: Job, headers: Headers) -> tuple[list[str], int]:
     sizes = Sizes.of(headers.config)
     modules, stacked = modules_of_headers(headers), stacked_of_headers(headers)
     steps, whole = [], 0
+    goes: dict[str, list[str]] = {}
     for name, spec in zip(names(recipe.deltas), recipe.deltas, strict=True):
-        found = addressed(spec, modules)[0]
+        found = goes[name] = addressed(spec, modules)[0]
         shapes = [modules[module].shape for module in found]
         experts = parameters_addressed(spec, modules, stacked)
         shapes += [stacked[name].shape for name in experts]
@@ -123,22 +129,23 @@ def _trained(job: Job, headers: Headers) -> tuple[list[str], int]:
         where = f" on {' and '.join(told)}" if told else ""
         steps.append(f"train {name}{where} ({count} parameters)")
         whole += count
-    own = _unfrozen(modules, recipe)
+    unfrozen = _unfrozen(modules, recipe)
+    require_once(unfrozen, goes)
+    own = sum(
+        math.prod(module.shape)
+        for name, module in modules.items()
+        if module.shape and any(f"{name}.".startswith(f"{outer}.") for outer in unfrozen)
+    )
     if own:
         steps.append(f"train {', '.join(recipe.unfreeze)} ({own} parameters)")
     return [*steps, *new], whole + own + head
 
 
-def _unfrozen(modules: Mapping[str, Module], recipe: TuneRecipe) -> int:
-    """Return how many weights the modules have that are trained themselves, biases left out."""
+def _unfrozen(modules: Mapping[str, Module], recipe: TuneRecipe) -> list[str]:
+    """Return the modules that are trained themselves."""
     if not recipe.unfreeze:
-        return 0
-    found = address.matched(modules, recipe.unfreeze, method="`unfreeze`", key="unfreeze")
-    return sum(
-        math.prod(module.shape)
-        for name, module in modules.items()
-        if module.shape and any(f"{name}.".startswith(f"{outer}.") for outer in found)
-    )
+        return []
+    return address.matched(modules, recipe.unfreeze, method="`unfreeze`", key="unfreeze")
 
 
 def _activations(job: Job, headers: Headers, layers: int) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from bmkit_cli import session
+from bmkit_cli import session, stopping
 from bmkit_cli.options import (
     ForceOpt,
     JsonOpt,
@@ -62,7 +62,8 @@ def run(
     def respond(request: Any, options: Any) -> None:
         answer(request, {**options, "as_json": as_json}, reporter)
 
-    left = chain.run(items, reporter, respond, force=force)
+    with stopping.telling():
+        left = chain.run(items, reporter, respond, force=force)
     if left is None:
         return
     path, result, found = left

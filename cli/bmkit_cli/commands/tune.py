@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bmkit_cli import session
+from bmkit_cli import session, stopping
 from bmkit_cli.commands.stages import describe, request_of, run_stage, write_report
 from bmkit_cli.options import (
     CpuOpt,
@@ -168,7 +168,8 @@ def sweep(given: dict[str, Any]) -> None:
     request = replace(checked, model=session.model_path(given["model"]))
     asked = grid.requests(request, given["grid"])
     grid.check(asked)
-    done = list(grid.run(asked, reporter))
+    with stopping.telling():
+        done = list(grid.run(asked, reporter))
     if not done:
         raise DivergedError("no run of the sweep has reached its end")
     metric = stages.load_recipe(request)[1].model_dump()["train"]["metric_for_best_model"]

@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from bmkit.errors import RecipeError, did_you_mean
+from bmkit.errors import RecipeError, counted, did_you_mean
 
 Key = str | int
 KeyPath = tuple[Key, ...]
@@ -476,6 +476,12 @@ def _explain(doc: Document, model: type[Model], problem: Any) -> str:
         close = did_you_mean(str(got), allowed)
         text = f"`{got}` is not one of {', '.join(allowed)}" + (f"; {close}" if close else "")
         return at(doc, path, text)
+    if kind in {"too_short", "string_too_short"}:
+        what = ("item", "items") if kind == "too_short" else ("sign", "signs")
+        return at(doc, path, f"`{name}` needs {counted(ctx['min_length'], *what)} at least")
+    if kind == "string_pattern_mismatch":
+        said = f"`{name}` can't be `{problem['input']}`: it has to match {ctx['pattern']}"
+        return at(doc, path, said)
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     if message.startswith("should"):
         message = f"`{name}` {message}, not `{json.dumps(problem['input'])}`"

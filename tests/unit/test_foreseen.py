@@ -46,6 +46,7 @@ BUDGET = {"cpu_memory": "8GiB", "device": "cpu"}
         (TELL, [], BUDGET, "needs a head"),
         (SAY, ["unfreeze=[model.norm]"], {"recipe": "layer_norm"}, "model.norm is trained twice"),
         (SAY, ["unfreeze=[q_proj]"], {}, "q_proj is trained twice"),
+        (SAY, ["task=masked_lm"], {"recipe": "prompt"}, "masked_lm"),
         (SAY, ["unfreeze=[nosuch]"], {}, "^unfreeze: no module"),
         (SAY, [], {"device": "cudda"}, "`cudda` is not a device"),
         (SAY, ["deltas.0.non_linearity=gelo"], {"recipe": "adapter"}, "did you mean `gelu`"),

@@ -490,12 +490,18 @@ def test_a_gate_on_held_out_rows_is_refused_where_there_are_none() -> None:
         ("train:\n  save_steps: 5\n  early_stopping_patience: 2\n", 8, "data.dev"),
         ("train:\n  save_steps: 5\n  load_best_model_at_end: true\n", 8, "data.dev"),
         ("  labels: [yes, no, yes]\n", 6, "`yes`"),
+        ("  labels: [yes]\n", 6, "`labels` needs 2 items at least"),
     ],
 )
 def test_what_would_train_in_vain_is_named_at_its_own_line(more: str, line: int, word: str) -> None:
     said = places(refusal(TUNE + more, TuneRecipe))
     assert [p.line for p in said] == [line]
     assert word in said[0].says
+
+
+def test_a_name_that_is_none_is_refused_in_plain_words() -> None:
+    text = TUNE.replace("type: lora", "{type: lora, name: a.b}")
+    assert "`name` can't be `a.b`" in places(refusal(text, TuneRecipe))[0].says
 
 
 def test_of_several_overrides_the_one_that_is_wrong_is_named() -> None:

@@ -36,6 +36,16 @@ def require_measured(recipe: TuneRecipe, task: Task) -> None:
         )
 
 
+def require_front(recipe: TuneRecipe, task: Task) -> None:
+    """Raise RecipeError for something in front of what fills gaps: PEFT knows no such task."""
+    for spec in recipe.deltas:
+        if spec.PROMPT and task == "masked_lm":
+            raise RecipeError(
+                f"deltas: `{spec.type}` can't be had where gaps are filled (task masked_lm)",
+                hint="take a delta inside the model, as lora, adapter or bitfit",
+            )
+
+
 def require_rows(task: Task, files: Mapping[str, Path]) -> None:
     """Raise InputError naming the first row that says nothing the task can learn from.
 

@@ -26,7 +26,13 @@ from bmkit.plan import (
 )
 from bmkit.runtime.budget import Placement, Sizes, place_any
 from bmkit.runtime.family import readable
-from bmkit.tune.foreseen import require_measured, require_once, require_placed, require_rows
+from bmkit.tune.foreseen import (
+    require_front,
+    require_measured,
+    require_once,
+    require_placed,
+    require_rows,
+)
 from bmkit.tune.recipe import TuneRecipe
 from bmkit.tune.task import new_head, task_of
 
@@ -50,6 +56,7 @@ def estimate(job: Job) -> Estimate:
         )
     task = task_of(recipe, headers.config, job.files["data.train"])
     require_measured(recipe, task)
+    require_front(recipe, task)
     require_rows(task, job.files)
     parts, trained = _trained(job, headers)
     steps = [*parts, *(["merge it into the model"] if recipe.merge else [])]

@@ -16,6 +16,7 @@ from bmkit import model as models
 from bmkit.data.chat import Encoded
 from bmkit.deltas import compose
 from bmkit.deltas.merge import merge
+from bmkit.errors import counted
 from bmkit.plan import Job, Outcome
 from bmkit.runtime import experts, heads
 from bmkit.train.dev import Dev
@@ -93,7 +94,8 @@ def _encode(job: Job, goal: Objective, which: str) -> Encoded | None:
     encoded = goal.encode(path)
     if encoded.truncated or encoded.dropped:
         job.reporter.warn(
-            f"{path.name}: {encoded.truncated} rows cut at {goal.max_length} tokens, "
+            f"{path.name}: {counted(encoded.truncated, 'row', 'rows')} cut at "
+            f"{goal.max_length} tokens, "
             f"{encoded.dropped} dropped"
         )
     return encoded

@@ -231,6 +231,15 @@ def refuse_directory(file: Path | None) -> None:
         raise OutputTaken(f"{file} is a directory", hint="name a file")
 
 
+def refuse_report(file: Path | None) -> None:
+    """Raise InputError if a report is to go where no directory is, OutputTaken if it is one."""
+    refuse_directory(file)
+    if file is not None and not file.parent.is_dir():
+        raise InputError(
+            f"there is no directory {file.parent} for the report", hint="make it, or name another"
+        )
+
+
 def write_text(file: Path, text: str) -> None:
     """Write a small file in one rename; a device or pipe is written to.
 

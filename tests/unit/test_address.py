@@ -316,10 +316,14 @@ def test_a_method_gets_the_kinds_that_it_can_go_to(architecture: Callable[..., A
     assert address.matched(modules, [r"[r].*"], kinds=("norm",)) == address.matched(
         modules, ["norm"]
     )
-    with pytest.raises(RecipeError, match="`mlp` is block, and lora goes to linear layers") as bad:
+    with pytest.raises(
+        RecipeError, match="`mlp` is a block, and lora goes to linear layers"
+    ) as bad:
         address.matched(modules, ["mlp"], kinds=("linear",), method="lora")
     assert bad.value.hint == "it can go to: mlp.gate, mlp.up, mlp.down"
-    with pytest.raises(RecipeError, match=r"`attn\.q` is linear, and ln goes to norms") as bad:
+    with pytest.raises(
+        RecipeError, match=r"`attn\.q` is a linear layer, and ln goes to norms"
+    ) as bad:
         address.matched(modules, ["attn.q"], kinds=("norm",), method="ln")
     assert bad.value.hint == "it can go to: norm"
 

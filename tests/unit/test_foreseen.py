@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
+from bmkit import place
 from bmkit.deltas.recipe import NON_LINEARITIES
-from bmkit.errors import BmkitError, InputError, RecipeError
+from bmkit.errors import BmkitError, InputError, RecipeError, UsageError
 from bmkit.pipeline import stage
 from bmkit.report import Silent
 
@@ -86,3 +89,50 @@ def test_what_the_task_measures_may_be_asked_for(tiny: Path, tmp_path: Path) -> 
 
 def test_activations_are_those_of_transformers() -> None:
     assert set(NON_LINEARITIES) <= set(ACT2FN)
+
+
+class Heard(Silent):
+    """Keeps what it is warned of."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+@pytest.mark.parametrize(
+    ("delta", "said"),
+    [
+        ("{type: vera, r: 33}", "r is 33, up to 32 "),
+        ("{type: low_rank_adapter, bottleneck_dim: 4, low_rank_rank: 5}", "is 5, up to 4 "),
+        ("{type: vera, r: 32}", ""),
+        ("{type: low_rank_adapter, bottleneck_dim: 4, low_rank_rank: 4}", ""),
+    ],
+)
+def test_a_rank_that_no_product_can_have_is_warned_of(
+    tiny: Path, chats: Path, delta: str, said: str
+) -> None:
+    assign, heard = (f"deltas=[{delta}]",), Heard()
+    request = stage.Request("tune", "lora", str(tiny), data=str(chats), assign=assign)
+    stage.estimate(stage.prepare(request, Silent()), heard)
+    assert bool(heard.warnings) == bool(said)
+    assert said in "".join(heard.warnings)
+
+
+def test_the_same_adapter_twice_is_refused(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "delta"
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig())
+    model.save_pretrained(folder)
+    twice = (str(folder), str(tmp_path / "x" / ".." / "delta"))
+    (tmp_path / "x").mkdir()
+    stage.prepare(stage.Request("infer", "greedy", str(tiny), adapters=twice[:1]), Silent())
+    with pytest.raises(UsageError, match="twice"):
+        stage.prepare(stage.Request("infer", "greedy", str(tiny), adapters=twice), Silent())
+
+
+def test_a_report_makes_no_directories(tmp_path: Path) -> None:
+    place.refuse_report(tmp_path / "r.json")
+    with pytest.raises(InputError, match="no directory"):
+        place.refuse_report(tmp_path / "nosuch" / "r.json")
+    assert not (tmp_path / "nosuch").exists()

@@ -123,7 +123,7 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
     from bmkit_cli.output import out as stdout
 
     stream = stdout()
-    place.refuse_directory(given["report"])
+    place.refuse_report(given["report"])
     request = request_of(stage, given)
     checked = stages.check(request)  # a typo is told before the stage before this one is done
     request = replace(checked, model=session.model_path(given["model"]))

@@ -161,7 +161,7 @@ def sweep(given: dict[str, Any]) -> None:
     stream = stdout()
     if given["plan"]:
         raise UsageError("--plan shows one run: it goes without --grid")
-    place.refuse_directory(given["report"])
+    place.refuse_report(given["report"])
     grid.out_is_free(given["out"])
     checked = stages.check(request_of("tune", given))
     grid.requests(checked, given["grid"])  # a typo is told before the model is waited for

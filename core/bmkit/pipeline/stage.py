@@ -191,7 +191,9 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
         )
     named = (*_adapters(doc, recipe, request), *request.adapters)
     adapters = tuple(find_model(a, reporter, bring=bring) for a in named)
-    for found in adapters:
+    for number, found in enumerate(adapters):
+        if any(found.path.resolve() == other.path.resolve() for other in adapters[:number]):
+            raise UsageError(f"--adapter {found.path} is there twice")
         if found.kind != "delta":
             raise InputError(f"--adapter {found.path} is a {found.kind}, not a delta")
     base = find_base(model, reporter, bring=bring) if model.kind == "delta" else None

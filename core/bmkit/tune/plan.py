@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from bmkit.artifact import QUANTO
 from bmkit.deltas import address
 from bmkit.deltas.modules import Module
-from bmkit.deltas.recipe import names
-from bmkit.deltas.sizes import parameters
+from bmkit.deltas.recipe import LowRankAdapter, Vera, names
+from bmkit.deltas.sizes import inner_width, parameters
 from bmkit.deltas.stacked import stacked_of_headers
 from bmkit.deltas.stored import modules_of_headers
 from bmkit.deltas.targets import addressed, parameters_addressed
@@ -59,6 +59,7 @@ def estimate(job: Job) -> Estimate:
     require_front(recipe, task)
     require_rows(task, job.files)
     parts, trained = _trained(job, headers)
+    _warn_of_ranks(job, headers)
     steps = [*parts, *(["merge it into the model"] if recipe.merge else [])]
     disk = (2 * headers.dense_numel if recipe.merge else 4 * trained) + 2**24
     work = 3 * (12 * trained + 2**22)  # two checkpoints are kept while a third is written
@@ -146,6 +147,24 @@ def _trained(job: Job, headers: Headers) -> tuple[list[str], int]:
     if own:
         steps.append(f"train {', '.join(recipe.unfreeze)} ({own} parameters)")
     return [*steps, *new], whole + own + head
+
+
+def _warn_of_ranks(job: Job, headers: Headers) -> None:
+    """Warn of ranks that no product of such matrices can have."""
+    recipe = job.recipe
+    assert isinstance(recipe, TuneRecipe)  # as above
+    modules, hidden = modules_of_headers(headers), Sizes.of(headers.config).hidden
+    for name, spec in zip(names(recipe.deltas), recipe.deltas, strict=True):
+        if not isinstance(spec, LowRankAdapter | Vera):
+            continue
+        shapes = [modules[module].shape or (hidden,) for module in addressed(spec, modules)[0]]
+        if isinstance(spec, Vera):
+            key, rank, most = "r", spec.r, max(min(shape) for shape in shapes)
+        else:
+            key, rank = "low_rank_rank", spec.low_rank_rank
+            most = max(inner_width(spec, shape[0]) for shape in shapes)
+        if rank > most:
+            job.reporter.warn(f"{name}: {key} is {rank}, up to {most} makes a difference")
 
 
 def _unfrozen(modules: Mapping[str, Module], recipe: TuneRecipe) -> list[str]:

@@ -626,6 +626,14 @@ def test_a_later_set_wins() -> None:
     assert accepted(COMPRESS, CompressRecipe, "seed=1", "seed=2").seed == 2
 
 
+def test_the_recipes_in_the_page_on_tuning_are_valid() -> None:
+    page = Path(__file__).parents[2] / "docs" / "tune.md"
+    blocks = re.findall(r"```yaml\n(kind: tune\n.*?)```", page.read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for text in blocks:
+        accepted(text, TuneRecipe)
+
+
 # --- files, precedence, built-in recipes ---------------------------------------------------------
 
 

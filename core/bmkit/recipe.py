@@ -483,6 +483,8 @@ def _explain(doc: Document, model: type[Model], problem: Any) -> str:
         said = f"`{name}` can't be `{problem['input']}`: it has to match {ctx['pattern']}"
         return at(doc, path, said)
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    for theirs, ours in (("a valid array", "a list"), ("an object", "a mapping")):
+        message = message.replace(f"should be {theirs}", f"should be {ours}")
     if message.startswith("should"):
         message = f"`{name}` {message}, not `{json.dumps(problem['input'])}`"
     return at(doc, path, message)

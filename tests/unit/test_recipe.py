@@ -491,6 +491,8 @@ def test_a_gate_on_held_out_rows_is_refused_where_there_are_none() -> None:
         ("train:\n  save_steps: 5\n  load_best_model_at_end: true\n", 8, "data.dev"),
         ("  labels: [yes, no, yes]\n", 6, "`yes`"),
         ("  labels: [yes]\n", 6, "`labels` needs 2 items at least"),
+        ("  labels: yes\n", 6, "`labels` should be a list"),
+        ("gates: {train_loss: 3}\n", 6, "`train_loss` should be a mapping"),
     ],
 )
 def test_what_would_train_in_vain_is_named_at_its_own_line(more: str, line: int, word: str) -> None:

@@ -262,7 +262,7 @@ def lineage(steps: Sequence[Step]) -> list[dict[str, Any]]:
     if foreign := [step.stage for step in steps if step.stage not in WORDS]:
         raise InputError(
             f"`bmkit {foreign[0]}` has made this, which is no stage of a pipeline",
-            hint="`--format tree` shows how it came to be; `merge: true` in a tune has a pipeline",
+            hint="`--format tree` shows it all; what a tune merges (`merge: true`) has a pipeline",
         )
     for step in steps:
         if step.stage == "pull":

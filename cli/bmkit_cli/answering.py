@@ -77,7 +77,7 @@ def run(
         raise UsageError(f"-o and -i both name {out}")
     if out is not None and not plan:
         place.refuse_existing(out, force=words["force"])
-    place.refuse_directory(words["report"])
+    place.refuse_report(words["report"])
     if prompt and source:
         raise UsageError("-p and -i exclude each other")
     talk = chats and not prompt and not source and not plan and out is None

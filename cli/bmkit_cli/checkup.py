@@ -23,6 +23,9 @@ FLOORS = {
     "numba": (0, 62),
 }
 
+EXTRAS = {"optimum-quanto": "quanto", "gptqmodel": "gptq", "tensorboard": "tensorboard"}
+"""What may be there besides, each with the extra of bmkit that brings it."""
+
 
 def look() -> dict[str, Any]:
     """Return what bmkit stands on: versions, devices, memory, disk, and what is wrong with them."""
@@ -54,8 +57,17 @@ def look() -> dict[str, Any]:
         "home_free": env.format_bytes(env.free_disk_bytes(home)),
         "devices": _devices(problems) if "torch" in packages else [],
         "packages": packages,
+        "extras": {name: _extra(name, extra) for name, extra in EXTRAS.items()},
         "problems": problems,
     }
+
+
+def _extra(name: str, extra: str) -> str:
+    """Return the version of an optional package, or how to get it."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"not installed (pip install 'bmkit[{extra}]')"
 
 
 def _devices(problems: list[str]) -> list[str]:

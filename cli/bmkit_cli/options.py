@@ -37,7 +37,9 @@ DeviceOpt = Annotated[
 SeedOpt = Annotated[
     int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of every random draw.")
 ]
-ThreadsOpt = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads to use.")]
+ThreadsOpt = Annotated[
+    int | None, typer.Option("--threads", min=1, max=1024, help="CPU threads to use.")
+]
 GpuOpt = Annotated[
     str | None, typer.Option("--gpu-memory", metavar="SIZE", help="Budget on the GPU, as 6GiB.")
 ]

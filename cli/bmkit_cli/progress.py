@@ -70,12 +70,13 @@ class _Lines:
     def _line(self, shown: dict[str, float]) -> str:
         seconds = time.monotonic() - self.start
         rate = (self.done - self.skipped) / max(seconds, 1e-9)
-        left = (self.total - self.done) / rate if rate else 0
         figures = "".join(f", {name} {value:.4g}" for name, value in shown.items())
+        if rate:  # else nothing is known of it yet
+            left = _span((self.total - self.done) / rate)
+            figures = f", {rate:.3g} {self.unit}/s, {left} left{figures}"
         return (
             f"{self.title}: {min(100 * self.done / (self.total or 1), 100):3.0f} % "
-            f"({self.done:.0f}/{self.total:.0f} {self.unit}), "
-            f"{rate:.3g} {self.unit}/s, {_span(left)} left{figures}"
+            f"({self.done:.0f}/{self.total:.0f} {self.unit}){figures}"
         )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -37,6 +39,17 @@ def stop(number: int, _: FrameType | None) -> None:
     if asked == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + asked)
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """Let the last message say what a stopped run notes that it has kept."""
+    global kept
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        kept = next(iter(getattr(stopped, "__notes__", ())), kept)
+        raise
 
 
 def handled() -> None:

@@ -183,6 +183,11 @@ def first_line(exc: BaseException | None) -> str:
     return text.splitlines()[0][:300] if text else type(exc).__name__
 
 
+def counted(count: int, one: str, several: str) -> str:
+    """Return a number with the words that go with one, or with several."""
+    return f"{count} {one if count == 1 else several}"
+
+
 def did_you_mean(word: str, known: Iterable[str], *, otherwise: str | None = None) -> str | None:
     """Return «did you mean `x`?» for the nearest of `known`, else `otherwise`."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.55)

@@ -20,6 +20,7 @@ from bmkit.errors import (
     LibraryRefusal,
     RecipeError,
     ResourceError,
+    counted,
     first_line,
     machine_refusal,
 )
@@ -240,7 +241,7 @@ def load_model(
         fresh += missing
     elif missing:
         raise InputError(
-            f"{path}: {len(missing)} tensors are missing, as {missing[0]}",
+            f"{path}: {counted(len(missing), 'tensor is', 'tensors are')} missing, as {missing[0]}",
             hint="the weights belong to another config.json; fetch the checkpoint again",
         )
     return model.eval()

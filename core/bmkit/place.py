@@ -14,6 +14,8 @@ from typing import IO, Any
 from bmkit.artifact import MANIFEST, Artifact, open_artifact, read_manifest
 from bmkit.errors import BmkitError, InputError, OutputTaken, ResourceError, machine_refusal
 
+OTHER_DISK = "free some, or name an --out on another disk"
+
 
 def occupied(out: Path, key: str, *, force: bool) -> Artifact | None:
     """Return the finished artifact of `key` at `out`, or None if `out` may be written.
@@ -96,20 +98,25 @@ def create(
 
 
 @contextmanager
-def refusals(out: Path, kept: str = "nothing half-written is left") -> Iterator[None]:
-    """Make a ResourceError of what the machine refuses while `out` is written."""
+def refusals(
+    out: Path, kept: str = "nothing half-written is left", way: str = OTHER_DISK
+) -> Iterator[None]:
+    """Make a ResourceError of what the machine refuses while `out` is written.
+
+    Its hint says a `way` out, and what is `kept`. Running out of memory is no matter of `out`.
+    """
     try:
         yield
     except BmkitError:
         raise
     except Exception as exc:
         said = machine_refusal(exc)
-        if said is None:
+        if said in (None, "out of memory"):
             raise
         where = getattr(exc, "filename", None) or out
         raise ResourceError(
             f"cannot write {where}: {said}",
-            hint=f"free some, or name an --out on another disk; {kept}",
+            hint=f"{way}; {kept}",
         ) from None
 
 
@@ -224,6 +231,15 @@ def refuse_directory(file: Path | None) -> None:
         raise OutputTaken(f"{file} is a directory", hint="name a file")
 
 
+def refuse_report(file: Path | None) -> None:
+    """Raise InputError if a report is to go where no directory is, OutputTaken if it is one."""
+    refuse_directory(file)
+    if file is not None and not file.parent.is_dir():
+        raise InputError(
+            f"there is no directory {file.parent} for the report", hint="make it, or name another"
+        )
+
+
 def write_text(file: Path, text: str) -> None:
     """Write a small file in one rename; a device or pipe is written to.
 
@@ -245,11 +261,17 @@ def write_text(file: Path, text: str) -> None:
 
 
 @contextmanager
-def hold(folder: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+def hold(
+    folder: Path,
+    what: str,
+    *,
+    wait: bool = False,
+    hint: str = "wait for it, or name another --out",
+) -> Iterator[None]:
     """Own `folder` while the block runs: it is made if missing, and locked against other runs.
 
     The lock is the operating system's, so a killed run leaves none behind. Raises OutputTaken,
-    naming `what`, if another run owns it; with `wait`, waits for it.
+    naming `what`, if another run owns it, with `hint`; with `wait`, waits for it.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -268,7 +290,7 @@ def hold(folder: Path, what: str, *, wait: bool = False) -> Iterator[None]:
             os.close(handle)
             raise OutputTaken(
                 f"{what} is being written by another bmkit",
-                hint="wait for it, or name another --out",
+                hint=hint,
             ) from None
         # The folder may have been renamed away between the two calls: then take a new one.
         if folder.exists() and os.fstat(handle).st_ino == folder.stat().st_ino:

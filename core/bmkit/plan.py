@@ -337,7 +337,8 @@ def check_fits(
         free = env.free_disk_bytes(parts[0][0])
         if (need := sum(n for _, n in parts)) > free:
             raise ResourceError(
-                f"{' and '.join(str(p) for p, _ in parts)} need {env.format_bytes(need)} of disk, "
+                f"{' and '.join(str(p) for p, _ in parts)} need{'s' * (len(parts) == 1)} "
+                f"{env.format_bytes(need)} of disk, "
                 f"{env.format_bytes(free)} are free there",
                 hint="free some space, or name an --out and a BMKIT_HOME on another disk",
             )

@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from bmkit.errors import RecipeError, did_you_mean
+from bmkit.errors import RecipeError, counted, did_you_mean
 
 Key = str | int
 KeyPath = tuple[Key, ...]
@@ -70,9 +70,19 @@ class Recipe(Model):
         default_factory=dict, description="Bounds on metrics, as `{metric: {min: …, max: …}}`."
     )
 
+    @model_validator(mode="after")
+    def _device_has_a_name(self) -> Recipe:
+        if not re.fullmatch(r"auto|cpu(:0)?|(cuda|mps|xpu)(:\d+)?", self.device):
+            text = f"`{self.device}` is not a device; write auto, cpu, cuda, cuda:1 or mps"
+            raise contradiction("device", text)
+        return self
+
 
 def contradiction(key: str, text: str) -> PydanticCustomError:
-    """Return what a validator of several keys raises, so that the error points at dotted `key`."""
+    """Return what a validator of several keys raises, so that the error points at `key`.
+
+    The key of a part is dotted, as `train.max_steps`.
+    """
     return PydanticCustomError("contradiction", "{text}", {"text": text, "key": key})
 
 
@@ -255,7 +265,8 @@ def _assign(data: Any, path: KeyPath, value: Any) -> str | None:
         last = i == len(path) - 1
         if isinstance(target, list):
             if not isinstance(step, int) or step > len(target) - (not last):
-                return f"no `{shown}`: the list has {len(target)} items, counted from 0"
+                items = "1 item" if len(target) == 1 else f"{len(target)} items"
+                return f"no `{shown}`: the list has {items}, counted from 0"
             if last:
                 target[step : step + 1] = [value]
         elif isinstance(target, dict):
@@ -465,7 +476,15 @@ def _explain(doc: Document, model: type[Model], problem: Any) -> str:
         close = did_you_mean(str(got), allowed)
         text = f"`{got}` is not one of {', '.join(allowed)}" + (f"; {close}" if close else "")
         return at(doc, path, text)
+    if kind in {"too_short", "string_too_short"}:
+        what = ("item", "items") if kind == "too_short" else ("sign", "signs")
+        return at(doc, path, f"`{name}` needs {counted(ctx['min_length'], *what)} at least")
+    if kind == "string_pattern_mismatch":
+        said = f"`{name}` can't be `{problem['input']}`: it has to match {ctx['pattern']}"
+        return at(doc, path, said)
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    for theirs, ours in (("a valid array", "a list"), ("an object", "a mapping")):
+        message = message.replace(f"should be {theirs}", f"should be {ours}")
     if message.startswith("should"):
         message = f"`{name}` {message}, not `{json.dumps(problem['input'])}`"
     return at(doc, path, message)

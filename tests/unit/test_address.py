@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 from torch import nn
 
 from bmkit.deltas import address
 from bmkit.deltas.modules import Module, modules_of_model
+from bmkit.deltas.recipe import Delta
 from bmkit.deltas.roles import roles_of
+from bmkit.deltas.targets import addressed
 from bmkit.errors import RecipeError
 from bmkit.nn import walk
 
@@ -313,10 +316,14 @@ def test_a_method_gets_the_kinds_that_it_can_go_to(architecture: Callable[..., A
     assert address.matched(modules, [r"[r].*"], kinds=("norm",)) == address.matched(
         modules, ["norm"]
     )
-    with pytest.raises(RecipeError, match="`mlp` is block, and lora goes to linear layers") as bad:
+    with pytest.raises(
+        RecipeError, match="`mlp` is a block, and lora goes to linear layers"
+    ) as bad:
         address.matched(modules, ["mlp"], kinds=("linear",), method="lora")
     assert bad.value.hint == "it can go to: mlp.gate, mlp.up, mlp.down"
-    with pytest.raises(RecipeError, match=r"`attn\.q` is linear, and ln goes to norms") as bad:
+    with pytest.raises(
+        RecipeError, match=r"`attn\.q` is a linear layer, and ln goes to norms"
+    ) as bad:
         address.matched(modules, ["attn.q"], kinds=("norm",), method="ln")
     assert bad.value.hint == "it can go to: norm"
 
@@ -349,3 +356,10 @@ def test_a_delta_that_is_in_the_model_already_changes_no_address(
     for pattern, names in before.items():
         found = address.matched(wrapped, [pattern])
         assert [n.removeprefix("base_model.model.") for n in found] == names
+
+
+def test_no_module_at_all_is_told_as_that() -> None:
+    modules = {"mlp": Module("linear", (8, 8))}
+    spec = TypeAdapter(Delta).validate_python({"type": "lora", "target_modules": []})
+    with pytest.raises(RecipeError, match="names no module"):
+        addressed(spec, modules)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bmkit.errors import RecipeError
+from bmkit.artifact import Step
+from bmkit.errors import InputError, RecipeError
 from bmkit.pipeline import chain
 
 
@@ -71,3 +72,13 @@ def test_paths_are_relative_to_the_file_where_something_lies_there(
     assert compress.options["out"] == str(here / "small")
     assert infer.options["input"] == str(here / "rows.jsonl")
     assert infer.options["adapters"] == [str(here / "delta"), "owner/name"]
+
+
+def test_what_a_merge_has_made_has_no_pipeline_and_it_is_said_why() -> None:
+    steps = [
+        Step(stage="tune", name="lora", key="a", recipe={"kind": "tune"}, inputs={}),
+        Step(stage="merge", name="merge", key="b", recipe={"weights": None}, inputs={}),
+    ]
+    assert [list(item) for item in chain.lineage(steps[:1])] == [["tune"]]
+    with pytest.raises(InputError, match="`bmkit merge`"):
+        chain.lineage(steps)

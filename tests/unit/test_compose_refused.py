@@ -70,7 +70,7 @@ def test_a_delta_that_begins_by_changing_the_base_goes_alone() -> None:
 
 
 def test_a_config_that_names_no_module_is_refused() -> None:
-    with pytest.raises(RecipeError, match="`a` doesn't fit the model"):
+    with pytest.raises(RecipeError, match="`a` doesn't fit the model: it has no module `q_prog`"):
         compose.attach(llama(), {"a": LoraConfig(target_modules=["q_prog"])})
 
 

@@ -324,6 +324,11 @@ def test_a_model_that_runs_another_has_no_head_of_its_own(model: Any) -> None:
     assert heads.find(KeepsAll(model)) is None
 
 
+def test_logits_that_are_no_numbers_tell_of_no_head(model: Any) -> None:
+    model.lm_head.weight.data.fill_(torch.nan)
+    assert heads.find(model) is None
+
+
 def test_a_head_with_listeners_is_left_to_the_model(model: Any) -> None:
     model.lm_head.register_forward_hook(lambda *_: None)
     assert heads.find(model) is None

@@ -276,7 +276,7 @@ def test_missing_weights_are_named(make: Make) -> None:
     tensors = load_file(path / "model.safetensors")
     del tensors["transformer.h.2.mlp.c_fc.weight"]
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"1 tensors are missing, as transformer\.h\.2\.mlp"):
+    with pytest.raises(InputError, match=r"1 tensor is missing, as transformer\.h\.2\.mlp"):
         put(path)
 
 

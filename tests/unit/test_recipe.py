@@ -444,7 +444,7 @@ def test_a_wrong_value_inside_a_variant_is_named_at_its_place() -> None:
 
 
 def test_a_gate_on_an_unknown_metric_is_named_at_its_line() -> None:
-    text = TUNE + "seed: 1\ngates:\n  dev_loss: {max: 2}\n  dev_los: {max: 1}\n"
+    text = TUNE + "seed: 1\ngates:\n  train_loss: {max: 2}\n  dev_los: {max: 1}\n"
     said = places(refusal(text, TuneRecipe))
     assert [(p.line, p.column, p.marked) for p in said] == [(9, 3, "dev_los")]
     assert "did you mean `dev_loss`?" in said[0].says
@@ -467,14 +467,52 @@ def test_a_gate_in_a_stage_without_metrics_is_refused() -> None:
 
 
 def test_a_gate_without_a_bound_is_named_at_its_line() -> None:
-    said = places(refusal(TUNE + "gates:\n  dev_loss: {}\n", TuneRecipe))
+    said = places(refusal(TUNE + "gates:\n  train_loss: {}\n", TuneRecipe))
     assert [p.line for p in said] == [7]
     assert "`min` or `max`" in said[0].says
 
 
 def test_a_gate_on_a_known_metric_is_accepted() -> None:
-    found = accepted(TUNE + "gates:\n  dev_loss: {max: 1.5}\n", TuneRecipe)
+    found = accepted(TUNE + "  dev: held.jsonl\ngates:\n  dev_loss: {max: 1.5}\n", TuneRecipe)
     assert found.gates["dev_loss"].max == 1.5
+
+
+def test_a_gate_on_held_out_rows_is_refused_where_there_are_none() -> None:
+    said = places(refusal(TUNE + "gates:\n  dev_loss: {max: 1.5}\n", TuneRecipe))
+    assert [p.line for p in said] == [7]
+    assert "data.dev" in said[0].says
+
+
+@pytest.mark.parametrize(
+    ("more", "line", "word"),
+    [
+        ("train:\n  save_steps: 5\n  max_steps: 0\n", 8, "-1"),
+        ("train:\n  save_steps: 5\n  early_stopping_patience: 2\n", 8, "data.dev"),
+        ("train:\n  save_steps: 5\n  load_best_model_at_end: true\n", 8, "data.dev"),
+        ("  labels: [yes, no, yes]\n", 6, "`yes`"),
+        ("  labels: [yes]\n", 6, "`labels` needs 2 items at least"),
+        ("  labels: yes\n", 6, "`labels` should be a list"),
+        ("gates: {train_loss: 3}\n", 6, "`train_loss` should be a mapping"),
+    ],
+)
+def test_what_would_train_in_vain_is_named_at_its_own_line(more: str, line: int, word: str) -> None:
+    said = places(refusal(TUNE + more, TuneRecipe))
+    assert [p.line for p in said] == [line]
+    assert word in said[0].says
+
+
+def test_a_name_that_is_none_is_refused_in_plain_words() -> None:
+    text = TUNE.replace("type: lora", "{type: lora, name: a.b}")
+    assert "`name` can't be `a.b`" in places(refusal(text, TuneRecipe))[0].says
+
+
+def test_of_several_overrides_the_one_that_is_wrong_is_named() -> None:
+    doc = recipe.parse(TUNE, "r.yaml")
+    recipe.override(doc, ["train.max_steps=5", "train.early_stopping_patience=2"])
+    with pytest.raises(RecipeError) as caught:
+        recipe.validate(doc, TuneRecipe)
+    assert "--set train.early_stopping_patience=2" in str(caught.value)
+    assert "max_steps" not in str(caught.value)
 
 
 def test_keys_that_contradict_each_other_are_named_at_the_line_of_one_of_them() -> None:
@@ -573,8 +611,8 @@ def test_set_without_a_key_or_a_value_shows_how_it_is_written(assign: str) -> No
 
 
 def test_the_value_of_set_follows_the_same_yaml() -> None:
-    found = accepted(TUNE, TuneRecipe, "train.learning_rate=1e-4", "device=on")
-    assert (found.train.learning_rate, found.device) == (0.0001, "on")
+    found = accepted(TUNE, TuneRecipe, "train.learning_rate=1e-4", "data.dev=on")
+    assert (found.train.learning_rate, found.data.dev) == (0.0001, "on")
 
 
 def test_set_without_a_value_is_null() -> None:
@@ -588,6 +626,14 @@ def test_the_value_of_set_may_hold_equals_signs() -> None:
 
 def test_a_later_set_wins() -> None:
     assert accepted(COMPRESS, CompressRecipe, "seed=1", "seed=2").seed == 2
+
+
+def test_the_recipes_in_the_page_on_tuning_are_valid() -> None:
+    page = Path(__file__).parents[2] / "docs" / "tune.md"
+    blocks = re.findall(r"```yaml\n(kind: tune\n.*?)```", page.read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for text in blocks:
+        accepted(text, TuneRecipe)
 
 
 # --- files, precedence, built-in recipes ---------------------------------------------------------

@@ -147,7 +147,7 @@ def test_two_deltas_on_experts_are_saved_each_without_the_other(
     [
         ({"target_parameters": ["experts.gate_up_prj"]}, "experts.gate_up_proj"),
         ({"target_parameters": ["nothing"]}, "there are: down_proj, gate_up_proj"),
-        ({"target_parameters": ["q_proj"]}, "is linear"),
+        ({"target_parameters": ["q_proj"]}, "is a linear layer"),
         ({"target_parameters": ["mlp.experts"]}, "down_proj, gate_up_proj"),
         ({"target_parameters": BOTH, "layers": [7]}, "no layer 7"),
         ({"target_parameters": BOTH, "exclude_modules": ["mlp.experts"]}, "nothing is left"),

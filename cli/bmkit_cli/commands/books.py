@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from bmkit_cli import session
+from bmkit_cli import session, stopping
 from bmkit_cli.options import (
     ForceOpt,
     JsonOpt,
@@ -62,7 +62,8 @@ def run(
     def respond(request: Any, options: Any) -> None:
         answer(request, {**options, "as_json": as_json}, reporter)
 
-    left = chain.run(items, reporter, respond, force=force)
+    with stopping.telling():
+        left = chain.run(items, reporter, respond, force=force)
     if left is None:
         return
     path, result, found = left
@@ -145,7 +146,7 @@ def show(
         return
     lines = [f"kind     {found.kind}", f"digest   {found.digest}"]
     if (manifest := found.manifest) is not None:
-        lines.append(f"made by  {' | '.join(f'{s.stage} {s.name}' for s in manifest.steps)}")
+        lines.append(f"made by  {' | '.join(map(_called, manifest.steps))}")
         if manifest.base is not None:
             lines.append(f"base     {manifest.base.path}  ({manifest.base.digest[:12]}…)")
         if found.kind == "prompt":
@@ -244,7 +245,7 @@ def log(
     else:
         lines = [f"{path}  ({manifest.kind}, {manifest.digest[:12]}…)"]
         for depth, step in enumerate(reversed(manifest.steps)):
-            lines.append(f"{'   ' * depth}└─ {step.stage} {step.name}  key {step.key[:12]}…")
+            lines.append(f"{'   ' * depth}└─ {_called(step)}  key {step.key[:12]}…")
             for name, entry in step.inputs.items():
                 if name != "model":
                     lines.append(f"{'   ' * (depth + 1)}   {name}  {entry.path}")
@@ -317,6 +318,11 @@ def cache_prune(
         stdout().json({"removed": [entry["path"] for entry in removed], "bytes": freed})
     else:
         stdout().text(f"removed {len(removed)} entries, {format_bytes(freed)}")
+
+
+def _called(step: Any) -> str:
+    """Return a step's stage and its recipe's name, a word once if both are the same."""
+    return str(step.stage if step.stage == step.name else f"{step.stage} {step.name}")
 
 
 def _recipe(name: str) -> tuple[str, str, str]:

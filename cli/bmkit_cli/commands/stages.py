@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bmkit_cli import session
+from bmkit_cli import session, stopping
 from bmkit_cli.options import (
     CpuOpt,
     DeviceOpt,
@@ -123,7 +123,7 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
     from bmkit_cli.output import out as stdout
 
     stream = stdout()
-    place.refuse_directory(given["report"])
+    place.refuse_report(given["report"])
     request = request_of(stage, given)
     checked = stages.check(request)  # a typo is told before the stage before this one is done
     request = replace(checked, model=session.model_path(given["model"]))
@@ -132,7 +132,8 @@ def run_stage(stage: str, given: dict[str, Any]) -> None:
         show_plan(stages.describe_plan(prepared, reporter), as_json=given["as_json"])
         stages.check_fits(prepared, reporter)
         return
-    result = stages.run_stage(request, reporter)
+    with stopping.telling():
+        result = stages.run_stage(request, reporter)
     if result.helped:
         return
     path = str(given["out"] or result.artifact.path)

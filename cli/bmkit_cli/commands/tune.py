@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bmkit_cli import session
+from bmkit_cli import session, stopping
 from bmkit_cli.commands.stages import describe, request_of, run_stage, write_report
 from bmkit_cli.options import (
     CpuOpt,
@@ -58,6 +58,10 @@ def tune(
 ) -> None:
     """Train a delta on a frozen model."""
     given = {**locals()}
+    if inspect and grid:
+        from bmkit.errors import UsageError
+
+        raise UsageError("--inspect shows one run: it goes without --grid")
     if inspect:
         show_tree(given)
     elif grid:
@@ -134,6 +138,7 @@ def show_tree(given: dict[str, Any]) -> None:
     request = stages.check(request_of("tune", given))
     request = replace(request, model=session.model_path(given["model"]))
     prepared = stages.prepare(request, reporter)
+    stages.estimate(prepared, reporter)  # what it refuses can't be looked at either
     job = prepared.job(prepared.out, prepared.out, reporter)
     found = registry.load("bmkit.tune.inspect:tree")(job)
     if given["as_json"]:
@@ -156,12 +161,15 @@ def sweep(given: dict[str, Any]) -> None:
     stream = stdout()
     if given["plan"]:
         raise UsageError("--plan shows one run: it goes without --grid")
-    place.refuse_directory(given["report"])
+    place.refuse_report(given["report"])
     grid.out_is_free(given["out"])
     checked = stages.check(request_of("tune", given))
     grid.requests(checked, given["grid"])  # a typo is told before the model is waited for
     request = replace(checked, model=session.model_path(given["model"]))
-    done = list(grid.run(grid.requests(request, given["grid"]), reporter))
+    asked = grid.requests(request, given["grid"])
+    grid.check(asked)
+    with stopping.telling():
+        done = list(grid.run(asked, reporter))
     if not done:
         raise DivergedError("no run of the sweep has reached its end")
     metric = stages.load_recipe(request)[1].model_dump()["train"]["metric_for_best_model"]

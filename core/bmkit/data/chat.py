@@ -116,26 +116,22 @@ def _segments(row: Row, tokenizer: Any, *, raw: bool) -> Iterator[tuple[list[int
     """Yield the row's token ids in pieces, each with whether it is to be learned."""
     values = row.values
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    if problem := rows.lacking("causal_lm", values):
+        raise ValueError(problem)
     if "messages" in values:
-        if problem := rows.messages_problem(values["messages"]):
-            raise ValueError(problem)
         if raw:
             raise ValueError("it holds `messages`, but the model has no chat template")
         yield from chat_segments(values["messages"], tokenizer)
     elif "prompt" in values and "completion" in values:
         prompt, completion = values["prompt"], values["completion"]
-        if not isinstance(prompt, str) or not isinstance(completion, str):
-            raise ValueError("`prompt` and `completion` must be text")
         if raw:
             yield _ids(tokenizer, prompt, start=True), False
             yield _ids(tokenizer, completion) + end, True
         else:
             turns = [("user", prompt), ("assistant", completion.strip())]
             yield from chat_segments([{"role": r, "content": c} for r, c in turns], tokenizer)
-    elif isinstance(values.get("text"), str):
-        yield _ids(tokenizer, values["text"], start=True) + end, True
     else:
-        raise ValueError(rows.unknown_shape(values, "`messages`, `prompt`/`completion` or `text`"))
+        yield _ids(tokenizer, values["text"], start=True) + end, True
 
 
 def chat_segments(

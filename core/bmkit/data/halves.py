@@ -21,7 +21,7 @@ def encode_halves(path: Path, tokenizer: Any, *, max_length: int) -> Encoded:
     for row in rows.read_all(path):
         prompt, said = row.values.get("prompt"), row.values.get("completion")
         if not isinstance(prompt, str) or not isinstance(said, str):
-            problem = rows.unknown_shape(row.values, "`prompt`, `completion`")
+            problem = rows.unknown_shape(row.values, rows.WANTED["seq2seq_lm"])
             raise InputError(f"{path}:{row.line}: {problem}")
         try:
             texts = [rows.require_text(text) for text in (prompt, said)]

@@ -23,7 +23,7 @@ def encode_pairs(path: Path, tokenizer: Any, *, max_length: int, raw: bool) -> E
 
     Examples hold `input_ids` and `labels` of the chosen answer, and `rejected_ids` and
     `rejected_labels`. A pair of which one has nothing left to say within `max_length` tokens is
-    dropped. Raises InputError naming the file and line.
+    dropped, and one whose answers are the same. Raises InputError naming the file and line.
     """
     examples: list[Example] = []
     truncated = dropped = 0
@@ -32,7 +32,7 @@ def encode_pairs(path: Path, tokenizer: Any, *, max_length: int, raw: bool) -> E
         for side in SIDES:
             values = {"prompt": row.values.get("prompt"), "completion": row.values.get(side)}
             if not all(isinstance(text, str) for text in values.values()):
-                problem = rows.unknown_shape(row.values, "`prompt`, `chosen`, `rejected`")
+                problem = rows.unknown_shape(row.values, rows.WANTED["preference"])
                 raise InputError(f"{path}:{row.line}: {problem}")
             try:
                 parts.append(chat.labelled(tokenizer, values, raw=raw))
@@ -40,7 +40,8 @@ def encode_pairs(path: Path, tokenizer: Any, *, max_length: int, raw: bool) -> E
                 raise InputError(f"{path}:{row.line}: {exc}") from None
         truncated += any(len(ids) > max_length for ids, _ in parts)
         cut = [(ids[:max_length], labels[:max_length]) for ids, labels in parts]
-        if any(all(label == IGNORED for label in labels) for _, labels in cut):
+        bare = any(all(label == IGNORED for label in labels) for _, labels in cut)
+        if bare or cut[0] == cut[1]:
             dropped += 1
             continue
         (ids, labels), (other, other_labels) = cut
@@ -48,7 +49,7 @@ def encode_pairs(path: Path, tokenizer: Any, *, max_length: int, raw: bool) -> E
         examples.append({**example, "rejected_labels": other_labels})
     if not examples:
         raise InputError(
-            f"{path}: no pair has anything to say within {max_length} tokens",
+            f"{path}: no pair has two answers that differ within {max_length} tokens",
             hint="raise data.max_length, or look at the rows",
         )
     return Encoded(examples, truncated, dropped)

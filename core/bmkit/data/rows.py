@@ -11,6 +11,12 @@ from typing import Any
 
 from bmkit.errors import InputError, did_you_mean
 
+WANTED = {
+    "preference": "`prompt`, `chosen`, `rejected`",
+    "seq2seq_lm": "`prompt`, `completion`",
+    "masked_lm": "`text`",
+}
+"""Keys of rows that are trained on, by tasks that have one form of them."""
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
@@ -86,6 +92,26 @@ def require_text(text: str) -> str:
     except UnicodeEncodeError:
         raise ValueError("it is not UTF-8 text") from None
     return text
+
+
+def lacking(task: str, values: dict[str, Any]) -> str | None:
+    """Say what keeps a row without labels from being trained on for a task, or None."""
+    wanted = WANTED.get(task)
+    if wanted is not None:
+        names = [word.strip("`") for word in wanted.split(", ")]
+        told = all(isinstance(values.get(name), str) for name in names)
+        return None if told else unknown_shape(values, wanted)
+    if "messages" in values:
+        if problem := messages_problem(values["messages"]):
+            return problem
+        answered = any(message["role"] == "assistant" for message in values["messages"])
+        return None if answered else "no message has the role assistant: there is nothing to learn"
+    if "prompt" in values and "completion" in values:
+        both = isinstance(values["prompt"], str) and isinstance(values["completion"], str)
+        return None if both else "`prompt` and `completion` must be text"
+    if isinstance(values.get("text"), str):
+        return None
+    return unknown_shape(values, "`messages`, `prompt`/`completion` or `text`")
 
 
 def messages_problem(messages: object) -> str | None:

@@ -22,6 +22,15 @@ PLURALS: Mapping[Kind, str] = {
     "block": "blocks",
     "parameter": "parameters of experts",
 }
+ONE: Mapping[Kind, str] = {
+    "linear": "a linear layer",
+    "embedding": "an embedding",
+    "norm": "a norm",
+    "conv": "a convolution",
+    "router": "a router",
+    "block": "a block",
+    "parameter": "a parameter of experts",
+}
 Layers = Sequence[int] | int | str
 
 
@@ -218,7 +227,7 @@ class _Finder:
 def _wrong_kind(
     pattern: str, hits: Sequence[str], finder: _Finder, kinds: Collection[Kind], method: str
 ) -> RecipeError:
-    what = " and ".join(k for k in KINDS if k in {finder.modules[n].kind for n in hits})
+    what = " and ".join(ONE[k] for k in KINDS if k in {finder.modules[n].kind for n in hits})
     wanted = " and ".join(PLURALS[k] for k in KINDS if k in kinds)
     inside = finder.roles_inside(hits, kinds) or finder.roles_inside(("",), kinds)
     if finder.stacked:

@@ -81,7 +81,8 @@ def load(model: Any, folders: Mapping[str, Path]) -> Any:
         try:
             model = _insert(model, name, configs[name])
         except RecipeError as exc:
-            raise InputError(f"{where}: {exc}", hint=exc.hint or hint) from None
+            said = str(exc).removeprefix(f"deltas: `{name}` doesn't fit the model: ")
+            raise InputError(f"{where}: {said}", hint=exc.hint or hint) from None
         if said := _held(model, name).put(tensors[name]):
             raise InputError(f"{where}: {said}", hint=hint)
     for parameter in model.parameters():
@@ -216,7 +217,9 @@ def _insert(model: Any, name: str, config: PeftConfig) -> Any:
         else:
             _injected(base, config, inner)
     except (ValueError, TypeError) as exc:
-        raise RecipeError(f"deltas: `{name}` doesn't fit the model: {first_line(exc)}") from None
+        absent = _absent(base, config)
+        said = f"it has no module `{absent[0]}`" if absent else first_line(exc)
+        raise RecipeError(f"deltas: `{name}` doesn't fit the model: {said}") from None
     known[name] = inner
     if isinstance(model, PeftModel) and not is_prompt(model):
         model.base_model.peft_config.update(base.peft_config)
@@ -229,6 +232,15 @@ def _insert(model: Any, name: str, config: PeftConfig) -> Any:
     _look_for_copies(base, name)
     _use(base, list(known.values()))
     return model
+
+
+def _absent(base: nn.Module, config: PeftConfig) -> list[str]:
+    """Return those of a delta's modules that the model doesn't have, sorted."""
+    targets = getattr(config, "target_modules", None) or ()
+    if isinstance(targets, str):  # a regular expression, or PEFT's word for all
+        return []
+    there = [f".{name}" for name, _ in base.named_modules()]
+    return sorted(t for t in targets if not any(name.endswith(f".{t}") for name in there))
 
 
 def _look_for_copies(base: nn.Module, name: str) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bmkit.deltas import ranks
 from bmkit.deltas.tuners.beside import Beside
-from bmkit.errors import first_line
+from bmkit.errors import counted, first_line
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the base's modules in files."""
@@ -57,7 +57,8 @@ class Held:
         """Copy tensors into it. Returns what doesn't fit, in words; nothing if all do."""
         wanted = {plain: here for plain, (here, _) in self._states().items()}
         if missing := sorted(set(wanted) - set(given)):
-            return f"{len(missing)} tensors are missing, as {missing[0]}"
+            told = counted(len(missing), "tensor is", "tensors are")
+            return f"{told} missing, as {missing[0]}"
         named = {wanted.get(k, k): tensor for k, tensor in given.items()}
         try:
             if pattern := self._pattern():
@@ -66,11 +67,16 @@ class Held:
             with self._alone():
                 result = set_peft_model_state_dict(self.owner, named, self.name)
         except (RuntimeError, KeyError, ValueError) as exc:
-            lines = str(exc).splitlines()
-            return (lines[1].strip() if len(lines) > 1 else first_line(exc))[:300]
+            wide = {plain: tensor.shape for plain, (_, tensor) in self._states().items()}
+            others = sorted(k for k, x in given.items() if k in wide and wide[k] != x.shape)
+            if not others:
+                return first_line(exc)
+            name, shape = others[0].removeprefix(PREFIX), list(given[others[0]].shape)
+            return f"{name} has the shape {shape}, here it is {list(wide[others[0]])}"
         strange = {key.removeprefix(PREFIX) for key in result.unexpected_keys}
         lost = sorted(k for k in set(given) - set(wanted) if k.removeprefix(PREFIX) in strange)
-        return f"{len(lost)} of its tensors have no place in it, as {lost[0]}" if lost else ""
+        told = counted(len(lost), "of its tensors has", "of its tensors have")
+        return f"{told} no place in it, as {lost[0]}" if lost else ""
 
     def _states(self) -> dict[str, tuple[str, Tensor]]:
         """Return for the name that each tensor has alone its name here, and itself."""

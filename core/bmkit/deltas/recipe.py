@@ -6,8 +6,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from bmkit.errors import did_you_mean
 from bmkit.recipe import Model, contradiction
 
+NON_LINEARITIES = (
+    *("gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python"),
+    *("gelu_python_tanh", "gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear"),
+    *("mish", "prelu", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu"),
+    *("sqrtsoftplus", "swish", "tanh", "xielu"),
+)
+"""Activations by transformers' names."""
 INSIDE = ("attn.o", "mlp.down")
 """Behind attention and behind the feed-forward, in each block."""
 
@@ -270,6 +278,15 @@ class _Bottleneck(_Targeted):
     )
     scale: float = Field(default=1.0, description="What the result is multiplied with.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Behind the activation.")
+
+    @model_validator(mode="after")
+    def _known_non_linearity(self) -> _Bottleneck:
+        if self.non_linearity not in NON_LINEARITIES:
+            known = f"there are {', '.join(NON_LINEARITIES)}"
+            close = did_you_mean(self.non_linearity, NON_LINEARITIES, otherwise=known)
+            text = f"transformers has no activation `{self.non_linearity}`; {close}"
+            raise contradiction("non_linearity", text)
+        return self
 
     @model_validator(mode="after")
     def _one_width(self) -> _Bottleneck:

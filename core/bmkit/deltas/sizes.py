@@ -47,6 +47,11 @@ def parameters(spec: Any, shapes: Sequence[tuple[int, ...]], hidden: int, layers
     return sum(_beside(spec, shape or (hidden, hidden)) for shape in shapes)
 
 
+def inner_width(spec: Any, width: int) -> int:
+    """Return how wide a bottleneck is beside a module of `width`."""
+    return int(spec.bottleneck_dim or max(1, width // spec.reduction_factor))
+
+
 def _beside(spec: Any, shape: tuple[int, ...]) -> int:
     """Return the parameters beside one module."""
     if len(shape) == 3:
@@ -68,7 +73,7 @@ def _beside(spec: Any, shape: tuple[int, ...]) -> int:
         return 2 * out
     if not hasattr(spec, "bottleneck_dim"):  # BitFit
         return out
-    inner = spec.bottleneck_dim or max(1, out // spec.reduction_factor)
+    inner = inner_width(spec, out)
     whole = 2 * out * inner
     if isinstance(spec, LowRankAdapter):
         whole = 2 * spec.low_rank_rank * (out + inner)

@@ -24,9 +24,9 @@ def addressed(spec: Any, modules: Mapping[str, Module]) -> tuple[list[str], list
         return [], []
     own, besides = (
         address.matched(modules, kinds=spec.KINDS, method=f"`{spec.type}`", **where)
-        if where["target_modules"]
+        if where["target_modules"] or number == 0
         else []
-        for where in _places(spec, modules)
+        for number, where in enumerate(_places(spec, modules))
     )
     _require_patterns(spec, own)
     _require_sizes(spec, [(name, modules[name].shape) for name in own])

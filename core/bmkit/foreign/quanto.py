@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bmkit.artifact import QUANTO
-from bmkit.errors import InputError, ResourceError, first_line
+from bmkit.errors import InputError, ResourceError, counted, first_line
 from bmkit.foreign import extra
 from bmkit.plan import read_json
 
@@ -138,7 +138,7 @@ def fill(
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     if absent := sorted(set(model.state_dict()) - set(whole) - tied):
         raise InputError(
-            f"{path}: {len(absent)} tensors are missing, as {absent[0]}",
+            f"{path}: {counted(len(absent), 'tensor is', 'tensors are')} missing, as {absent[0]}",
             hint="the weights belong to another config.json; fetch the checkpoint again",
         )
 

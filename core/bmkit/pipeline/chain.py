@@ -263,8 +263,16 @@ def _request(item: Item, model: str, *, force: bool = False) -> Request:
 
 
 def lineage(steps: Sequence[Step]) -> list[dict[str, Any]]:
-    """Return the pipeline that made an artifact, ready to be written as YAML and run again."""
+    """Return the pipeline that made an artifact, ready to be written as YAML and run again.
+
+    Raises InputError for steps that no pipeline has, as `merge`.
+    """
     items: list[dict[str, Any]] = []
+    if foreign := [step.stage for step in steps if step.stage not in WORDS]:
+        raise InputError(
+            f"`bmkit {foreign[0]}` has made this, which is no stage of a pipeline",
+            hint="`--format tree` shows it all; what a tune merges (`merge: true`) has a pipeline",
+        )
     for step in steps:
         if step.stage == "pull":
             items.append({"pull": step.recipe["name"]})

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from bmkit import env
-from bmkit.errors import DivergedError, UsageError
+from bmkit.errors import BmkitError, DivergedError, UsageError
 from bmkit.pipeline import stage as stages
 from bmkit.pipeline.stage import Request, Result
-from bmkit.report import Reporter
+from bmkit.report import Reporter, Silent
 
 LONGEST = 120
 """Signs of a result's folder."""
@@ -82,6 +82,17 @@ def _name(words: Sequence[str]) -> str:
     if len(name) <= LONGEST:
         return name
     return f"{name[:LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def check(asked: Sequence[tuple[str, Request]]) -> None:
+    """Plan all runs. Raises what `--plan` does of the first that can't be, with its name."""
+    for name, request in asked:
+        try:
+            prepared = stages.prepare(request, Silent())
+            if prepared.done is None:
+                stages.check_fits(prepared, Silent())
+        except BmkitError as exc:
+            raise type(exc)(f"{name}: {exc}; nothing was trained", hint=exc.hint) from None
 
 
 def run(

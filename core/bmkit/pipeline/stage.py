@@ -210,7 +210,9 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
         model = find_base(model, reporter, bring=bring)
     elif prompt is not None:
         warn_foreign_base(prompt, model, reporter)
-    for found in adapters:
+    for number, found in enumerate(adapters):
+        if any(found.path.resolve() == other.path.resolve() for other in adapters[:number]):
+            raise UsageError(f"--adapter {found.path} is there twice")
         if found.kind != "delta":
             raise InputError(f"--adapter {found.path} is a {found.kind}, not a delta")
     base = find_base(model, reporter, bring=bring) if model.kind == "delta" else None
@@ -382,17 +384,18 @@ def run_stage(request: Request, reporter: Reporter) -> Result:
     prepared = prepare(request, reporter)
     if prepared.done is not None:
         reporter.info(f"{prepared.stage.name}: unchanged, {prepared.out} is reused")
-        found = _result(prepared.done, prepared, reused=True, start=start)
-        return replace(found, helped=rank > 0)
+        same = _result(prepared.done, prepared, reused=True, start=start)
+        return replace(same, helped=rank > 0)
     if world > 1 and prepared.stage.name != "tune":
         raise UsageError(f"`bmkit {prepared.stage.name}` runs in one process, not {world}")
     check_fits(prepared, reporter)
     work = env.home() / "work" / prepared.key[:16]
-    what = f"{prepared.name}, in {work},"
+    what = f"the same {prepared.name}, perhaps under another --out, in {work},"
     if rank:
         return _help(prepared, work)
     waits = request.out is None
-    held = place.hold(work, what, wait=waits)
+    again = "wait for it to end, then give this command again"
+    held = place.hold(work, what, wait=waits, hint=again)
     with (
         held,
         place.create(
@@ -400,14 +403,14 @@ def run_stage(request: Request, reporter: Reporter) -> Result:
         ) as scratch,
     ):
         if request.out is None and not request.force:
-            again = _destination(request, prepared.stage, prepared.name, prepared.key)[1]
-            if again is not None:  # another process has built it while this one waited
-                return _result(again, prepared, reused=True, start=start)
+            found = _destination(request, prepared.stage, prepared.name, prepared.key)[1]
+            if found is not None:  # another process has built it while this one waited
+                return _result(found, prepared, reused=True, start=start)
         if request.force and work.is_dir():
             for left in work.iterdir():  # «build again» means from the start
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         job = prepared.job(scratch, work, reporter)
-        with placed_errors(prepared):
+        with placed_errors(prepared), _told(work):
             outcome: Outcome = registry.load(prepared.engine[1])(job)
         step = Step(
             stage=prepared.stage.name,
@@ -431,6 +434,17 @@ def run_stage(request: Request, reporter: Reporter) -> Result:
     built = Artifact(prepared.out, manifest.kind, manifest.digest, manifest)
     result = _result(built, prepared, reused=False, start=start)
     return replace(result, report=outcome.report)
+
+
+@contextmanager
+def _told(work: Path) -> Iterator[None]:
+    """Note on what stops the block that a checkpoint is kept, if there is one."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if any(work.glob("checkpoint-*/bmkit-whole")):
+            stop.add_note("the last checkpoint is kept, and the same command goes on from there")
+        raise
 
 
 def _help(prepared: Prepared, work: Path) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -126,6 +127,8 @@ def _adjusted(said: Tensor, scale: float, softcap: float | None) -> Tensor:
 def _equal(found: Tensor, logits: Tensor) -> bool:
     near = 4 * torch.finfo(found.dtype).eps
     most = float(logits.abs().max())
+    if not math.isfinite(most):
+        return False
     return torch.allclose(found.float(), logits.float(), rtol=near, atol=near * most)
 
 

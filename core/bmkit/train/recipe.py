@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from bmkit.recipe import Model
+from bmkit.recipe import Model, contradiction
 
 
 class Train(Model):
@@ -53,3 +53,9 @@ class Train(Model):
         ge=1,
         description="Stop after so many measurements without a better one.",
     )
+
+    @model_validator(mode="after")
+    def _takes_a_step(self) -> Train:
+        if self.max_steps == 0:
+            raise contradiction("max_steps", "0 steps train nothing; -1 is by num_train_epochs")
+        return self

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import SaveStrategy
 
-from bmkit import env
+from bmkit import env, place
 from bmkit.data.chat import Example
 from bmkit.errors import (
     DivergedError,
@@ -179,7 +179,10 @@ def _train(
     trainer._loss_shifts_labels = False  # every label that a batch has counts
     trainer.model_accepts_loss_kwargs = True  # our loss takes the number of labelled tokens
     total = steps_of(spec, len(examples))
-    watch = _Watch(reporter, total, work, start=int(last.name.rpartition("-")[2]) if last else 0)
+    start = int(last.name.rpartition("-")[2]) if last else 0
+    if last is not None:
+        reporter.info(f"going on from step {start}, where the last run was stopped")
+    watch = _Watch(reporter, total, work, start)
     trainer.remove_callback(PrinterCallback)
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -187,10 +190,10 @@ def _train(
     if progress is not None:
         trainer.add_callback(progress)
     trainer.add_callback(watch)
-    if last is not None:
-        reporter.info(f"going on from step {watch.start}, where the last run was stopped")
     try:
-        with checkpointing.recomputed(again or []):
+        disk = "free some there, or let BMKIT_HOME be on another disk"
+        kept = "the same command goes on from the last whole checkpoint"
+        with place.refusals(work, kept, disk), checkpointing.recomputed(again or []):
             if progress is not None and progress.out_of_patience and last is not None:
                 trainer.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
             else:

@@ -48,15 +48,11 @@ def attach(
         base.model.requires_grad_(True)
         return base.model, []
     saved = unfrozen(base.model, recipe.unfreeze, base.fresh)
-    if saved and base.placed is not None:
-        raise RecipeError("unfreeze: weights in a budget stay as they are", hint="leave one out")
     base.model.requires_grad_(False)
     if not recipe.deltas:
         for name in saved:
             base.model.get_submodule(name).requires_grad_(True)
         return base.model, []
-    if base.placed is not None:
-        _require_placed(recipe)
     called = names(recipe.deltas)
     bare = [spec.PROMPT or spec.type == "trainable_tokens" for spec in recipe.deltas]
     carrier = bare.index(False) if False in bare else None
@@ -97,20 +93,3 @@ def attach(
 
 HEADS = {"classifier", "score"}
 """What PEFT keeps with a prompt or prefix by itself."""
-
-
-DENSE = ("boft", "oft", "p_tuning", "prefix", "prompt", "trainable_tokens")
-"""Methods that read the model's weights."""
-
-
-def _require_placed(recipe: TuneRecipe) -> None:
-    """Raise RecipeError for a method that needs dense weights, which a budget doesn't leave."""
-    for spec in recipe.deltas:
-        begun = getattr(spec, "init_lora_weights", "default")
-        reads = getattr(spec, "use_dora", False) or getattr(spec, "target_parameters", ())
-        if spec.type in DENSE or reads or begun in ("pissa", "olora"):
-            raise RecipeError(
-                f"deltas: `{spec.type}` as it is here reads the model's weights, which are packed "
-                "or elsewhere in a budget",
-                hint="plain lora, ia3, adapters and bitfit don't; or leave the budget out",
-            )

@@ -12,7 +12,6 @@ from bmkit import env
 from bmkit import model as models
 from bmkit.deltas import address
 from bmkit.deltas.modules import modules_of_model
-from bmkit.errors import RecipeError
 from bmkit.plan import Job
 from bmkit.runtime import heads
 from bmkit.runtime.budget import room_in_ram
@@ -56,11 +55,6 @@ def open_base(job: Job, objective: Objective, tokenizer: Any, device: torch.devi
         config = heads.config_of(job.checkpoint, objective.head, tokenizer)
         model, fresh = heads.load(job.checkpoint, config, device=device, dtype=recipe.dtype)
         return Base(model, fresh, report=report)
-    if objective.head is not None:
-        raise RecipeError(
-            f"task: {objective.task} needs a head of its own, which can't be had in a budget",
-            hint="leave the budget out, or take a checkpoint that has the head",
-        )
     return _placed(job, recipe, device, report)
 
 
@@ -104,5 +98,5 @@ def unfrozen(model: Any, patterns: Sequence[str], fresh: Sequence[str]) -> list[
     found = set(fresh)
     if patterns:
         modules = modules_of_model(model)
-        found.update(address.matched(modules, patterns, method="`unfreeze`"))
+        found.update(address.matched(modules, patterns, method="`unfreeze`", key="unfreeze"))
     return sorted(n for n in found if not any(n.startswith(f"{other}.") for other in found))

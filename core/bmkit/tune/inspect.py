@@ -36,6 +36,7 @@ def tree(job: Job) -> Any:
         with torch.device("meta"):
             model = getattr(transformers, config.architectures[0])(config)
         fresh = heads.trained_with(job.checkpoint, model)
+    base = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     with torch.device("meta"):
         model, _ = attach(job, recipe, goal, Base(model, fresh), tokenizer)
-    return view.view(model)
+    return view.view(model, base)

@@ -22,7 +22,7 @@ from bmkit.train.heads import label_figures, label_loss
 from bmkit.train.loss import mean_loss, next_token_loss
 from bmkit.train.preference import preference_figures, preference_loss
 from bmkit.tune.recipe import Task, TuneRecipe
-from bmkit.tune.task import task_of_rows
+from bmkit.tune.task import task_of
 
 Batch = dict[str, Tensor]
 PEFT_TASKS: dict[str, str | None] = {
@@ -60,20 +60,9 @@ class Objective:
         return PEFT_TASKS[self.task]
 
 
-def task_of(recipe: TuneRecipe, config: Any, train: Path) -> Task:
-    """Return the task that a recipe means, by the keys of its first row, else by the model."""
-    if recipe.task != "auto":
-        return recipe.task
-    if (told := task_of_rows(train)) is not None:
-        return told
-    if models.task(config) == "generate":
-        return "seq2seq_lm" if config.is_encoder_decoder else "causal_lm"
-    return "masked_lm"
-
-
 def objective(recipe: TuneRecipe, config: Any, train: Path, tokenizer: Any) -> Objective:
     """Return what a recipe trains for. Raises InputError for a model that can't do it."""
-    task = task_of(recipe, config, train)
+    task = task_of(recipe, config.to_dict(), train)
     data, pad = recipe.data, pad_of(config, tokenizer)
     length = _length(recipe, config)
     in_front = [d.type for d in recipe.deltas if d.type in ("prompt", "p_tuning")]

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from bmkit.artifact import QUANTO
 from bmkit.deltas import address
 from bmkit.deltas.modules import Module
-from bmkit.deltas.recipe import names
-from bmkit.deltas.sizes import parameters
+from bmkit.deltas.recipe import LowRankAdapter, Vera, names
+from bmkit.deltas.sizes import inner_width, parameters
 from bmkit.deltas.stacked import stacked_of_headers
 from bmkit.deltas.stored import modules_of_headers
 from bmkit.deltas.targets import addressed, parameters_addressed
@@ -26,8 +26,15 @@ from bmkit.plan import (
 )
 from bmkit.runtime.budget import Placement, Sizes, place_any
 from bmkit.runtime.family import readable
+from bmkit.tune.foreseen import (
+    require_front,
+    require_measured,
+    require_once,
+    require_placed,
+    require_rows,
+)
 from bmkit.tune.recipe import TuneRecipe
-from bmkit.tune.task import new_head
+from bmkit.tune.task import new_head, task_of
 
 
 def estimate(job: Job) -> Estimate:
@@ -47,7 +54,12 @@ def estimate(job: Job) -> Estimate:
             f"{job.checkpoint} is quantised by optimum-quanto",
             hint="tune the model it was made from, or one of int8, int4 or gptq",
         )
+    task = task_of(recipe, headers.config, job.files["data.train"])
+    require_measured(recipe, task)
+    require_front(recipe, task)
+    require_rows(task, job.files)
     parts, trained = _trained(job, headers)
+    _warn_of_ranks(job, headers)
     steps = [*parts, *(["merge it into the model"] if recipe.merge else [])]
     disk = (2 * headers.dense_numel if recipe.merge else 4 * trained) + 2**24
     work = 3 * (12 * trained + 2**22)  # two checkpoints are kept while a third is written
@@ -83,6 +95,7 @@ def placement(job: Job) -> Placement | None:
             hint="tune without merge, then merge without the budget",
         )
     headers = read_headers(job.checkpoint)
+    require_placed(recipe, task_of(recipe, headers.config, job.files["data.train"]))
     if not readable(headers.config.get("quantization_config")):
         raise InputError(f"{job.checkpoint} is packed in a way that can't be placed")
     depth = Sizes.of(headers.config).layers
@@ -112,8 +125,9 @@ def _trained(job: Job, headers: Headers) -> tuple[list[str], int]:
     sizes = Sizes.of(headers.config)
     modules, stacked = modules_of_headers(headers), stacked_of_headers(headers)
     steps, whole = [], 0
+    goes: dict[str, list[str]] = {}
     for name, spec in zip(names(recipe.deltas), recipe.deltas, strict=True):
-        found = addressed(spec, modules)[0]
+        found = goes[name] = addressed(spec, modules)[0]
         shapes = [modules[module].shape for module in found]
         experts = parameters_addressed(spec, modules, stacked)
         shapes += [stacked[name].shape for name in experts]
@@ -123,22 +137,41 @@ def _trained(job: Job, headers: Headers) -> tuple[list[str], int]:
         where = f" on {' and '.join(told)}" if told else ""
         steps.append(f"train {name}{where} ({count} parameters)")
         whole += count
-    own = _unfrozen(modules, recipe)
+    unfrozen = _unfrozen(modules, recipe)
+    require_once(unfrozen, goes)
+    own = sum(
+        math.prod(module.shape)
+        for name, module in modules.items()
+        if module.shape and any(f"{name}.".startswith(f"{outer}.") for outer in unfrozen)
+    )
     if own:
         steps.append(f"train {', '.join(recipe.unfreeze)} ({own} parameters)")
     return [*steps, *new], whole + own + head
 
 
-def _unfrozen(modules: Mapping[str, Module], recipe: TuneRecipe) -> int:
-    """Return how many weights the modules have that are trained themselves, biases left out."""
+def _warn_of_ranks(job: Job, headers: Headers) -> None:
+    """Warn of ranks that no product of such matrices can have."""
+    recipe = job.recipe
+    assert isinstance(recipe, TuneRecipe)  # as above
+    modules, hidden = modules_of_headers(headers), Sizes.of(headers.config).hidden
+    for name, spec in zip(names(recipe.deltas), recipe.deltas, strict=True):
+        if not isinstance(spec, LowRankAdapter | Vera):
+            continue
+        shapes = [modules[module].shape or (hidden,) for module in addressed(spec, modules)[0]]
+        if isinstance(spec, Vera):
+            key, rank, most = "r", spec.r, max(min(shape) for shape in shapes)
+        else:
+            key, rank = "low_rank_rank", spec.low_rank_rank
+            most = max(inner_width(spec, shape[0]) for shape in shapes)
+        if rank > most:
+            job.reporter.warn(f"{name}: {key} is {rank}, up to {most} makes a difference")
+
+
+def _unfrozen(modules: Mapping[str, Module], recipe: TuneRecipe) -> list[str]:
+    """Return the modules that are trained themselves."""
     if not recipe.unfreeze:
-        return 0
-    found = address.matched(modules, recipe.unfreeze, method="`unfreeze`")
-    return sum(
-        math.prod(module.shape)
-        for name, module in modules.items()
-        if module.shape and any(f"{name}.".startswith(f"{outer}.") for outer in found)
-    )
+        return []
+    return address.matched(modules, recipe.unfreeze, method="`unfreeze`", key="unfreeze")
 
 
 def _activations(job: Job, headers: Headers, layers: int) -> int:

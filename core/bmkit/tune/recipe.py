@@ -48,6 +48,13 @@ class Data(Model):
         description="The labels that there are, in their order; those of `train` if not given.",
     )
 
+    @model_validator(mode="after")
+    def _each_label_once(self) -> Data:
+        labels = self.labels or []
+        if twice := next((label for label in labels if labels.count(label) > 1), None):
+            raise contradiction("labels", f"`{twice}` is there twice")
+        return self
+
 
 class TuneTrain(Train):
     """How to train, and what to leave of it."""
@@ -127,7 +134,12 @@ class TuneRecipe(Recipe):
         ranks = any(delta.type == "adalora" for delta in self.deltas)
         for name in wants:
             if getattr(self.train, name) and ranks:
-                raise contradiction("train", f"{name}: adalora's ranks are right at the end alone")
+                raise contradiction(
+                    f"train.{name}", f"{name}: adalora's ranks are right at the end alone"
+                )
             if getattr(self.train, name) and self.data.dev is None:
-                raise contradiction("train", f"{name} needs data.dev")
+                raise contradiction(f"train.{name}", f"{name} needs data.dev")
+        for name in self.gates:
+            if name in self.METRICS and name.startswith("dev_") and self.data.dev is None:
+                raise contradiction(f"gates.{name}", f"{name} is measured with data.dev alone")
         return self

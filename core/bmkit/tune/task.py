@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from bmkit import plan
 from bmkit.data import labelled, rows
@@ -24,6 +26,27 @@ def task_of_rows(train: Path) -> Task | None:
         first = next(iter(rows.read(stream)), None)
     values = first.values if isinstance(first, rows.Row) else {}
     return next((task for key, task in BY_KEY.items() if key in values), None)
+
+
+def task_of(recipe: TuneRecipe, config: Mapping[str, Any], train: Path) -> Task:
+    """Return the task that a recipe means, by the keys of its first row, else by the model.
+
+    `config` is the checkpoint's `config.json`.
+    """
+    if recipe.task != "auto":
+        return recipe.task
+    if (told := task_of_rows(train)) is not None:
+        return told
+    if plan.task(config) == "generate":
+        return "seq2seq_lm" if config.get("is_encoder_decoder") else "causal_lm"
+    return "masked_lm"
+
+
+def figures_of(task: Task) -> tuple[str, ...]:
+    """Return what is measured on held-out rows of a task."""
+    if task in LABELLED:
+        return ("dev_loss", "dev_accuracy", "dev_f1")
+    return ("dev_loss", "dev_accuracy") if task == "preference" else ("dev_loss",)
 
 
 def new_head(recipe: TuneRecipe, headers: Headers, train: Path) -> tuple[int, int]:

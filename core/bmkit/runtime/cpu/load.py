@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bmkit import model as models
-from bmkit.errors import InputError
+from bmkit.errors import InputError, counted
 from bmkit.plan import read_json
 from bmkit.runtime import experts
 from bmkit.runtime.budget import Placement
@@ -44,7 +44,7 @@ def load_decoder(
     source = Files(path, quant=quant)
     if missing := _missing(config, source):
         raise InputError(
-            f"{path}: {len(missing)} tensors are missing, as {missing[0]}",
+            f"{path}: {counted(len(missing), 'tensor is', 'tensors are')} missing, as {missing[0]}",
             hint="the weights belong to another config.json; fetch the checkpoint again",
         )
     _require_shapes(path, config, source)
@@ -258,7 +258,7 @@ def _pairs(decoder: Decoder, path: Path) -> Pairs:
         sizes = (tuple(parts["A"].shape), tuple(parts["B"].shape)) if len(parts) == 2 else None
         if shape is None or sizes != ((rank, shape.inputs), (shape.rows, rank)):
             raise InputError(
-                f"{path} doesn't fit this model: layer {block}, {module}",
+                f"{path} doesn't fit this model: {module} of layer {block} isn't there as it was",
                 hint="was it trained on another base?",
             )
         found[block, module] = (parts["A"], parts["B"] * scale)

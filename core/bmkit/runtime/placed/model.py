@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bmkit import model as models
-from bmkit.errors import InputError, ResourceError
+from bmkit.errors import InputError, ResourceError, counted
 from bmkit.nn.rounding import dequantize, quantize
 from bmkit.runtime.budget import spread
 from bmkit.runtime.cpu.dots import INT8
@@ -153,7 +153,8 @@ def _drop_poolers(model: Any, origin: Origin) -> None:
 def _refuse_missing(path: Path, origin: Origin) -> None:
     if origin.missing:
         raise InputError(
-            f"{path}: {len(origin.missing)} tensors are missing, as {origin.missing[0]}",
+            f"{path}: {counted(len(origin.missing), 'tensor is', 'tensors are')} missing, "
+            f"as {origin.missing[0]}",
             hint="the weights belong to another config.json; fetch the checkpoint again",
         )
 

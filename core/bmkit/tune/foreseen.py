@@ -1,0 +1,101 @@
+"""What of a recipe can't work, told before anything is loaded. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from bmkit.data import rows
+from bmkit.errors import InputError, RecipeError
+from bmkit.tune.recipe import Task, TuneRecipe
+from bmkit.tune.task import LABELLED, figures_of
+
+DENSE = ("boft", "oft", "p_tuning", "prefix", "prompt", "trainable_tokens")
+"""Methods that read the model's weights."""
+
+
+def require_measured(recipe: TuneRecipe, task: Task) -> None:
+    """Raise RecipeError for a gate, or a figure that says which weights are best, of other tasks.
+
+    And for rows that are to be packed, where they can't be.
+    """
+    spec, figures = recipe.train, figures_of(task)
+    name = spec.metric_for_best_model or "dev_loss"
+    best = spec.load_best_model_at_end or spec.early_stopping_patience is not None
+    asked: dict[str, str] = {"train.metric_for_best_model": name} if best else {}
+    asked |= {f"gates.{gate}": gate.removesuffix("_before") for gate in recipe.gates}
+    for key, wanted in asked.items():
+        if wanted.startswith("dev_") and wanted not in figures:
+            raise RecipeError(
+                f"{key}: `{wanted}` isn't measured, the task is {task}",
+                hint=f"on held-out rows it measures {', '.join(figures)}",
+            )
+    if recipe.data.packing and task != "causal_lm":
+        raise RecipeError(
+            f"data.packing: rows can't be packed: the task is {task}", hint="leave it out"
+        )
+
+
+def require_front(recipe: TuneRecipe, task: Task) -> None:
+    """Raise RecipeError for something in front of what fills gaps: PEFT knows no such task."""
+    for spec in recipe.deltas:
+        if spec.PROMPT and task == "masked_lm":
+            raise RecipeError(
+                f"deltas: `{spec.type}` can't be had where gaps are filled (task masked_lm)",
+                hint="take a delta inside the model, as lora, adapter or bitfit",
+            )
+
+
+def require_rows(task: Task, files: Mapping[str, Path]) -> None:
+    """Raise InputError naming the first row that says nothing the task can learn from.
+
+    Rows with labels are looked at where these are counted.
+    """
+    if task in LABELLED:
+        return
+    for path in files.values():
+        empty = True
+        with path.open("rb") as stream:
+            for row in rows.read(stream):
+                problem = (
+                    row.problem if isinstance(row, rows.BadRow) else rows.lacking(task, row.values)
+                )
+                if problem:
+                    raise InputError(f"{path}:{row.line}: {problem}")
+                empty = False
+        if empty:
+            rows.read_all(path)
+
+
+def require_once(unfrozen: Collection[str], deltas: Mapping[str, Collection[str]]) -> None:
+    """Raise RecipeError for a module that is trained itself and by a delta; by name, what it has.
+
+    Of a module in one that is trained itself, a delta beside it is no second training of it.
+    """
+    for name, modules in deltas.items():
+        for module in unfrozen:
+            if module in modules:
+                raise RecipeError(
+                    f"unfreeze: {module} is trained twice: by itself and by `{name}`",
+                    hint="take it out of `unfreeze`, or name it in the delta's exclude_modules",
+                )
+
+
+def require_placed(recipe: TuneRecipe, task: Task) -> None:
+    """Raise RecipeError for what needs dense weights, which a budget doesn't leave."""
+    if recipe.unfreeze:
+        raise RecipeError("unfreeze: weights in a budget stay as they are", hint="leave one out")
+    if task in LABELLED or task == "masked_lm":
+        raise RecipeError(
+            f"task: {task} needs a head of its own, which can't be had in a budget",
+            hint="leave the budget out, or take a checkpoint that has the head",
+        )
+    for spec in recipe.deltas:
+        begun = getattr(spec, "init_lora_weights", "default")
+        reads = getattr(spec, "use_dora", False) or getattr(spec, "target_parameters", ())
+        if spec.type in DENSE or reads or begun in ("pissa", "olora"):
+            raise RecipeError(
+                f"deltas: `{spec.type}` as it is here reads the model's weights, which are packed "
+                "or elsewhere in a budget",
+                hint="plain lora, ia3, adapters and bitfit don't; or leave the budget out",
+            )

@@ -55,6 +55,7 @@ TUNED = Line(
 )
 PROMPT = Line("prompt", ("verbalizer.label_words={negative: <!>b, positive: <!>g}",))
 """With words of one byte each: the tiny model has no longer tokens."""
+LEARNED = Line("prompt", ("learning_setting.num_examples_per_label=2",))
 # One line a method: `("stage", "method"): Line(…)`.
 MATRIX = {
     ("compress", "quantize"): Line("model"),
@@ -96,6 +97,10 @@ MATRIX = {
     ("tune", "bitfit"): TUNED,
     ("prompt", "manual"): PROMPT,
     ("prompt", "one_to_one"): PROMPT,
+    ("prompt", "knowledgeable"): PROMPT,
+    ("prompt", "automatic"): LEARNED,
+    ("prompt", "soft"): Line("prompt", (*PROMPT.assign, *LEARNED.assign, "train.max_steps=2")),
+    ("prompt", "prototypical"): LEARNED,
     ("prompt", "content_free"): PROMPT,
     ("prompt", "contextual"): PROMPT,
 }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bmkit.errors import InputError
+from bmkit.prompt import masks
 from bmkit.prompting.encode import Encoded, Kind
 from bmkit.verbalizers import likelihood
 from bmkit.verbalizers.likelihood import Likelihoods
@@ -55,16 +56,56 @@ class Asker:
         of one batch, and its logits at masks. Raises InputError if the model's output is not a
         number.
         """
-        found = torch.empty(len(prompts), len(question.choices))
-        for places in self._parts(prompts):
-            said = self._score([prompts[at] for at in places], question)
-            values = said.sums if question.by == "sum" else said.means
+
+        return self._gathered(prompts, PART_BATCHES, lambda p: self.score(p, question), done)
+
+    @torch.inference_mode()
+    def states(
+        self, prompts: Sequence[Encoded], done: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Return what the head reads at masks: float32 [rows, hidden_size]; else as above."""
+        return self._gathered(prompts, 1, lambda p: masks.states(self.model, p, self.kind), done)
+
+    @torch.inference_mode()
+    def vocabulary(
+        self, prompts: Sequence[Encoded], done: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Return log-probabilities of all tokens at masks: float32 [rows, vocabulary]."""
+
+        def ask(part: list[Encoded]) -> Tensor:
+            return masks.logits(self.model, part, self.kind).float().log_softmax(-1)
+
+        return self._gathered(prompts, 1, ask, done)
+
+    def _gathered(
+        self,
+        prompts: Sequence[Encoded],
+        batches: int,
+        ask: Callable[[list[Encoded]], Tensor],
+        done: Callable[[int], None] | None,
+    ) -> Tensor:
+        """Return what is told of parts of so many batches, in the order of prompts."""
+        found: Tensor | None = None
+        for places in self._parts(prompts, batches):
+            values = ask([prompts[at] for at in places])
             if not values.isfinite().all():
                 raise InputError("the model's output is not a number; its weights are damaged")
+            if found is None:
+                found = torch.empty(len(prompts), values.shape[1])
             found[places] = values.float().cpu()
             if done is not None:
                 done(len(places))
+        if found is None:
+            raise ValueError("there are no prompts")
         return found
+
+    def score(self, prompts: Sequence[Encoded], question: Question) -> Tensor:
+        """Return the same as `logprobs`, where the model is and with gradients if torch has them.
+
+        Nothing is checked.
+        """
+        said = self._score(prompts, question)
+        return said.sums if question.by == "sum" else said.means
 
     def _score(self, prompts: Sequence[Encoded], question: Question) -> Likelihoods:
         if self.kind == "causal" and not question.behind:
@@ -81,14 +122,14 @@ class Asker:
             batch_tokens=self.batch_tokens,
         )
 
-    def _parts(self, prompts: Sequence[Encoded]) -> Iterator[list[int]]:
-        """Yield places of prompts of like length, the longest first."""
+    def _parts(self, prompts: Sequence[Encoded], batches: int) -> Iterator[list[int]]:
+        """Yield places of prompts of like length, the longest first, for so many batches."""
         lengths = [len(p.ids) + len(p.behind) + len(p.decoder_ids) for p in prompts]
         order = sorted(range(len(prompts)), key=lambda at: lengths[at], reverse=True)
         part: list[int] = []
         tokens = 0
         for at in order:
-            if part and tokens + lengths[at] > PART_BATCHES * self.batch_tokens:
+            if part and tokens + lengths[at] > batches * self.batch_tokens:
                 yield part
                 part, tokens = [], 0
             part.append(at)

@@ -6,8 +6,8 @@ from typing import Any
 
 from bmkit.errors import RecipeError
 from bmkit.plan import Job
+from bmkit.prompt.ready import Ready
 from bmkit.prompt.rows import all_of
-from bmkit.prompt.run import Ready
 from bmkit.prompting.encode import Encoded
 from bmkit.prompting.wrap import show
 

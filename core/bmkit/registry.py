@@ -369,9 +369,9 @@ METHODS = (
     Method(
         "prompt",
         "knowledgeable",
-        "bmkit.verbalizers.refine:relevant",
+        "bmkit.prompt.refined:knowledgeable",
         "knowledgeable",
-        "Many words for each label, of which those stay that tell it.",
+        "Many words for each label, of which those are kept that the model says and tells apart.",
         "Knowledgeable Prompt-tuning, arXiv 2108.02035",
     ),
     Method(

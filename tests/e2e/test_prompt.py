@@ -197,6 +197,35 @@ def test_calibration_divides_by_what_is_likely_anyway(
     assert f"{float(prior[0]):.4f}" in shown
 
 
+def test_words_that_the_model_does_not_say_are_left_out(
+    bmkit: Run, asked: tuple[str, Path], tmp_path: Path
+) -> None:
+    kind, path = asked
+    words = {"negative": ["bad", "terrible", "film", "a"], "positive": ["good", "great", "long"]}
+    spec = {"type": "knowledgeable", "label_words": words, "candidate_frac": 0.6, "relevance": 0}
+    file = recipe(tmp_path, verbalizer=spec, calibrate={"type": "contextual"})
+    (made,) = told(bmkit("prompt", file, "-m", path, "-o", "p", "--json"))
+    from transformers import AutoTokenizer
+
+    known = AutoTokenizer.from_pretrained(path)
+    prior = torch.stack([directly(path, kind, t).softmax(-1) for t in TEXTS]).mean(0)
+    rare = set(prior.argsort()[: int(0.6 * len(prior))].tolist())
+    wanted = {}
+    for label, own in words.items():
+        ids = [known(f" {word}", add_special_tokens=False)["input_ids"][0] for word in own]
+        best = max(ids, key=lambda token: float(prior[token]))
+        wanted[label] = [token for token in ids if token == best or token not in rare]
+    kept = json.loads((tmp_path / "p" / "prompt.json").read_text())["label_words"]
+    assert {k: [word["ids"][0] for word in own] for k, own in kept.items()} == wanted
+    assert made["metrics"]["label_words"] == sum(map(len, wanted.values())) < 7
+    strict = ("-s", "verbalizer.relevance=1e6", "-s", "verbalizer.candidate_frac=0")
+    (made,) = told(bmkit("prompt", file, "-m", path, "-o", "q", "--json", *strict))
+    assert made["metrics"]["label_words"] == 2
+    done = bmkit("prompt", file, "-m", path, "-o", "r", "-s", "calibrate.type=none")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "take contextual" in done.stderr
+
+
 LONG = {"negative": ["bad", "so terrible"], "positive": ["good", "great film", "so long"]}
 
 

@@ -53,6 +53,7 @@ TUNED = Line(
     ("train.max_steps=2", "train.per_device_train_batch_size=4", "data.max_length=64"),
     data=True,
 )
+WORDS = "{negative: [<!>b, <!>c], positive: [<!>g, <!>h]}"
 PROMPT = Line("prompt", ("verbalizer.label_words={negative: <!>b, positive: <!>g}",))
 """With words of one byte each: the tiny model has no longer tokens."""
 LEARNED = Line("prompt", ("learning_setting.num_examples_per_label=2",))
@@ -97,7 +98,7 @@ MATRIX = {
     ("tune", "bitfit"): TUNED,
     ("prompt", "manual"): PROMPT,
     ("prompt", "one_to_one"): PROMPT,
-    ("prompt", "knowledgeable"): PROMPT,
+    ("prompt", "knowledgeable"): replace(PROMPT, assign=(f"verbalizer.label_words={WORDS}",)),
     ("prompt", "automatic"): LEARNED,
     ("prompt", "soft"): Line("prompt", (*PROMPT.assign, *LEARNED.assign, "train.max_steps=2")),
     ("prompt", "prototypical"): LEARNED,

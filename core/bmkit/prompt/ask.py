@@ -77,6 +77,21 @@ class Asker:
 
         return self._gathered(prompts, 1, ask, done)
 
+    @torch.inference_mode()
+    def prior(self, prompts: Sequence[Encoded]) -> Tensor:
+        """Return how likely each token is at the mask, on the mean of prompts, [vocabulary].
+
+        That is the logarithm of the mean probability, in float32.
+        """
+        total: Tensor | None = None
+        for places in self._parts(prompts, 1):
+            said = masks.logits(self.model, [prompts[at] for at in places], self.kind)
+            shares = said.float().softmax(-1).sum(0)
+            total = shares if total is None else total + shares
+        if total is None:
+            raise ValueError("there are no prompts")
+        return (total / len(prompts)).log().cpu()
+
     def _gathered(
         self,
         prompts: Sequence[Encoded],

@@ -96,6 +96,8 @@ class Ready:
             whole=spec.type == "one_to_one",
             max_token_split=spec.max_token_split,
         )
+        if spec.type == "knowledgeable":
+            found = labelwords.delete_common(found)
         labelwords.require_distinct(found, first_only=spec.multi_token_handler == "first")
         return found
 
@@ -126,11 +128,6 @@ class Ready:
             return self.prompts.saying(spec.texts)
         if spec.type == "none":
             return []
-        return self.plain(encoded)
-
-    def plain(self, encoded: dict[str, list[Encoded]]) -> list[Encoded]:
-        """Return prompts of rows whose labels aren't looked at. Raises RecipeError without rows."""
-        spec = self.recipe.calibrate
         split: Split | None = rows.all_of(self.splits, ("train", "test", "dev"))
         if split is None:
             raise RecipeError(

@@ -107,7 +107,7 @@ class VerbalizerSpec(Model):
         Field(
             default="manual",
             description="`manual`: words of any number of tokens; `one_to_one`: one word for each "
-            "label, of one token; `knowledgeable`: many words, of which the useful ones stay; "
+            "label, of one token; `knowledgeable`: many words, of which those are kept that fit; "
             "`automatic`: words that are searched on rows; `soft`: a trained row of the head for "
             "each label; `prototypical`: a point among the states at the mask for each label.",
         )
@@ -146,8 +146,14 @@ class VerbalizerSpec(Model):
         default=0.5,
         ge=0,
         lt=1,
-        description="Of `knowledgeable`: words with a token among the rarest of the vocabulary, "
-        "this share of it, are left out.",
+        description="Of `knowledgeable`: words with a token in this rarest share of the vocabulary "
+        "are left out, by how likely they are at the mask.",
+    )
+    relevance: float = Field(
+        default=1.0,
+        ge=0,
+        description="Of `knowledgeable`: words that go less with their own label than this, "
+        "compared with the others, are left out.",
     )
     num_candidates: int = Field(
         default=1000,
@@ -282,6 +288,10 @@ class PromptRecipe(Recipe):
         if labels is not None and words is not None:
             with _PointingAt("verbalizer.label_words"):
                 labelwords.parse(words, labels)
+        if self.verbalizer.type == "knowledgeable" and self.calibrate.type != "contextual":
+            raise contradiction(
+                "calibrate.type", "`knowledgeable` refines words on rows: take contextual"
+            )
         if self.task == "multilabel" and self.calibrate.type == "none":
             raise contradiction(
                 "calibrate.type",
@@ -321,7 +331,6 @@ class PromptRecipe(Recipe):
             if self.task == "multilabel":
                 raise contradiction("verbalizer.type", f"`{kind}` tells one label a row")
         if self.verbalizer.multi_token_handler == "likelihood" and kind in (
-            "knowledgeable",
             "automatic",
             "soft",
             "prototypical",

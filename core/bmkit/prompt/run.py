@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +17,24 @@ from bmkit.prompt.measure import measure
 from bmkit.prompt.opening import Opened, open_model
 from bmkit.prompt.ready import Ready
 from bmkit.prompt.recipe import PromptRecipe
+from bmkit.prompt.refined import knowledgeable
 from bmkit.prompt.rounds import Done, Round, Rows, each, rounds
 from bmkit.prompt.states import States
 from bmkit.prompting.encode import Encoded
-from bmkit.verbalizers import automatic, calibration, manual, refine
+from bmkit.verbalizers import automatic, calibration, manual
 from bmkit.verbalizers.prototypes import Prototypes
 from bmkit.verbalizers.softwords import SoftWords
 
 METHODS = {
     "manual": manual.label_logprobs,
     "one_to_one": manual.label_logprobs,
-    "knowledgeable": refine.relevant,
+    "knowledgeable": knowledgeable,
     "automatic": automatic.search,
     "soft": SoftWords,
     "prototypical": Prototypes,
     "content_free": calibration.prior,
     "contextual": calibration.prior,
 }
-
-
-@dataclass(frozen=True)
-class Plain:
-    """Prompts whose labels aren't looked at."""
-
-    prior: list[Encoded]
-    """To calibrate on."""
-    words: list[Encoded]
-    """To refine words on."""
 
 
 def run(job: Job) -> Outcome:
@@ -60,7 +50,6 @@ def run(job: Job) -> Outcome:
     encoded = {name: ready.prompts.encode(s.records) for name, s in ready.splits.items()}
     found = rounds(ready, encoded, ready.right())
     prior = ready.prior_prompts(encoded)
-    plain = ready.plain(encoded) if recipe.verbalizer.type == "knowledgeable" else []
     if not found[0].measured:
         job.reporter.warn("nothing is measured: there is no data.test and no data.dev")
     handler = recipe.verbalizer.multi_token_handler
@@ -72,23 +61,25 @@ def run(job: Job) -> Outcome:
     def perform(one: Round, out: Path, work: Path) -> Done:
         if len(found) > 1:
             job.reporter.info(f"seed {one.seed}")
-        return _perform(job, ready, one, Plain(prior, plain), out, work)
+        return _perform(job, ready, one, prior, out, work)
 
     done = each(found, job.out, job.work, perform)
     return Outcome("prompt", done.metrics, ("bmkit",), table=done.table)
 
 
-def _perform(job: Job, ready: Ready, one: Round, plain: Plain, out: Path, work: Path) -> Done:
+def _perform(
+    job: Job, ready: Ready, one: Round, prior: list[Encoded], out: Path, work: Path
+) -> Done:
     """Perform one run: open the model, train, measure, and write what is kept into `out`."""
     recipe = ready.recipe
     size, most = recipe.train.per_device_eval_batch_size, recipe.template.max_seq_length
     opened = open_model(job, ready.kind, ready.tokenizer, size, most)
     asker = opened.asker
     training.attach(job, ready, asker, one.seed)
-    told = wording.begun(ready, asker, one.train, plain.words, one.seed)
+    told = wording.begun(ready, asker, one.train, prior, one.seed)
     metrics: dict[str, Any] = {}
-    if plain.prior and isinstance(told, Verbalizer):
-        told = told.calibrated(_ask(job, opened, told, {"calibrate": plain.prior})["calibrate"])
+    if prior and isinstance(told, Verbalizer):
+        told = told.calibrated(_ask(job, opened, told, {"calibrate": prior})["calibrate"])
     if recipe.tune.mode != "none":
         metrics |= training.learn(job, ready, asker, told, one, work)
     trained = training.write(ready, asker, told, out)
@@ -99,6 +90,8 @@ def _perform(job: Job, ready: Ready, one: Round, plain: Plain, out: Path, work: 
     figures, table = _measured(told, said, one.measured)
     measured = [p for rows in one.measured.values() for p in rows.prompts]
     metrics |= figures
+    if isinstance(told, Verbalizer):
+        metrics["label_words"] = len(told.words.flat)
     metrics["rows_truncated"] = sum(p.cut > 0 for p in measured)
     metrics["tokens"] = sum(len(p.ids) for p in measured)
     stored.write(out, ready.kept(told, **trained))

@@ -56,6 +56,7 @@ def attach(job: Job, ready: Ready, asker: Asker, seed: int) -> None:
             task_type=PEFT_TASKS[ready.kind],
         )
     if ready.soft:
+        _require_patched(asker.model)
         rows = soft_rows.add(asker.model, ready.soft, seed=seed, way=spec.encoder)
         rows.requires_grad_(spec.mode != "none")
         if rows.start != ready.prompts.encoder.soft_start:
@@ -64,6 +65,18 @@ def attach(job: Job, ready: Ready, asker: Asker, seed: int) -> None:
                 f"{ready.prompts.encoder.soft_start}"
             )
     asker.model.eval()
+
+
+def _require_patched(model: Any) -> None:
+    """Raise RecipeError if PEFT looks tokens up in a table that soft tokens aren't behind."""
+    config = getattr(model, "active_peft_config", None)
+    if getattr(config, "peft_type", None) in ("PROMPT_TUNING", "P_TUNING"):
+        looked = getattr(model, "word_embeddings", None)
+        if all(looked is not table for table in soft_rows.tables_of(model)):
+            raise RecipeError(
+                "tune.deltas: in this model, vectors in front don't go with soft tokens",
+                hint="take prefix, or soft tokens alone",
+            )
 
 
 def learn(

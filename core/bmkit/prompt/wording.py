@@ -10,12 +10,12 @@ from bmkit.prompt import states
 from bmkit.prompt.ask import Asker
 from bmkit.prompt.labels import Verbalizer
 from bmkit.prompt.ready import Ready
+from bmkit.prompt.refined import knowledgeable
 from bmkit.prompt.rounds import Rows
 from bmkit.prompt.states import States
-from bmkit.prompting import labelwords
 from bmkit.prompting.encode import Encoded
 from bmkit.prompting.labelwords import LabelWords
-from bmkit.verbalizers import automatic, prototypes, refine
+from bmkit.verbalizers import automatic, prototypes
 from bmkit.verbalizers.prototypes import Prototypes
 
 
@@ -43,15 +43,16 @@ def begun(
     words = ready.words
     if spec.type == "automatic":
         words = _searched(ready, asker, train)
-    elif spec.type == "knowledgeable":
-        words = _refined(ready, asker, plain)
-    return Verbalizer(
+    words_told = Verbalizer(
         words,
         spec.multi_token_handler,
         spec.combine,
         spec.aggregate,
         several=ready.recipe.task == "multilabel",
     )
+    if spec.type == "knowledgeable":
+        return knowledgeable(words_told, asker, plain, spec)
+    return words_told
 
 
 def _searched(ready: Ready, asker: Asker, train: Rows) -> LabelWords:
@@ -77,13 +78,3 @@ def _allowed(ready: Ready, size: int) -> torch.Tensor:
         allowed[known] = True
         allowed[[i for i in ready.tokenizer.all_special_ids if i < size]] = False
     return allowed
-
-
-def _refined(ready: Ready, asker: Asker, plain: Sequence[Encoded]) -> LabelWords:
-    spec = ready.recipe.verbalizer
-    words = labelwords.delete_common(ready.words)
-    logprobs = asker.vocabulary(plain)
-    words = refine.frequent(words, logprobs.logsumexp(0), spec.candidate_frac)
-    told = Verbalizer(words, spec.multi_token_handler)
-    scores = told.word_scores(logprobs[:, told.columns.token_ids])
-    return refine.relevant(words, scores, told.columns.words)

@@ -160,6 +160,43 @@ def test_training_tells_labels_apart_and_the_artifact_says_the_same_in_another_p
     assert shown.count("now near") == 3
 
 
+@pytest.mark.parametrize("verbalizer", ["manual", "soft"])
+def test_an_artifact_says_what_transformers_and_peft_make_of_its_files(
+    bmkit: Run, tmp_path: Path, verbalizer: str
+) -> None:
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = make("causal", tmp_path / "asked")
+    file = written(
+        tmp_path,
+        verbalizer={"type": verbalizer, "label_words": WORDS},
+        tune={"mode": "delta", "deltas": [{"type": "lora"}], "encoder": "lstm"},
+        train={**FAST, "num_train_epochs": 2},
+    )
+    assert bmkit("prompt", file, "-m", path, "-o", "p").returncode == 0
+    said = told(bmkit("infer", "-m", "p", "-i", "test.jsonl", "--json"))
+    known = AutoTokenizer.from_pretrained(path)
+    base = AutoModelForCausalLM.from_pretrained(path)
+    trained = load_file(tmp_path / "p" / "soft" / "soft_rows.safetensors")["rows"]
+    model = PeftModel.from_pretrained(base, tmp_path / "p" / "adapters" / "lora").eval()
+    for row, own in zip(said[:6], rows(40), strict=False):
+        ids = known(f" {own['text']}", return_tensors="pt")["input_ids"]
+        words = base.get_input_embeddings()(ids)[0]
+        with torch.no_grad():
+            given = torch.cat((trained[:1], words, trained[1:]))[None]
+            found = model(inputs_embeds=given, output_hidden_states=True)
+            if verbalizer == "soft":
+                head = load_file(tmp_path / "p" / "verbalizer.safetensors")["head.weight"]
+                wanted = (found.hidden_states[-1][0, -1] @ head.T).softmax(-1)
+            else:
+                at = [known(f" {w}")["input_ids"][0] for own in WORDS.values() for w in own]
+                wanted = found.logits[0, -1][at].softmax(-1)
+        assert list(row["probabilities"].values()) == pytest.approx(wanted.tolist(), abs=2e-5)
+
+
 def test_soft_tokens_that_nothing_trains_are_their_words(bmkit: Run, tmp_path: Path) -> None:
     path = make("causal", tmp_path / "asked")
     answers = []
@@ -172,6 +209,10 @@ def test_soft_tokens_that_nothing_trains_are_their_words(bmkit: Run, tmp_path: P
         answers.append(told(bmkit("infer", "-m", out, "-i", "test.jsonl", "--json")))
     for one, two in zip(*answers, strict=True):
         assert one["probabilities"] == pytest.approx(two["probabilities"], abs=1e-5)
+    file = written(tmp_path, learning_setting={"type": "full"})
+    (found,) = told(bmkit("prompt", file, "-m", path, "--examples", 1, "--json"))
+    soft = [t["token"] for t in found["examples"][0]["tokens"] if t["role"] == "soft"]
+    assert soft == ["<soft 0>", "<soft 1>", "<soft 2>"]
     file = written(tmp_path, tune={}, learning_setting={})
     done = bmkit("prompt", file, "-m", path, "-o", "x")
     assert done.returncode == 2

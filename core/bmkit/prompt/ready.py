@@ -55,10 +55,15 @@ class Ready:
                 max_seq_length=recipe.template.max_seq_length,
                 truncate_method=recipe.template.truncate_method,
                 decoder_start=getattr(self.config, "decoder_start_token_id", None),
-                soft_start=int(self.config.get_text_config().vocab_size),
+                soft_start=self.soft_start,
             )
             self.soft: list[SoftRow] = self.prompts.soft
             self._require_trained()
+
+    @property
+    def soft_start(self) -> int:
+        """Return the id of the first soft token: the size of the model's vocabulary."""
+        return int(self.config.get_text_config().vocab_size)
 
     def _context(self) -> int | None:
         most = context(self.config, self.job)

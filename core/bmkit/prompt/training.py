@@ -59,10 +59,10 @@ def attach(job: Job, ready: Ready, asker: Asker, seed: int) -> None:
         _require_patched(asker.model)
         rows = soft_rows.add(asker.model, ready.soft, seed=seed, way=spec.encoder)
         rows.requires_grad_(spec.mode != "none")
-        if rows.start != ready.prompts.encoder.soft_start:
+        if rows.start != ready.soft_start:
             raise RecipeError(
                 f"soft tokens: the model has {rows.start} tokens, and its config says "
-                f"{ready.prompts.encoder.soft_start}"
+                f"{ready.soft_start}"
             )
     asker.model.eval()
 

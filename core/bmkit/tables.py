@@ -16,7 +16,11 @@ HEADS: Mapping[str, str] = {
     "told": "told",
     "right": "right",
     "f1": "F1",
+    "accuracy": "accuracy",
+    "dev_accuracy": "on dev",
+    "train_loss": "train loss",
 }
+SHARES = ("perplexity", "decode", "prefill", "f1", "accuracy", "dev_accuracy", "train_loss")
 
 
 def lines(rows: Sequence[Mapping[str, float | int | str]]) -> list[str]:
@@ -42,7 +46,7 @@ def lines(rows: Sequence[Mapping[str, float | int | str]]) -> list[str]:
 def _cell(key: str, value: float | int | str | None) -> str:
     if value is None:
         return "-"
-    if key in ("perplexity", "decode", "prefill", "f1"):
+    if key in SHARES:
         return f"{value:.4g}"
     number = float(value)
     for unit in ("", "k", "M", "G", "T"):

@@ -56,6 +56,7 @@ TUNED = Line(
 WORDS = "{negative: [<!>b, <!>c], positive: [<!>g, <!>h]}"
 PROMPT = Line("prompt", ("verbalizer.label_words={negative: <!>b, positive: <!>g}",))
 """With words of one byte each: the tiny model has no longer tokens."""
+LEARNED = Line("prompt", ("learning_setting.num_examples_per_label=2",))
 # One line a method: `("stage", "method"): Line(…)`.
 MATRIX = {
     ("compress", "quantize"): Line("model"),
@@ -98,6 +99,9 @@ MATRIX = {
     ("prompt", "manual"): PROMPT,
     ("prompt", "one_to_one"): PROMPT,
     ("prompt", "knowledgeable"): replace(PROMPT, assign=(f"verbalizer.label_words={WORDS}",)),
+    ("prompt", "automatic"): LEARNED,
+    ("prompt", "soft"): Line("prompt", (*PROMPT.assign, *LEARNED.assign, "train.max_steps=2")),
+    ("prompt", "prototypical"): LEARNED,
     ("prompt", "content_free"): PROMPT,
     ("prompt", "contextual"): PROMPT,
 }

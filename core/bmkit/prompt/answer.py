@@ -7,21 +7,26 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
+from bmkit import artifact
 from bmkit import model as models
 from bmkit.data.columns import map_columns
 from bmkit.data.rows import BadRow, Row
 from bmkit.data.tabular import Record
+from bmkit.deltas import soft_files
 from bmkit.errors import BmkitError, InputError, RecipeError
 from bmkit.plan import Job
-from bmkit.prompt import stored
+from bmkit.prompt import states, stored
 from bmkit.prompt.kinds import kind_of
 from bmkit.prompt.labels import Verbalizer
 from bmkit.prompt.opening import context, open_model
 from bmkit.prompt.prompts import make
+from bmkit.prompt.states import States
+from bmkit.prompt.stored import SOFT, KeptPrompt
 from bmkit.prompting.encode import Encoded
 from bmkit.runtime.opening import peak_gpu_bytes
 from bmkit.runtime.recipe import GenerateRecipe
@@ -83,30 +88,30 @@ class Session:
         assert job.prompt is not None  # the pipeline sends prompts here
         if job.threads:
             torch.set_num_threads(job.threads)
-        self.kept = kept = stored.read(job.prompt.path)
+        folder = job.prompt.path
+        self.kept = kept = stored.read(folder)
         self.tokenizer = models.load_tokenizer(job.checkpoint)
         stored.require_vocabulary(kept, self.tokenizer, job.prompt.path, job.checkpoint)
         config = models.load_config(job.checkpoint)
         kind = kind_of(config.to_dict(), kept.model_kind)
+        adapters = [folder / artifact.DELTAS / name for name in kept.adapters]
+        soft_start = soft_files.read(folder / SOFT)[1] if kept.soft else None
         self.prompts = make(
             kept.template,
             self.tokenizer,
             kind,
             words=kept.words if kept.multi_token_handler == "likelihood" else None,
-            context=context(config, job),
+            context=context(config, job, adapters),
             max_seq_length=kept.max_seq_length,
             truncate_method=kept.truncate_method,
             decoder_start=getattr(config, "decoder_start_token_id", None),
+            soft_start=soft_start,
         )
-        told = Verbalizer(
-            kept.words,
-            kept.multi_token_handler,
-            kept.combine,
-            kept.aggregate,
-            several=kept.task == "multilabel",
-        )
-        self.verbalizer = told if kept.prior is None else told.with_prior(kept.prior)
-        self.opened = open_model(job, kind, self.tokenizer, recipe.batch_size, kept.max_seq_length)
+        self.verbalizer = _verbalizer(kept, folder)
+        size, most = recipe.batch_size, kept.max_seq_length
+        self.opened = open_model(job, kind, self.tokenizer, size, most, adapters)
+        if kept.soft:
+            soft_files.load(self.opened.asker.model, folder / SOFT)
         self.rss_before_bytes = self.opened.rss_before_bytes
         self.batch_size = recipe.batch_size
         self.tokens = 0
@@ -138,8 +143,8 @@ class Session:
 
     def _tell(self, asked: list[_Asked]) -> list[Told]:
         prompts = [found.encoded for found in asked]
-        logprobs = self.opened.asker.logprobs(prompts, self.verbalizer.question)
-        labels = self.verbalizer.label_logprobs(logprobs)
+        said = self.verbalizer.ask(self.opened.asker, prompts)
+        labels = self.verbalizer.label_logprobs(said)
         names = self.kept.labels
         chosen = self.verbalizer.chosen(labels)
         return [
@@ -187,6 +192,19 @@ class Session:
     def close(self) -> None:
         """End: nothing is kept."""
         self.opened.close()
+
+
+def _verbalizer(kept: KeptPrompt, folder: Path) -> Verbalizer | States:
+    if kept.reads_states:
+        return states.load(folder, tuple(kept.labels))
+    told = Verbalizer(
+        kept.words,
+        kept.multi_token_handler,
+        kept.combine,
+        kept.aggregate,
+        several=kept.task == "multilabel",
+    )
+    return told if kept.prior is None else told.with_prior(kept.prior)
 
 
 def _plain(exc: BmkitError, where: str) -> str:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from bmkit.errors import InputError
+from bmkit.prompt import masks
 from bmkit.prompting.encode import Encoded, Kind
-from bmkit.verbalizers import likelihood, positions
+from bmkit.verbalizers import likelihood
 from bmkit.verbalizers.likelihood import Likelihoods
 
 ON_CPU = 512
@@ -55,16 +56,26 @@ class Asker:
         of one batch, and its logits at masks. Raises InputError if the model's output is not a
         number.
         """
-        found = torch.empty(len(prompts), len(question.choices))
-        for places in self._parts(prompts):
-            said = self._score([prompts[at] for at in places], question)
-            values = said.sums if question.by == "sum" else said.means
-            if not values.isfinite().all():
-                raise InputError("the model's output is not a number; its weights are damaged")
-            found[places] = values.float().cpu()
-            if done is not None:
-                done(len(places))
-        return found
+
+        return self._gathered(prompts, PART_BATCHES, lambda p: self.score(p, question), done)
+
+    @torch.inference_mode()
+    def states(
+        self, prompts: Sequence[Encoded], done: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Return what the head reads at masks: float32 [rows, hidden_size]; else as above."""
+        return self._gathered(prompts, 1, lambda p: masks.states(self.model, p, self.kind), done)
+
+    @torch.inference_mode()
+    def vocabulary(
+        self, prompts: Sequence[Encoded], done: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Return log-probabilities of all tokens at masks: float32 [rows, vocabulary]."""
+
+        def ask(part: list[Encoded]) -> Tensor:
+            return masks.logits(self.model, part, self.kind).float().log_softmax(-1)
+
+        return self._gathered(prompts, 1, ask, done)
 
     @torch.inference_mode()
     def prior(self, prompts: Sequence[Encoded]) -> Tensor:
@@ -72,24 +83,44 @@ class Asker:
 
         That is the logarithm of the mean probability, in float32.
         """
-        whole = self.kind == "seq2seq"
-        asked = [prompt.decoder_ids if whole else prompt.ids for prompt in prompts]
-        lengths = [len(p.ids) + len(p.decoder_ids) for p in prompts]
-        reads, most = [1] * len(prompts), positions.most_reads(self.model)
-        total = torch.zeros(positions.vocabulary(self.model), device=self.model.device)
-        pad = positions.pad_of(self.model)
-        for part in positions.batches(lengths, reads, self.batch_tokens, most):
-            ids, mask = positions.padded([prompts[at].ids for at in part], pad, self.model.device)
-            inputs = {"input_ids": ids, "attention_mask": mask}
-            if whole:
-                said, _ = positions.padded([asked[at] for at in part], pad, self.model.device)
-                inputs["decoder_input_ids"] = said
-            columns = torch.tensor([prompts[at].reads[0] for at in part], device=ids.device)
-            rows = torch.arange(len(part), device=ids.device)
-            width = max(len(asked[at]) for at in part)
-            logits = positions.logits_at(self.model, inputs, width, rows, columns)
-            total += logits[:, : len(total)].float().softmax(-1).sum(0)
+        total: Tensor | None = None
+        for places in self._parts(prompts, 1):
+            said = masks.logits(self.model, [prompts[at] for at in places], self.kind)
+            shares = said.float().softmax(-1).sum(0)
+            total = shares if total is None else total + shares
+        if total is None:
+            raise ValueError("there are no prompts")
         return (total / len(prompts)).log().cpu()
+
+    def _gathered(
+        self,
+        prompts: Sequence[Encoded],
+        batches: int,
+        ask: Callable[[list[Encoded]], Tensor],
+        done: Callable[[int], None] | None,
+    ) -> Tensor:
+        """Return what is told of parts of so many batches, in the order of prompts."""
+        found: Tensor | None = None
+        for places in self._parts(prompts, batches):
+            values = ask([prompts[at] for at in places])
+            if not values.isfinite().all():
+                raise InputError("the model's output is not a number; its weights are damaged")
+            if found is None:
+                found = torch.empty(len(prompts), values.shape[1])
+            found[places] = values.float().cpu()
+            if done is not None:
+                done(len(places))
+        if found is None:
+            raise ValueError("there are no prompts")
+        return found
+
+    def score(self, prompts: Sequence[Encoded], question: Question) -> Tensor:
+        """Return the same as `logprobs`, where the model is and with gradients if torch has them.
+
+        Nothing is checked.
+        """
+        said = self._score(prompts, question)
+        return said.sums if question.by == "sum" else said.means
 
     def _score(self, prompts: Sequence[Encoded], question: Question) -> Likelihoods:
         if self.kind == "causal" and not question.behind:
@@ -106,14 +137,14 @@ class Asker:
             batch_tokens=self.batch_tokens,
         )
 
-    def _parts(self, prompts: Sequence[Encoded]) -> Iterator[list[int]]:
-        """Yield places of prompts of like length, the longest first."""
+    def _parts(self, prompts: Sequence[Encoded], batches: int) -> Iterator[list[int]]:
+        """Yield places of prompts of like length, the longest first, for so many batches."""
         lengths = [len(p.ids) + len(p.behind) + len(p.decoder_ids) for p in prompts]
         order = sorted(range(len(prompts)), key=lambda at: lengths[at], reverse=True)
         part: list[int] = []
         tokens = 0
         for at in order:
-            if part and tokens + lengths[at] > PART_BATCHES * self.batch_tokens:
+            if part and tokens + lengths[at] > batches * self.batch_tokens:
                 yield part
                 part, tokens = [], 0
             part.append(at)

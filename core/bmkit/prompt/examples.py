@@ -6,8 +6,8 @@ from typing import Any
 
 from bmkit.errors import RecipeError
 from bmkit.plan import Job
+from bmkit.prompt.ready import Ready
 from bmkit.prompt.rows import all_of
-from bmkit.prompt.run import Ready
 from bmkit.prompting.encode import Encoded
 from bmkit.prompting.wrap import show
 
@@ -33,7 +33,7 @@ def examples(job: Job, count: int) -> dict[str, Any]:
                 "row": record.where,
                 **({} if label is None else {"label": label}),
                 "text": show(ready.prompts.wrap(record)),
-                **_tokens(ready.tokenizer, prompt),
+                **_tokens(ready.tokenizer, prompt, ready.soft_start),
             }
         )
     return {
@@ -51,11 +51,18 @@ def examples(job: Job, count: int) -> dict[str, Any]:
     }
 
 
-def _tokens(tokenizer: Any, prompt: Encoded) -> dict[str, Any]:
-    """Return a prompt's tokens with their roles, and where the model is asked."""
+def _tokens(tokenizer: Any, prompt: Encoded, start: int) -> dict[str, Any]:
+    """Return a prompt's tokens with their roles, and where the model is asked.
+
+    Those from id `start` on are trained rows.
+    """
     size = len(prompt.ids)
     asked = set() if prompt.decoder_ids else set(prompt.reads)
-    names = tokenizer.convert_ids_to_tokens([*prompt.ids, *prompt.behind, *prompt.decoder_ids])
+    ids = [*prompt.ids, *prompt.behind, *prompt.decoder_ids]
+    names = [
+        f"<soft {id_ - start}>" if id_ >= start else name
+        for id_, name in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True)
+    ]
     listed = [
         {"token": name, "id": id_, "role": role, "asked": at in asked}
         for at, (name, id_, role) in enumerate(
@@ -66,9 +73,9 @@ def _tokens(tokenizer: Any, prompt: Encoded) -> dict[str, Any]:
     if prompt.behind:
         found["behind"] = listed[size:]
     if prompt.decoder_ids:
-        start = size + len(prompt.behind)
+        first = size + len(prompt.behind)
         found["decoder"] = [
             {"token": name, "id": id_, "asked": at in prompt.reads}
-            for at, (name, id_) in enumerate(zip(names[start:], prompt.decoder_ids, strict=True))
+            for at, (name, id_) in enumerate(zip(names[first:], prompt.decoder_ids, strict=True))
         ]
     return found

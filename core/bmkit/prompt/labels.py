@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from bmkit.prompt.ask import Question
+from bmkit.prompt import masks
+from bmkit.prompt.ask import Asker, Question
+from bmkit.prompting.encode import Encoded
 from bmkit.prompting.labelwords import LabelWords
 from bmkit.verbalizers import calibration, manual
 from bmkit.verbalizers.manual import Columns
@@ -46,6 +49,40 @@ class Verbalizer:
             return Question([word.ids for word in self.words.flat], self.combine, behind=True)
         return Question([[token] for token in self.words.token_ids])
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Return the labels in their order."""
+        return self.words.labels
+
+    def ask(
+        self, asker: Asker, prompts: Sequence[Encoded], done: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Return what a model says of prompts, [rows, choices], to be given to the others here."""
+        return asker.logprobs(prompts, self.question, done)
+
+    def said(self, asker: Asker, prompts: Sequence[Encoded]) -> Tensor:
+        """Return the same with gradients, in one batch."""
+        if self.handler == "likelihood":
+            return asker.score(prompts, self.question).float().cpu()
+        found = masks.logits(asker.model, prompts, asker.kind).float().log_softmax(-1)
+        return found[:, self.columns.token_ids.to(found.device)].cpu()
+
+    def loss(self, said: Tensor, right: Tensor) -> Tensor:
+        """Return the summed loss of what was `said`, a number; `right` as `targets` makes it."""
+        if self.several:
+            scores = self._scores(said)
+            return functional.binary_cross_entropy_with_logits(scores, right, reduction="sum")
+        return functional.nll_loss(self.label_logprobs(said), right, reduction="sum")
+
+    def targets(self, right: Sequence[tuple[int, ...]]) -> Tensor:
+        """Return rows' labels as numbers [rows], or whether they have each [rows, labels]."""
+        if not self.several:
+            return torch.tensor([own[0] for own in right])
+        found = torch.zeros(len(right), len(self.labels))
+        for row, own in zip(found, right, strict=True):
+            row[list(own)] = 1.0
+        return found
+
     def word_scores(self, said: Tensor) -> Tensor:
         """Return the scores of words, [rows, labels, words], of what was said, [rows, choices]."""
         if self.handler == "likelihood":
@@ -66,15 +103,19 @@ class Verbalizer:
 
         Where a row has several labels, each is that of having it.
         """
+        if self.several:
+            return functional.logsigmoid(self._scores(said))
+        words = manual.normalise(self.word_scores(said), self.columns.words)
+        if self.prior is not None:
+            words = calibration.apply(words, self.prior)
+        return manual.aggregate(words, self.columns.words, self.over)
+
+    def _scores(self, said: Tensor) -> Tensor:
+        """Return the scores of labels of which a row may have several, [rows, labels]."""
         scores = self.word_scores(said)
-        if not self.several:
-            words = manual.normalise(scores, self.columns.words)
-            if self.prior is not None:
-                words = calibration.apply(words, self.prior)
-            return manual.aggregate(words, self.columns.words, self.over)
         if self.prior is not None:
             scores = calibration.relative(scores, self.prior)
-        return torch.nn.functional.logsigmoid(manual.label_scores(scores, self.columns.words))
+        return manual.label_scores(scores, self.columns.words)
 
     def chosen(self, logprobs: Tensor) -> list[tuple[int, ...]]:
         """Return the labels of each row, by log-probabilities of labels [rows, labels]."""

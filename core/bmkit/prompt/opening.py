@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from bmkit import env
 from bmkit import model as models
 from bmkit.deltas import plugged
 from bmkit.errors import InputError
-from bmkit.plan import Job
+from bmkit.plan import Job, read_json
 from bmkit.prompt.ask import Asker
 from bmkit.prompt.kinds import HEADS
 from bmkit.prompt.plan import placement
@@ -36,21 +38,22 @@ class Opened:
             self.placed.close()
 
 
-def context(config: Any, job: Job) -> int | None:
+def context(config: Any, job: Job, own: Sequence[Path] = ()) -> int | None:
     """Return how many tokens a prompt can have, less those that a delta puts in front."""
     most = models.context(config)
-    return most if most is None else most - _in_front(job)
+    if most is None:
+        return None
+    folders = [*job.adapter_paths, *own]
+    configs = [read_json(folder / "adapter_config.json") for folder in folders]
+    return most - sum(int(config.get("num_virtual_tokens") or 0) for config in configs)
 
 
-def _in_front(job: Job) -> int:
-    from bmkit.plan import read_json
-
-    configs = [read_json(folder / "adapter_config.json") for folder in job.adapter_paths]
-    return sum(int(config.get("num_virtual_tokens") or 0) for config in configs)
-
-
-def open_model(job: Job, kind: Kind, tokenizer: Any, size: int, most: int) -> Opened:
+def open_model(
+    job: Job, kind: Kind, tokenizer: Any, size: int, most: int, own: Sequence[Path] = ()
+) -> Opened:
     """Load the job's model with its deltas; `size` rows of `most` tokens are asked together.
+
+    `own` are a prompt's adapters, which go on it last.
 
     Raises InputError for a checkpoint that can't be used, ResourceError for a budget that can't
     work. Peak memory: the dense model in the compute dtype, or the budget.
@@ -72,7 +75,8 @@ def open_model(job: Job, kind: Kind, tokenizer: Any, size: int, most: int) -> Op
         before, placed = _placed(job, kind, found, device)
         model = placed.model
     asked_for = adapters_of(job)
-    model = plugged.load(model, asked_for.folders, asked_for.wholes)
+    folders = {**asked_for.folders, **{f"prompt-{n}": path for n, path in enumerate(own)}}
+    model = plugged.load(model, folders, asked_for.wholes)
     experts.attach_stored(model, job.checkpoint)
     rows = size if found is None else found.rows
     asker = Asker(model.eval(), kind, tokenizer.mask_token_id, rows * most)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bmkit.deltas.recipe import names
 from bmkit.env import format_bytes
-from bmkit.errors import InputError, UsageError
+from bmkit.errors import InputError, RecipeError, UsageError
 from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers, task
 from bmkit.prompt import rows, stored, templates
 from bmkit.prompt.kinds import kind_of
@@ -20,7 +21,8 @@ TOKENS = 128
 def estimate(job: Job) -> Estimate:
     """Say what `prompt` will do and need. Raises BmkitError for a template or rows that are wrong.
 
-    Activations are counted as 34 values of the hidden width a token, of one layer.
+    Activations are counted as 34 values of the hidden width a token, of one layer, or
+    where something is trained of all.
     """
     recipe = job.recipe
     assert isinstance(recipe, PromptRecipe)  # the registry pairs recipe and plan
@@ -30,10 +32,24 @@ def estimate(job: Job) -> Estimate:
     splits = rows.read(recipe, job.files)
     counts = [f"{len(split.records)} rows of {name}" for name, split in splits.items()]
     steps = [f"ask a {kind} model about {', '.join(counts) or 'no rows'}"]
+    trains = recipe.tune.mode != "none"
+    if trains:
+        seeds = len(recipe.learning_setting.seeds) or 1
+        what = ", ".join(["soft tokens", *names(recipe.tune.deltas)])
+        steps.insert(0, f"train {what}" + (f", with {seeds} seeds" if seeds > 1 else ""))
     if recipe.calibrate.type != "none":
         steps.append(f"calibrate: {recipe.calibrate.type}")
     most = recipe.template.max_seq_length
-    return _estimate(job, headers, steps, recipe.train.per_device_eval_batch_size, most)
+    size = recipe.train.per_device_eval_batch_size
+    if trains and placement(job, size, most) is not None:
+        raise RecipeError(
+            "tune.mode: a prompt isn't trained within a budget", hint="leave the budget out"
+        )
+    layers = 1
+    if trains:  # the backward pass reads the activations of all
+        layers = int(headers.config.get("num_hidden_layers") or headers.config.get("num_layers", 1))
+        size = max(size, recipe.train.per_device_train_batch_size)
+    return _estimate(job, headers, steps, size, most, layers)
 
 
 def estimate_answers(job: Job) -> Estimate:
@@ -50,7 +66,9 @@ def estimate_answers(job: Job) -> Estimate:
     return _estimate(job, headers, steps, recipe.batch_size, kept.max_seq_length)
 
 
-def _estimate(job: Job, headers: Headers, steps: list[str], size: int, most: int) -> Estimate:
+def _estimate(
+    job: Job, headers: Headers, steps: list[str], size: int, most: int, layers: int = 1
+) -> Estimate:
     steps = [*(f"attach {delta.path}" for delta in job.deltas), *steps]
     found = placement(job, size, most)
     on_gpu = job.recipe.device != "cpu"
@@ -62,7 +80,9 @@ def _estimate(job: Job, headers: Headers, steps: list[str], size: int, most: int
     sizes = Sizes.of(headers.config)
     narrow = "16" in job.recipe.dtype or (job.recipe.dtype == "auto" and on_gpu)
     width = 2 if narrow else 4
-    activations = width * size * TOKENS * 34 * sizes.hidden + 3 * 4 * size * sizes.vocabulary
+    activations = (
+        width * size * TOKENS * 34 * sizes.hidden * layers + 3 * 4 * size * sizes.vocabulary
+    )
     weights = width * headers.dense_numel
     largest = max((t.bytes for t in headers.tensors), default=0)
     if on_gpu:

@@ -9,7 +9,7 @@ from typing import Any
 from bmkit.data.tabular import Record
 from bmkit.errors import About, InputError, RecipeError
 from bmkit.prompt import templates
-from bmkit.prompting.encode import Encoded, Encoder, Kind
+from bmkit.prompting.encode import Encoded, Encoder, Kind, SoftRow
 from bmkit.prompting.jinja import Jinja
 from bmkit.prompting.labelwords import LabelWords
 from bmkit.prompting.template import Template
@@ -28,6 +28,13 @@ class Prompts:
     def fields(self) -> tuple[str, ...]:
         """Return the keys that a row needs, or with Jinja may have."""
         return self.template.fields
+
+    @property
+    def soft(self) -> list[SoftRow]:
+        """Return the soft tokens' rows; there are none in Jinja."""
+        if isinstance(self.template, Jinja) or not self.template.soft:
+            return []
+        return self.encoder.soft_rows(self.template)
 
     def wrap(self, record: Record) -> list[Part]:
         """Return the parts of a row's prompt. Raises InputError naming the row."""
@@ -68,15 +75,15 @@ def make(
     max_seq_length: int,
     truncate_method: Method,
     decoder_start: int | None,
+    soft_start: int | None = None,
 ) -> Prompts:
     """Return what makes prompts of a template as an artifact keeps it (see `templates.written`).
 
     Prompts are no longer than the model's `context`, with the longest of `words` if they are given.
-    Raises RecipeError for a template that the
-    tokenizer or the kind of model can't have.
+    Soft tokens have ids from `soft_start` on. Raises RecipeError for a template that the tokenizer
+    or the kind of model can't have.
     """
     template = templates.for_tokenizer(templates.parse(spec), tokenizer)
-    templates.require_no_soft(template)
     if isinstance(template, Template) and template.masks > 1:
         raise RecipeError(
             f"{template.where}: it has {template.masks} masks, and a label's words stand at one",
@@ -86,5 +93,12 @@ def make(
     if context is not None:
         longest = max((len(word.ids) for word in words.flat), default=0) if words else 0
         most = min(most, context - longest)
-    encoder = Encoder(tokenizer, kind, most, truncate_method, decoder_start=decoder_start)
+    encoder = Encoder(
+        tokenizer,
+        kind,
+        most,
+        truncate_method,
+        soft_start=soft_start,
+        decoder_start=decoder_start,
+    )
     return Prompts(template, encoder)

@@ -7,11 +7,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from bmkit.deltas.recipe import Delta
 from bmkit.errors import BmkitError, RecipeError
+from bmkit.prompt.learning import LearningSetting, PromptTrain, Trained
 from bmkit.prompting import labelwords
 from bmkit.recipe import Model, Recipe, contradiction
-from bmkit.train.recipe import Train
 
 Kind = Literal["auto", "masked", "causal", "seq2seq"]
 
@@ -104,11 +103,14 @@ class TemplateSpec(Model):
 class VerbalizerSpec(Model):
     """Which words stand for labels."""
 
-    type: Literal["manual", "one_to_one", "knowledgeable"] = Field(
-        default="manual",
-        description="`manual`: words of any number of tokens; `one_to_one`: one word for each "
-        "label, of one token; `knowledgeable`: many words, of which those are kept that fit "
-        "(arXiv 2108.02035).",
+    type: Literal["manual", "one_to_one", "knowledgeable", "automatic", "soft", "prototypical"] = (
+        Field(
+            default="manual",
+            description="`manual`: words of any number of tokens; `one_to_one`: one word for each "
+            "label, of one token; `knowledgeable`: many words, of which those are kept that fit; "
+            "`automatic`: words that are searched on rows; `soft`: a trained row of the head for "
+            "each label; `prototypical`: a point among the states at the mask for each label.",
+        )
     )
     label_words: dict[str, str | list[str]] | list[str | list[str]] | None = Field(
         default=None,
@@ -137,6 +139,9 @@ class VerbalizerSpec(Model):
     aggregate: Literal["logarithms", "probabilities"] = Field(
         default="logarithms", description="A label has the mean of its words: of which of both."
     )
+    max_token_split: int | None = Field(
+        default=None, ge=1, description="Words of more tokens are left out."
+    )
     candidate_frac: float = Field(
         default=0.5,
         ge=0,
@@ -150,12 +155,47 @@ class VerbalizerSpec(Model):
         description="Of `knowledgeable`: words that go less with their own label than this, "
         "compared with the others, are left out.",
     )
-    max_token_split: int | None = Field(
-        default=None, ge=1, description="Words of more tokens are left out."
+    num_candidates: int = Field(
+        default=1000,
+        ge=0,
+        description="Of `automatic`: how many of the likeliest tokens are looked at; 0: all.",
     )
+    words_per_label: int = Field(
+        default=1, ge=1, description="Of `automatic`: how many words a label gets."
+    )
+    balanced: bool = Field(
+        default=True,
+        description="Of `automatic`: a label's rows count together as much as all others.",
+    )
+    size: int = Field(default=64, ge=1, description="Of `prototypical`: its points' dimensions.")
+    epochs: int = Field(
+        default=50,
+        ge=1,
+        description="Of `prototypical` with `tune.mode: none`: passes over the rows' states.",
+    )
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="Of `soft` and `prototypical`: another learning rate for what they train.",
+    )
+
+    @property
+    def learns(self) -> bool:
+        """Tell whether it can't do without rows that have labels."""
+        return self.type in ("automatic", "soft", "prototypical")
+
+    @property
+    def reads_states(self) -> bool:
+        """Tell whether it works on states at masks, and not on words."""
+        return self.type in ("soft", "prototypical")
 
     @model_validator(mode="after")
     def _words_are_somewhere(self) -> VerbalizerSpec:
+        if self.type in ("automatic", "prototypical"):
+            for said in ("label_words", "file_path"):
+                if getattr(self, said) is not None:
+                    raise contradiction(said, f"`{self.type}` finds its own")
+            return self
         if (self.label_words is None) == (self.file_path is None):
             problem = "it goes without `label_words`"
             if self.label_words is None:
@@ -199,75 +239,12 @@ class Calibrate(Model):
     )
 
 
-class Trained(Model):
-    """What is trained."""
-
-    mode: Literal["none", "soft", "delta", "full"] = Field(
-        default="none",
-        description="`soft`: the template's soft tokens; `delta`: those and `deltas`; `full`: the "
-        "whole model.",
-    )
-    deltas: list[Delta] = Field(
-        default=[],
-        description="What to train beside the model, with the keys that they have in `tune`.",
-    )
-    encoder: Literal["lstm", "mlp"] | None = Field(
-        default=None, description="What soft tokens come out of while they are trained."
-    )
-    learning_rate: float | None = Field(
-        default=None, gt=0, description="Another learning rate for soft tokens."
-    )
-
-    @model_validator(mode="after")
-    def _nothing_yet(self) -> Trained:
-        if self.mode != "none":
-            raise contradiction(
-                "mode", f"`{self.mode}`: prompts can't be trained yet; `none` asks as it is"
-            )
-        for name in ("deltas", "encoder", "learning_rate"):
-            if getattr(self, name):
-                raise contradiction(name, "it says nothing with `mode: none`")
-        return self
-
-
-class LearningSetting(Model):
-    """From how many rows is learned."""
-
-    type: Literal["zero_shot", "few_shot", "full"] = Field(
-        default="zero_shot", description="From none, a few of each label, or all of `data.train`."
-    )
-    num_examples_per_label: int | None = Field(
-        default=None, ge=1, description="Of `few_shot`: rows of each label."
-    )
-    num_examples_total: int | None = Field(
-        default=None, ge=1, description="Of `few_shot`: rows of any label."
-    )
-    seeds: list[int] = Field(
-        default=[], description="Of `few_shot`: a draw and a run for each; `seed` if not given."
-    )
-
-    @model_validator(mode="after")
-    def _not_yet(self) -> LearningSetting:
-        if self.type != "zero_shot":
-            raise contradiction(
-                "type", f"`{self.type}` learns from rows, and prompts can't be trained yet"
-            )
-        return self
-
-
-class PromptTrain(Train):
-    """How to train, and how many rows are asked together."""
-
-    per_device_eval_batch_size: int = Field(
-        default=32, ge=1, description="Rows that are asked together."
-    )
-
-
 class PromptRecipe(Recipe):
     """`bmkit prompt`."""
 
     METRICS: ClassVar = (
         "accuracy",
+        "accuracy_sd",
         "macro_f1",
         "micro_f1",
         "dev_accuracy",
@@ -277,6 +254,8 @@ class PromptRecipe(Recipe):
         "train_macro_f1",
         "train_micro_f1",
         "rows_truncated",
+        "train_loss",
+        "trainable_parameters",
     )
     FILES: ClassVar = (
         "data.train",
@@ -319,6 +298,52 @@ class PromptRecipe(Recipe):
                 "`task: multilabel` asks which labels a row makes likelier than they are by "
                 "themselves: take content_free or contextual",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_to_learn_from(self) -> PromptRecipe:
+        mode, how, kind = self.tune.mode, self.learning_setting.type, self.verbalizer.type
+        learns = mode != "none" or self.verbalizer.learns
+        if learns and how == "zero_shot":
+            what = f"tune.mode: {mode}" if mode != "none" else f"verbalizer.type: {kind}"
+            raise contradiction(
+                "learning_setting.type", f"`{what}` learns from rows: take few_shot or full"
+            )
+        if not learns and how != "zero_shot":
+            raise contradiction(
+                "tune.mode",
+                f"`none` learns nothing: say what is trained, as `learning_setting` is {how}",
+            )
+        if learns and self.data.train is None:
+            raise contradiction("data.train", "it is missing: there are no rows to learn from")
+        return self
+
+    @model_validator(mode="after")
+    def _what_goes_together(self) -> PromptRecipe:
+        mode, kind = self.tune.mode, self.verbalizer.type
+        if kind == "soft" and mode == "none":
+            raise contradiction("tune.mode", "a `soft` verbalizer is trained: take soft or delta")
+        if self.verbalizer.reads_states:
+            if self.calibrate.type != "none":
+                raise contradiction(
+                    "calibrate.type", f"a `{kind}` verbalizer has no words to calibrate"
+                )
+            if self.task == "multilabel":
+                raise contradiction("verbalizer.type", f"`{kind}` tells one label a row")
+        if self.verbalizer.multi_token_handler == "likelihood" and kind in (
+            "automatic",
+            "soft",
+            "prototypical",
+        ):
+            raise contradiction(
+                "verbalizer.multi_token_handler", f"`{kind}` reads one place: take first or mean"
+            )
+        if self.task == "multilabel" and kind == "automatic":
+            raise contradiction("verbalizer.type", "`automatic` wants rows of one label")
+        held_out = self.data.dev is not None or self.learning_setting.type == "few_shot"
+        for name in ("load_best_model_at_end", "early_stopping_patience"):
+            if getattr(self.train, name) and not held_out:
+                raise contradiction("train", f"{name} needs data.dev")
         return self
 
     @property

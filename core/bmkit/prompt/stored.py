@@ -14,6 +14,8 @@ from bmkit.errors import InputError
 from bmkit.prompting.labelwords import LabelWords
 
 FILE = "prompt.json"
+SOFT = "soft"
+"""Where trained rows are."""
 
 
 class _Part(BaseModel):
@@ -25,6 +27,13 @@ class KeptWord(_Part):
 
     text: str
     ids: list[int] = Field(min_length=1)
+
+
+class KeptRow(_Part):
+    """A soft token: the word that it began as, and those that it is nearest to, by cosines."""
+
+    begun: str | None
+    near: dict[str, float]
 
 
 class KeptPrompt(_Part):
@@ -47,6 +56,12 @@ class KeptPrompt(_Part):
     calibration: str
     prior: list[list[float]] | None
     """By label, the log-probability of each word without a row."""
+    soft: list[KeptRow] = []
+    """The template's soft tokens, whose rows are in `soft/`."""
+    adapters: list[str] = []
+    """What was trained beside the model, in its order: each in `adapters/` by this name."""
+    seed: int | None = None
+    """Of the run that this prompt is of, if it was trained."""
     vocabulary: str
     """Hash of the tokenizer's vocabulary."""
 
@@ -58,6 +73,11 @@ class KeptPrompt(_Part):
         if self.prior is not None and [len(own) for own in self.prior] != sizes:
             raise ValueError("prior is not that of label_words")
         return self
+
+    @property
+    def reads_states(self) -> bool:
+        """Tell whether labels are told from states at masks, and not by words."""
+        return self.verbalizer in ("soft", "prototypical")
 
     @property
     def words(self) -> LabelWords:
@@ -94,11 +114,18 @@ def described(kept: KeptPrompt) -> list[str]:
             lines += str(held).splitlines()
     lines = [f"template {line}" for line in lines]
     lines.append(f"asks     a {kept.model_kind} model, {kept.max_seq_length} tokens at most")
+    for row in kept.soft:
+        near = ", ".join(f"{word!r} {cosine:.2f}" for word, cosine in row.near.items())
+        begun = "a draw" if row.begun is None else repr(row.begun)
+        lines.append(f"soft     {begun}, now near {near}")
+    lines += [f"beside   {name}, in adapters/{name}" for name in kept.adapters]
     for at, (label, own) in enumerate(kept.label_words.items()):
         said = [f"{word.text!r} ({' '.join(map(str, word.ids))})" for word in own]
         if kept.prior is not None:
             shares = [f"{math.exp(held):.4f}" for held in kept.prior[at]]
             said = [f"{word} {share}" for word, share in zip(said, shares, strict=True)]
+        if kept.reads_states:
+            said = [f"by a {kept.verbalizer} verbalizer"]
         lines.append(f"label    {label}: {', '.join(said)}")
     what = {"none": "none", "content_free": "by texts that say nothing"}.get(
         kept.calibration, "by rows without labels"

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bmkit.errors import RecipeError
 from bmkit.prompting import template as language
 from bmkit.prompting.chat import Chat, parse_chat
 from bmkit.prompting.jinja import Jinja, from_jinja
@@ -41,12 +40,3 @@ def written(spec: Mapping[str, Any], file: Path | None) -> dict[str, Any]:
 def for_tokenizer(found: Written, tokenizer: Any) -> Template | Jinja:
     """Return the template to wrap rows with. Raises RecipeError for a chat that can't be had."""
     return found.template(tokenizer) if isinstance(found, Chat) else found
-
-
-def require_no_soft(found: Template | Jinja) -> None:
-    """Raise RecipeError if the template has trainable tokens."""
-    if isinstance(found, Template) and found.soft:
-        raise RecipeError(
-            f"{found.where}: it has soft tokens, which can't be trained yet",
-            hint="write their words as text",
-        )

@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, TrainerState
-from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import SaveStrategy
 
 from bmkit import env, place
@@ -36,6 +34,8 @@ from bmkit.train import head as heads
 from bmkit.train.dev import Dev, Progress
 from bmkit.train.learned import load_learned, save_learned
 from bmkit.train.loss import next_token_loss
+from bmkit.train.order import Dated, Order
+from bmkit.train.rates import Rates, apart
 from bmkit.train.recipe import Train
 from bmkit.train.replay import noted
 from bmkit.train.together import Learner, leave
@@ -76,6 +76,7 @@ def train(
     dev: Dev | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     replay: bool = True,
+    rates: Rates = (),
 ) -> Trained:
     """Train what is trainable in `model`, in place.
 
@@ -83,15 +84,16 @@ def train(
     the same batches, random draws and final loss as if it had never stopped. `loss` takes the model
     and a batch, and returns the sum and what it is divided by; if there is none, it is that of
     `default_loss`. `dev` measures in between. With `replay`, activations that are cheap to make
-    aren't kept (`train.replay`). Raises DivergedError when a loss is not a number,
-    leaving the last good checkpoint in `work`.
+    aren't kept (`train.replay`). `rates` are modules with learning rates of their own. Raises
+    DivergedError when a loss is not a number, leaving the last good checkpoint in `work`.
     """
     with _as_asked(device):
         loss = loss or default_loss(model)
         batch = _longest(examples, collate, device)
         with noted(model, loss, batch) if replay else nullcontext(loss) as loss:
             return _train(
-                model, examples, collate, spec, seed, work, device, reporter, loss, dev, callbacks
+                *(model, examples, collate, spec, seed, work, device, reporter, loss, dev),
+                *(callbacks, rates),
             )
 
 
@@ -126,6 +128,7 @@ def _train(
     loss: Loss,
     dev: Dev | None,
     callbacks: Sequence[TrainerCallback],
+    rates: Rates,
 ) -> Trained:
     rank, world = env.process()
     together = world > 1
@@ -174,8 +177,8 @@ def _train(
         data_collator=collate,
     )
     if getattr(collate, "epochs", False):
-        trainer.train_dataset = _Dated(trainer)
-    trainer.loss_of = loss
+        trainer.train_dataset = Dated(trainer)
+    trainer.loss_of, trainer.rates = loss, rates
     trainer._loss_shifts_labels = False  # every label that a batch has counts
     trainer.model_accepts_loss_kwargs = True  # our loss takes the number of labelled tokens
     total = steps_of(spec, len(examples))
@@ -295,6 +298,11 @@ class _Trainer(Trainer):  # type: ignore[misc]
 
     loss_is_scaled_for_ga = True  # it is divided by the labels of the whole accumulated step
     loss_of: Loss
+    rates: Rates = ()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the optimizer, in which some modules have learning rates of their own."""
+        return apart(super().create_optimizer(*args, **kwargs), self.rates)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write what is trained, not the frozen base."""
@@ -309,7 +317,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return an order of the rows that the seed and the epoch decide, for all processes."""
         rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return _Order(self, rows * self.args.world_size)
+        return Order(self, rows * self.args.world_size)
 
     def compute_loss(
         self,
@@ -328,39 +336,6 @@ class _Trainer(Trainer):  # type: ignore[misc]
         loss, count = self.loss_of(model, inputs)
         items = count if num_items_in_batch is None else num_items_in_batch
         return loss / items
-
-
-class _Dated(Dataset[Any]):
-    """The rows of a trainer, each with the epoch in which it is read."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer, self.rows = trainer, trainer.train_dataset
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, place: int) -> Any:
-        return {**self.rows[place], "epoch": [_epoch(self.trainer)]}
-
-
-def _epoch(trainer: Trainer) -> int:
-    return int((trainer.state.epoch or 0) + 1e-6)  # a share of the next one is done
-
-
-class _Order(Sampler[int]):
-    """Rows of like length together, in an order of its own in each epoch."""
-
-    def __init__(self, trainer: Trainer, rows: int) -> None:
-        self.trainer, self.rows = trainer, rows
-        self.lengths = [len(example["input_ids"]) for example in trainer.train_dataset]
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        seed = self.trainer.args.seed + _epoch(self.trainer)
-        draw = torch.Generator().manual_seed(seed)
-        return iter(get_length_grouped_indices(self.lengths, self.rows, generator=draw))
 
 
 def _inner(model: Any) -> Any:

@@ -115,7 +115,9 @@ def causal(
     branches = packed.takes(model)
     longest = max(map(len, prompts), default=0)
     grown = _grown(model, table, behind, max(batch_tokens - longest, 1), soft_start)
-    shared = _common(prompts) if branches else 0
+    # blocks that compute their activations again would fill a cache twice
+    keeps = not (model.training and torch.is_grad_enabled())
+    shared = _common(prompts) if branches and keeps else 0
     shared = shared if shared >= packed.LEAST_HEAD and len(grown) > 1 else 0
     lines, first = [], 0
     for row, trie in grown:

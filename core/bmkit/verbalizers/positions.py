@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bmkit.errors import InputError
+
 MOST_LOGITS = 2**26
 """How many logits are in memory at a time: 256 MB in float32."""
 
@@ -55,6 +57,26 @@ def logits_at(
     if picked:
         return logits[0]
     return logits[rows, columns + logits.shape[1] - width]
+
+
+def states_at(
+    model: Any, inputs: Mapping[str, Any], width: int, rows: Tensor, columns: Tensor
+) -> Tensor:
+    """Return what the head reads, [n, hidden_size], at places given as for `logits_at`.
+
+    Raises InputError for a model without a head of one layer.
+    """
+    head = getattr(inner(model), "get_output_embeddings", lambda: None)()
+    if not isinstance(head, nn.Module):
+        raise InputError("the model has no head that says words, whose states could be read")
+    seen: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    try:
+        logits_at(model, inputs, width, rows, columns)
+    finally:
+        handle.remove()
+    (hidden,) = seen
+    return hidden[rows, columns + hidden.shape[1] - width]
 
 
 def logprobs(logits: Tensor, places: Tensor, tokens: Tensor) -> Tensor:

@@ -1,0 +1,174 @@
+"""What a prompt recipe says, made ready: all that can be known without the model's weights."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from bmkit import model as models
+from bmkit.data.classes import Classes
+from bmkit.errors import About, RecipeError
+from bmkit.plan import Job
+from bmkit.prompt import rows, stored, templates
+from bmkit.prompt.kinds import kind_of
+from bmkit.prompt.labels import Verbalizer
+from bmkit.prompt.opening import context
+from bmkit.prompt.prompts import Prompts, make
+from bmkit.prompt.recipe import PromptRecipe
+from bmkit.prompt.rows import Split
+from bmkit.prompt.states import States
+from bmkit.prompt.stored import KeptPrompt
+from bmkit.prompting import labelwords
+from bmkit.prompting.encode import Encoded, Kind, SoftRow
+from bmkit.prompting.labelwords import LabelWords
+from bmkit.prompting.wordfiles import read_words
+
+
+class Ready:
+    """All of a recipe that can be made ready without the model's weights."""
+
+    def __init__(self, job: Job) -> None:
+        """Read rows, template and words. Raises BmkitError for what is wrong with them."""
+        recipe = job.recipe
+        assert isinstance(recipe, PromptRecipe)  # as above
+        self.job, self.recipe = job, recipe
+        self.tokenizer = models.load_tokenizer(job.checkpoint)
+        self.config = models.load_config(job.checkpoint)
+        self.kind: Kind = kind_of(self.config.to_dict(), recipe.model_kind)
+        self.splits = rows.read(recipe, job.files)
+        self.classes: Classes = rows.labels_of(recipe, self.splits)
+        self.spec = templates.written(
+            recipe.template.model_dump(), job.files.get("template.file_path")
+        )
+        key = "file_path" if recipe.verbalizer.file_path else "label_words"
+        with About(f"verbalizer.{key}"):
+            self.words: LabelWords = self._words()
+            """There are none where they are searched, or labels have none."""
+        whole = recipe.verbalizer.multi_token_handler == "likelihood"
+        with About(f"template.{next(iter(self.spec))}"):
+            self.prompts: Prompts = make(
+                self.spec,
+                self.tokenizer,
+                self.kind,
+                words=self.words if whole else None,
+                context=self._context(),
+                max_seq_length=recipe.template.max_seq_length,
+                truncate_method=recipe.template.truncate_method,
+                decoder_start=getattr(self.config, "decoder_start_token_id", None),
+                soft_start=self.soft_start,
+            )
+            self.soft: list[SoftRow] = self.prompts.soft
+            self._require_trained()
+
+    @property
+    def soft_start(self) -> int:
+        """Return the id of the first soft token: the size of the model's vocabulary."""
+        return int(self.config.get_text_config().vocab_size)
+
+    def _context(self) -> int | None:
+        most = context(self.config, self.job)
+        front = sum(int(getattr(d, "num_virtual_tokens", 0)) for d in self.recipe.tune.deltas)
+        return None if most is None else most - front
+
+    def _require_trained(self) -> None:
+        """Raise RecipeError for soft tokens that nothing trains, and if there are none to train."""
+        mode = self.recipe.tune.mode
+        if mode == "none" and any(row.token is None for row in self.soft):
+            raise RecipeError(
+                "it has soft tokens that begin at random, and nothing trains them",
+                hint="set tune.mode: soft, or give them words to begin as",
+            )
+        if mode == "soft" and not self.soft and not self.recipe.verbalizer.reads_states:
+            raise RecipeError(
+                "it has no soft tokens, and tune.mode: soft trains nothing else",
+                hint="""put some in, as {"soft": "It was"}, or take tune.mode: delta""",
+            )
+
+    def _words(self) -> LabelWords:
+        spec = self.recipe.verbalizer
+        names = self.classes.names
+        if spec.type in ("automatic", "prototypical"):
+            return _none(tuple(names))
+        if (file := self.job.files.get("verbalizer.file_path")) is not None:
+            words = read_words(file, names, spec.choice)
+        else:
+            assert spec.label_words is not None  # the recipe has one of both
+            words = labelwords.parse(spec.label_words, names)
+        found = labelwords.resolve(
+            words,
+            self.tokenizer,
+            prefix=spec.prefix,
+            whole=spec.type == "one_to_one",
+            max_token_split=spec.max_token_split,
+        )
+        if spec.type == "knowledgeable":
+            found = labelwords.delete_common(found)
+        labelwords.require_distinct(found, first_only=spec.multi_token_handler == "first")
+        return found
+
+    @property
+    def learns(self) -> bool:
+        """Tell whether the rows of train are learned from."""
+        return self.recipe.learning_setting.type != "zero_shot"
+
+    def right(self) -> dict[str, list[tuple[int, ...]]]:
+        """Return the labels of the splits to measure: test and dev; train, if there is no other.
+
+        Where train is learned from, it is that of all splits. Raises InputError
+        naming a row whose label is unknown or missing.
+        """
+        held = [name for name in self.splits if name != "train" or self.learns]
+        train = self.splits.get("train")
+        if not held and train is not None and all("label" in r.values for r in train.records):
+            held = ["train"]  # nothing is learned from it
+        return {name: self.splits[name].labels(self.classes, self.recipe) for name in held}
+
+    def prior_prompts(self, encoded: dict[str, list[Encoded]]) -> list[Encoded]:
+        """Return the prompts to calibrate on; none if nothing is calibrated.
+
+        Raises RecipeError if there are no rows for it.
+        """
+        spec = self.recipe.calibrate
+        if spec.type == "content_free":
+            return self.prompts.saying(spec.texts)
+        if spec.type == "none":
+            return []
+        split: Split | None = rows.all_of(self.splits, ("train", "test", "dev"))
+        if split is None:
+            raise RecipeError(
+                "calibrate: rows are needed to look at", hint="give data.train or test"
+            )
+        there = encoded[split.name]
+        if len(there) <= spec.num_examples:
+            return there
+        chosen = random.Random(self.recipe.seed).sample(range(len(there)), spec.num_examples)
+        return [there[at] for at in sorted(chosen)]
+
+    def kept(self, told: Verbalizer | States, **trained: Any) -> KeptPrompt:
+        """Return what the artifact keeps; `trained` is what training has made besides."""
+        recipe = self.recipe
+        words = told.words if isinstance(told, Verbalizer) else _none(told.labels)
+        return KeptPrompt.model_validate(
+            {
+                "task": recipe.task,
+                "model_kind": self.kind,
+                "template": self.spec,
+                "truncate_method": recipe.template.truncate_method,
+                "max_seq_length": recipe.template.max_seq_length,
+                "columns": recipe.data.columns,
+                "labels": list(self.classes.names),
+                "verbalizer": recipe.verbalizer.type,
+                "label_words": words.values(),
+                "multi_token_handler": recipe.verbalizer.multi_token_handler,
+                "combine": recipe.verbalizer.combine,
+                "aggregate": recipe.verbalizer.aggregate,
+                "calibration": recipe.calibrate.type,
+                "prior": told.kept_prior(),
+                "vocabulary": stored.vocabulary_digest(self.tokenizer),
+                **trained,
+            }
+        )
+
+
+def _none(labels: tuple[str, ...]) -> LabelWords:
+    return LabelWords(labels, tuple(() for _ in labels))

@@ -7,7 +7,8 @@ FOLDER has sst2, snips and fewglue. What was measured before stays in the file:
 quality   accuracy without training: as the model says it, and calibrated in both ways
 speed     rows per second on SST-2, in turns in one process, of the same prompts, which are tokens
           already; the labels told must be the same
---trained 16 rows of each label, five draws, by soft tokens, LoRA and all weights; takes hours
+agreement by how much their log-probabilities of labels differ, on 16 rows
+--trained 16 rows of each label, five draws, by soft tokens and by LoRA
 
 Ways to ask, all on one float32 model in one thread:
 
@@ -33,6 +34,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,7 @@ SPEEDS: dict[str, tuple[str, dict[str, Any], str, tuple[str, ...]]] = {
     ),
 }
 PADDED_TO, PADDED_BATCH = 256, 8
+AGREEMENT_ROWS = 16
 SEEDS = [13, 21, 42, 87, 100]  # those of LM-BFF (arXiv 2012.15723)
 TRAINED: dict[str, dict[str, Any]] = {
     "soft": {"tune": {"mode": "soft"}, "train": {"learning_rate": 1e-2}},
@@ -110,7 +113,6 @@ TRAINED: dict[str, dict[str, Any]] = {
         },
         "train": {"learning_rate": 5e-4},
     },
-    "full": {"tune": {"mode": "full"}, "train": {"learning_rate": 1e-5}},
 }
 EPOCHS = 20
 
@@ -240,10 +242,10 @@ def trained(data: Path, name: str, kind: str, model: str) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def padded(model: Any, prompts: Sequence[list[int]], words: Sequence[Sequence[int]]) -> list[int]:
-    """Return the labels that OpenPrompt's way tells, one word of one token a label."""
+def padded(model: Any, prompts: Sequence[list[int]], words: Sequence[Sequence[int]]) -> Tensor:
+    """Return log-probabilities [rows, labels] in OpenPrompt's way: a token is a label's word."""
     tokens = [own[0] for own in words]
-    found: list[int] = []
+    found = []
     for low in range(0, len(prompts), PADDED_BATCH):
         part = prompts[low : low + PADDED_BATCH]
         ids = torch.zeros(len(part), PADDED_TO, dtype=torch.long)
@@ -254,15 +256,15 @@ def padded(model: Any, prompts: Sequence[list[int]], words: Sequence[Sequence[in
             asked[row, len(own) - 1] = 1  # what this place says is the mask's word
         out = model(ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
         logits = out.logits[asked > 0]  # [rows, vocabulary]
-        found += logits[:, tokens].softmax(-1).log().argmax(-1).tolist()
-    return found
+        found.append(logits[:, tokens].softmax(-1).log())
+    return torch.cat(found)
 
 
 @torch.inference_mode()
 def choices(
     model: Any, prompts: Sequence[list[int]], words: Sequence[Sequence[int]], *, grouped: bool
-) -> list[int]:
-    """Return the labels that lm-evaluation-harness's way tells."""
+) -> Tensor:
+    """Return log-probabilities [rows, labels] in lm-evaluation-harness's way."""
     shared: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for row, prompt in enumerate(prompts):
         for at, word in enumerate(words):
@@ -284,7 +286,7 @@ def choices(
                 tokens = torch.tensor(words[at])
                 own = logits[line, len(shown) - len(tokens) : len(shown)].log_softmax(-1)
                 scores[row, at] = own.gather(1, tokens[:, None]).sum()
-    return scores.argmax(-1).tolist()
+    return scores.log_softmax(-1)
 
 
 def _parts(passes: Sequence[Any]) -> Iterator[list[Any]]:
@@ -299,18 +301,23 @@ def _parts(passes: Sequence[Any]) -> Iterator[list[Any]]:
         yield part
 
 
-def bmkit(asker: Asker, encoded: Sequence[Any], told: Verbalizer) -> list[int]:
-    """Return the labels that bmkit tells."""
-    labels: Tensor = told.label_logprobs(asker.logprobs(encoded, told.question))
-    return [own[0] for own in told.chosen(labels)]
+@dataclass(frozen=True)
+class Asked:
+    """Prompts and words of a part of speed, and the ways to ask."""
+
+    prompts: list[list[int]]
+    texts: list[list[int]]
+    """The tokens of each label's word."""
+    ways: dict[str, Callable[[], Tensor]]
+    """Each returns log-probabilities, [rows, labels]."""
 
 
-def speed(arguments: argparse.Namespace, name: str, model: Any) -> dict[str, Any]:
-    """Return rows per second of all ways to ask, in turns."""
+def asked(arguments: argparse.Namespace, name: str, model: Any, count: int) -> Asked:
+    """Make the prompts of the first `count` rows of SST-2."""
     template, words, handler, ways = SPEEDS[name]
-    rows = test_rows(arguments.data, "sst2")[: arguments.rows]
     spec = {"label_words": words, "multi_token_handler": handler}
     values = {"template": {"text": template}, "verbalizer": spec}
+    rows = test_rows(arguments.data, "sst2")[:count]
     with tempfile.TemporaryDirectory() as folder:
         made = ready(written(Path(folder), values, test=rows), arguments.model)
     encoded = made.prompts.encode(made.splits["test"].records)
@@ -318,38 +325,50 @@ def speed(arguments: argparse.Namespace, name: str, model: Any) -> dict[str, Any
     told = verbalizer(made)
     texts = [list(word.ids) for word in told.words.flat]
     asker = Asker(model, "causal", None, 32 * 512)
-    few = arguments.padded_rows
-    calls: dict[str, tuple[int, Callable[[], list[int]]]] = {
-        "bmkit": (len(rows), lambda: bmkit(asker, encoded, told)),
-        "padded": (few, lambda: padded(model, prompts[:few], texts)),
-        "choices": (len(rows), lambda: choices(model, prompts, texts, grouped=False)),
-        "grouped": (len(rows), lambda: choices(model, prompts, texts, grouped=True)),
+    calls: dict[str, Callable[[], Tensor]] = {
+        "bmkit": lambda: told.label_logprobs(asker.logprobs(encoded, told.question)),
+        "padded": lambda: padded(model, prompts, texts),
+        "choices": lambda: choices(model, prompts, texts, grouped=False),
+        "grouped": lambda: choices(model, prompts, texts, grouped=True),
     }
+    return Asked(prompts, texts, {way: calls[way] for way in ways})
+
+
+def agreement(arguments: argparse.Namespace, name: str, model: Any) -> dict[str, Any]:
+    """Return by how much log-probabilities of labels differ from bmkit's at most, by way."""
+    made = asked(arguments, name, model, AGREEMENT_ROWS)
+    ours = made.ways["bmkit"]()
+    found = {w: float((ask() - ours).abs().max()) for w, ask in made.ways.items() if w != "bmkit"}
+    assert max(found.values()) < 1e-3, f"{name}: {found}"
+    return {"rows": AGREEMENT_ROWS, "largest_difference": found}
+
+
+def speed(arguments: argparse.Namespace, name: str, model: Any) -> dict[str, Any]:
+    """Return rows per second of all ways to ask, in turns."""
+    made = asked(arguments, name, model, arguments.rows)
+    ways, count = list(made.ways), len(made.prompts)
     seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     labels: dict[str, list[int]] = {}
     for turn in range(arguments.rounds):
         for at in range(len(ways)):
             way = ways[(turn + at) % len(ways)]  # whoever begins changes
             wall, own = time.perf_counter(), time.process_time()
-            labels[way] = calls[way][1]()
+            labels[way] = made.ways[way]().argmax(-1).tolist()
             spent = (time.process_time() - own, time.perf_counter() - wall)
             seconds[way].append(spent)
             print(name, turn, way, *(round(s, 2) for s in spent), flush=True)
     for way, labelled in labels.items():
-        same = labels["bmkit"][: len(labelled)]
-        assert labelled == same, f"{name}: {way} tells other labels"
+        assert labelled == labels["bmkit"], f"{name}: {way} tells other labels"
     found: dict[str, Any] = {
-        "rows": len(rows),
-        "tokens": sum(map(len, prompts)),
-        "words": [len(text) for text in texts],
+        "rows": count,
+        "tokens": sum(map(len, made.prompts)),
+        "words": [len(text) for text in made.texts],
         "negative": labels["bmkit"].count(0),
         "ways": {},
     }
     for way in ways:
-        count = calls[way][0]
         cpu, wall = (statistics.median(s[i] for s in seconds[way]) for i in (0, 1))
         found["ways"][way] = {
-            "rows_asked": count,
             "rows_per_cpu_second": round(count / cpu, 2),
             "rows_per_second": round(count / wall, 2),
             "all_cpu_seconds": [round(s[0], 2) for s in seconds[way]],
@@ -368,9 +387,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("-m", "--model", default="smollm2-135m")
-    parser.add_argument("--only", action="append", help="a task, or a part of speed")
+    parser.add_argument("--only", action="append", help="a part, or a task or kind of words of it")
     parser.add_argument("--rows", type=int, default=60, help="of SST-2, for speed")
-    parser.add_argument("--padded-rows", type=int, default=60, help="of these, for `padded`")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trained", action="store_true")
     arguments = parser.parse_args()
@@ -397,10 +415,11 @@ def main() -> None:
             jobs.append(("trained", f"{task} {kind}", work))
     else:
         jobs += [("speed", name, partial(speed, arguments, name, model)) for name in SPEEDS]
-        asked = partial(quality, arguments.data, model=arguments.model, asker=asker)
-        jobs += [("quality", name, partial(asked, name)) for name in TASKS]
+        jobs += [("agreement", name, partial(agreement, arguments, name, model)) for name in SPEEDS]
+        measured = partial(quality, arguments.data, model=arguments.model, asker=asker)
+        jobs += [("quality", name, partial(measured, name)) for name in TASKS]
     for part, name, job in jobs:
-        if arguments.only is None or name in arguments.only:
+        if arguments.only is None or {name, part} & set(arguments.only):
             before = {**machine.facts(), "threads": 1, "rounds": arguments.rounds}
             keep(part, name, job(), before)
 

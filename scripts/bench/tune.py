@@ -40,6 +40,7 @@ from bmkit.train.activations import counted
 from bmkit.train.dropout import replace_dropout
 from bmkit.train.frozen import FrozenPrefix, numbered, with_rows
 from bmkit.train.loss import next_token_loss
+from bmkit.train.order import Order
 from bmkit.train.packing import Packing, pack, way
 from bmkit.train.recipe import Train
 from bmkit.train.replay import noted
@@ -135,7 +136,12 @@ def by_peft(spec: dict[str, Any], model: Any, rows: list[Example], work: Path) -
         data_seed=0,
     )
     collate = Padding(0)
-    trainer = Trainer(
+
+    class InOurOrder(Trainer):  # type: ignore[misc]
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            return Order(self, spec["batch"])  # the same batches, so that losses can be compared
+
+    trainer = InOurOrder(
         model=model,
         args=arguments,
         train_dataset=rows,

@@ -378,7 +378,7 @@ def test_plain_peft_loads_a_delta_in_a_process_that_has_imported_own(tmp_path: P
         [sys.executable, "-c", CHILD, str(tmp_path / "base"), str(tmp_path / "delta")],
         capture_output=True,
         text=True,
-        env=dict(os.environ),
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},  # the same sums
         timeout=300,
     )
     assert done.stdout.strip() == wanted, done.stderr

@@ -146,6 +146,26 @@ def test_an_activation_that_draws_random_numbers_is_left_alone() -> None:
     assert notes.odd == {model[1]}
 
 
+def test_what_was_not_reached_while_trying_is_kept_as_it_is() -> None:
+    class Either(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other, self.last = nn.SiLU(), nn.GELU(), nn.Linear(8, 8)
+
+        def forward(self, values: Tensor, one: bool) -> Tensor:
+            return self.last(self.one(values) if one else self.other(values))
+
+    model, values = Either(), torch.randn(4, 8, requires_grad=True)
+    notes = Replay(model)
+    notes.learn(lambda: model(values, True))
+    with notes.kept():
+        model(values, True)
+        noted_one = len(notes.notes)
+        notes.notes.clear()
+        model(values, False)
+        assert (noted_one, len(notes.notes)) == (1, 0)
+
+
 def test_trying_it_out_counts_no_step() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:

@@ -105,6 +105,8 @@ class Replay:
         self.listening = self.sure = False
         self.odd: set[nn.Module] = set()
         """Modules whose outputs are no function of what was seen to go in."""
+        self.known: set[nn.Module] = set()
+        """Modules whose outputs were made again, to the same bits."""
         self.trial: list[tuple[nn.Module, Note]] = []
         self.hooks: list[Any] = []
         for module in model.modules():
@@ -144,6 +146,7 @@ class Replay:
         with torch.enable_grad(), hooks, self.kept():
             run()
             for module, note in self.trial:
+                self.known.add(module)
                 if not note.sound:
                     self.odd.add(module)
         self.trial.clear()
@@ -171,7 +174,7 @@ class Replay:
             if not torch.equal(note.peek(), made):
                 self.odd.add(module)
             self.trial.append((module, note))
-        elif made.is_contiguous():
+        elif made.is_contiguous() and module in self.known:
             self.notes[note.storage.cdata] = note
 
     def _watch(

@@ -20,7 +20,7 @@ from bmkit.compress.steps.rounding import group_size
 from bmkit.compress.work import Metrics, Scope, Work, scope, write_config
 from bmkit.errors import InputError, RecipeError, ResourceError, first_line, machine_refusal
 from bmkit.foreign import extra
-from bmkit.foreign import quanto as library
+from bmkit.foreign import quanto as quantised
 from bmkit.nn import walk
 from bmkit.place import write_text
 from bmkit.report import task
@@ -31,13 +31,13 @@ WORD = 32
 
 def quanto(work: Work, step: Quanto) -> Metrics:
     """Round weights, and activations by scales found on text, by optimum-quanto."""
-    library.library()
+    quantised.library()
     shared, found = work.shared, scope(work.source, step.exclude_modules)
     names = [name for name in found.linears if name not in found.left]
     rows = list(shared.rows) if step.activations else []
     whole = _opened(work)
     _require_numbers(work, whole, names)
-    made = library.quantise(
+    made = quantised.quantise(
         whole,
         names,
         weights=step.weights,
@@ -59,14 +59,14 @@ def quanto(work: Work, step: Quanto) -> Metrics:
             layer: Any = whole.get_submodule(name)
             weight = layer.weight.detach()
             before += 4 * weight.numel()
-            library.freeze(layer)
+            quantised.freeze(layer)
             rounded = layer.weight.dequantize()
             error[0] += float((rounded - weight).float().square().sum())
             error[1] += float(weight.float().square().sum())
             if not torch.isfinite(rounded).all():
                 raise InputError(f"{work.source}: layer {name} can't be rounded to {step.weights}")
             bar.advance()
-    qmap = library.freeze(whole)
+    qmap = quantised.freeze(whole)
     after = _write(work, whole.state_dict(), _tied(whole), names)
     write_text(work.out / QUANTO, json.dumps(qmap, indent=1) + "\n")
     _configure(
@@ -75,8 +75,8 @@ def quanto(work: Work, step: Quanto) -> Metrics:
             "quant_method": "quanto",
             "weights": step.weights,
             # a word that transformers refuses: it would load this with random weights
-            "activations": step.activations or library.NONE,
-            "rounds_outputs": library.rounding_outputs(whole) if rows else [],
+            "activations": step.activations or quantised.NONE,
+            "rounds_outputs": quantised.rounding_outputs(whole) if rows else [],
             "modules_to_not_convert": _left(found),
         },
     )

@@ -25,9 +25,12 @@ from bmkit.prompt.kinds import kind_of
 from bmkit.prompt.labels import Verbalizer
 from bmkit.prompt.opening import context, open_model
 from bmkit.prompt.prompts import make
+from bmkit.prompt.ready import SEVERAL
+from bmkit.prompt.rules import Rules
 from bmkit.prompt.states import States
 from bmkit.prompt.stored import SOFT, KeptPrompt
 from bmkit.prompting.encode import Encoded
+from bmkit.prompting.generation import parse_rules
 from bmkit.runtime.opening import peak_gpu_bytes
 from bmkit.runtime.recipe import GenerateRecipe
 
@@ -101,6 +104,9 @@ class Session:
             self.tokenizer,
             kind,
             words=kept.words if kept.multi_token_handler == "likelihood" else None,
+            masks=kept.masks,
+            texts=parse_rules(kept.rules, kept.labels) if kept.rules else (),
+            prefix=kept.prefix,
             context=context(config, job, adapters),
             max_seq_length=kept.max_seq_length,
             truncate_method=kept.truncate_method,
@@ -197,6 +203,12 @@ class Session:
 def _verbalizer(kept: KeptPrompt, folder: Path) -> Verbalizer | States:
     if kept.reads_states:
         return states.load(folder, tuple(kept.labels))
+    told: Verbalizer
+    if kept.verbalizer in SEVERAL:
+        told = Rules(
+            kept.words, kept.multi_token_handler, kept.combine, own_labels=tuple(kept.labels)
+        )
+        return told if kept.prior is None else told.with_prior(kept.prior)
     told = Verbalizer(
         kept.words,
         kept.multi_token_handler,

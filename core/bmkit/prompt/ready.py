@@ -16,12 +16,18 @@ from bmkit.prompt.opening import context
 from bmkit.prompt.prompts import Prompts, make
 from bmkit.prompt.recipe import PromptRecipe
 from bmkit.prompt.rows import Split
+from bmkit.prompt.severalmasks import handler_of
 from bmkit.prompt.states import States
 from bmkit.prompt.stored import KeptPrompt
 from bmkit.prompting import labelwords
+from bmkit.prompting import template as language
 from bmkit.prompting.encode import Encoded, Kind, SoftRow
+from bmkit.prompting.generation import Rules, parse_rules
 from bmkit.prompting.labelwords import LabelWords
 from bmkit.prompting.wordfiles import read_words
+
+SEVERAL = ("ptr", "generation")
+"""Verbalizers of several masks."""
 
 
 class Ready:
@@ -44,13 +50,20 @@ class Ready:
         with About(f"verbalizer.{key}"):
             self.words: LabelWords = self._words()
             """There are none where they are searched, or labels have none."""
-        whole = recipe.verbalizer.multi_token_handler == "likelihood"
+            self.texts: Rules = self._texts()
+        own = self.texts or self.words.words if recipe.verbalizer.type in SEVERAL else ()
+        self.masks = len(own[0]) if own else 1
+        self.handler = handler_of(recipe, self.kind, self.masks)
+        whole = self.handler == "likelihood"
         with About(f"template.{next(iter(self.spec))}"):
             self.prompts: Prompts = make(
                 self.spec,
                 self.tokenizer,
                 self.kind,
                 words=self.words if whole else None,
+                masks=self.masks,
+                texts=self.texts,
+                prefix=recipe.verbalizer.prefix,
                 context=self._context(),
                 max_seq_length=recipe.template.max_seq_length,
                 truncate_method=recipe.template.truncate_method,
@@ -87,7 +100,7 @@ class Ready:
     def _words(self) -> LabelWords:
         spec = self.recipe.verbalizer
         names = self.classes.names
-        if spec.type in ("automatic", "prototypical"):
+        if spec.type in ("automatic", "prototypical", "generation", "none"):
             return _none(tuple(names))
         if (file := self.job.files.get("verbalizer.file_path")) is not None:
             words = read_words(file, names, spec.choice)
@@ -99,12 +112,25 @@ class Ready:
             self.tokenizer,
             prefix=spec.prefix,
             whole=spec.type == "one_to_one",
+            in_order=spec.type == "ptr",
             max_token_split=spec.max_token_split,
         )
         if spec.type == "knowledgeable":
             found = labelwords.delete_common(found)
-        labelwords.require_distinct(found, first_only=spec.multi_token_handler == "first")
+        first_only = spec.multi_token_handler == "first"
+        if spec.type == "ptr":
+            first_only = first_only and self.kind == "masked"
+        labelwords.require_distinct(found, first_only=first_only, in_order=spec.type == "ptr")
         return found
+
+    def _texts(self) -> Rules:
+        """Return what makes the texts of labels of a row, if that is how they are told."""
+        spec = self.recipe.verbalizer
+        if spec.type != "generation":
+            return ()
+        assert spec.label_words is not None  # the recipe has them
+        names = self.classes.names
+        return parse_rules(labelwords.parse(spec.label_words, names), names)
 
     @property
     def learns(self) -> bool:
@@ -159,15 +185,23 @@ class Ready:
                 "labels": list(self.classes.names),
                 "verbalizer": recipe.verbalizer.type,
                 "label_words": words.values(),
-                "multi_token_handler": recipe.verbalizer.multi_token_handler,
+                "multi_token_handler": self.handler,
                 "combine": recipe.verbalizer.combine,
                 "aggregate": recipe.verbalizer.aggregate,
                 "calibration": recipe.calibrate.type,
                 "prior": told.kept_prior(),
+                "prefix": recipe.verbalizer.prefix,
+                "rules": self._rules(),
                 "vocabulary": stored.vocabulary_digest(self.tokenizer),
                 **trained,
             }
         )
+
+    def _rules(self) -> dict[str, list[str]]:
+        return {
+            label: [language.to_text(rule) for rule in own]
+            for label, own in zip(self.classes.names, self.texts, strict=False)
+        }
 
 
 def _none(labels: tuple[str, ...]) -> LabelWords:

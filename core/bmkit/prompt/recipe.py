@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
-from bmkit.errors import BmkitError, RecipeError
 from bmkit.prompt.learning import LearningSetting, PromptTrain, Trained
+from bmkit.prompt.pointing import PointingAt
+from bmkit.prompt.severalmasks import require_masks
 from bmkit.prompting import labelwords
 from bmkit.recipe import Model, Recipe, contradiction
 
@@ -95,7 +95,7 @@ class TemplateSpec(Model):
             problem = f"it goes without `{said[0]}`" if said else f"one of {names} is required"
             raise contradiction(said[1] if said else "text", problem)
         if said[0] != "file_path":
-            with _PointingAt(said[0]):
+            with PointingAt(said[0]):
                 parse(self.model_dump(include={said[0]}), said[0])
         return self
 
@@ -103,14 +103,24 @@ class TemplateSpec(Model):
 class VerbalizerSpec(Model):
     """Which words stand for labels."""
 
-    type: Literal["manual", "one_to_one", "knowledgeable", "automatic", "soft", "prototypical"] = (
-        Field(
-            default="manual",
-            description="`manual`: words of any number of tokens; `one_to_one`: one word for each "
-            "label, of one token; `knowledgeable`: many words, of which those are kept that fit; "
-            "`automatic`: words that are searched on rows; `soft`: a trained row of the head for "
-            "each label; `prototypical`: a point among the states at the mask for each label.",
-        )
+    type: Literal[
+        "manual",
+        "one_to_one",
+        "knowledgeable",
+        "automatic",
+        "soft",
+        "prototypical",
+        "ptr",
+        "generation",
+        "none",
+    ] = Field(
+        default="manual",
+        description="`manual`: words of any number of tokens; `one_to_one`: one word for each "
+        "label, of one token; `knowledgeable`: many words, of which those are kept that fit; "
+        "`automatic`: words that are searched on rows; `soft`: a trained row of the head for "
+        "each label; `prototypical`: a point among the states at the mask for each label; `ptr`: "
+        "a word for each mask of the template; `generation`: texts that each row has for its "
+        "labels; `none`: of tasks without labels.",
     )
     label_words: dict[str, str | list[str]] | list[str | list[str]] | None = Field(
         default=None,
@@ -191,10 +201,10 @@ class VerbalizerSpec(Model):
 
     @model_validator(mode="after")
     def _words_are_somewhere(self) -> VerbalizerSpec:
-        if self.type in ("automatic", "prototypical"):
+        if self.type in ("automatic", "prototypical", "none"):
             for said in ("label_words", "file_path"):
                 if getattr(self, said) is not None:
-                    raise contradiction(said, f"`{self.type}` finds its own")
+                    raise contradiction(said, f"`{self.type}` finds its own, or has none")
             return self
         if (self.label_words is None) == (self.file_path is None):
             problem = "it goes without `label_words`"
@@ -205,10 +215,10 @@ class VerbalizerSpec(Model):
         listed = list(words.values() if isinstance(words, dict) else words or ())
         if self.type == "one_to_one" and any(len(_listed(own)) != 1 for own in listed):
             raise contradiction("label_words", "`one_to_one` takes one word for each label")
-        seen: dict[frozenset[str], str] = {}
+        seen: dict[frozenset[str] | tuple[str, ...], str] = {}
         names = list(words) if isinstance(words, dict) else [f"number {i}" for i in range(99)]
         for name, own in zip(names, listed, strict=False):
-            key = frozenset(_listed(own))
+            key = tuple(_listed(own)) if self.type == "ptr" else frozenset(_listed(own))
             if key in seen:
                 raise contradiction(
                     "label_words", f"`{seen[key]}` and `{name}` have the same words"
@@ -286,8 +296,9 @@ class PromptRecipe(Recipe):
         if labels is not None and len(labels) < 2:
             raise contradiction("data.labels", "there is one label only: nothing to tell apart")
         if labels is not None and words is not None:
-            with _PointingAt("verbalizer.label_words"):
+            with PointingAt("verbalizer.label_words"):
                 labelwords.parse(words, labels)
+        require_masks(self)
         if self.verbalizer.type == "knowledgeable" and self.calibrate.type != "contextual":
             raise contradiction(
                 "calibrate.type", "`knowledgeable` refines words on rows: take contextual"
@@ -356,23 +367,3 @@ class PromptRecipe(Recipe):
             return tuple(dict.fromkeys(said.values()))
         words = self.verbalizer.label_words
         return tuple(words) if isinstance(words, dict) else None
-
-
-class _PointingAt:
-    """A block in which a refusal becomes one of the recipe, at a key."""
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-
-    def __enter__(self) -> None:
-        """Do nothing."""
-
-    def __exit__(self, kind: Any, exc: BaseException | None, _: Any) -> None:
-        """Raise what points at the key in the place of a RecipeError."""
-        if isinstance(exc, RecipeError):
-            raise refusal(self.key, exc) from None
-
-
-def refusal(key: str, exc: BmkitError) -> PydanticCustomError:
-    """Return what a validator raises for an error of the template or the words."""
-    return contradiction(key, f"{exc}\n   = {exc.hint}" if exc.hint else str(exc))

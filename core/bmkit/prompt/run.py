@@ -19,6 +19,7 @@ from bmkit.prompt.ready import Ready
 from bmkit.prompt.recipe import PromptRecipe
 from bmkit.prompt.refined import knowledgeable
 from bmkit.prompt.rounds import Done, Round, Rows, each, rounds
+from bmkit.prompt.rules import Rules
 from bmkit.prompt.states import States
 from bmkit.prompting.encode import Encoded
 from bmkit.verbalizers import automatic, calibration, manual
@@ -32,6 +33,8 @@ METHODS = {
     "automatic": automatic.search,
     "soft": SoftWords,
     "prototypical": Prototypes,
+    "ptr": Rules,
+    "generation": Rules,
     "content_free": calibration.prior,
     "contextual": calibration.prior,
 }
@@ -52,8 +55,7 @@ def run(job: Job) -> Outcome:
     prior = ready.prior_prompts(encoded)
     if not found[0].measured:
         job.reporter.warn("nothing is measured: there is no data.test and no data.dev")
-    handler = recipe.verbalizer.multi_token_handler
-    if handler != "likelihood" and any(p.behind for own in encoded.values() for p in own):
+    if ready.handler != "likelihood" and any(p.behind for own in encoded.values() for p in own):
         job.reporter.warn(
             "the model doesn't read what is behind the mask: multi_token_handler: likelihood does"
         )

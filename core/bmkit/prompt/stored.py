@@ -55,7 +55,11 @@ class KeptPrompt(_Part):
     aggregate: Literal["logarithms", "probabilities"]
     calibration: str
     prior: list[list[float]] | None
-    """By label, the log-probability of each word without a row."""
+    """By label, the log-probability of each word without a row; of `ptr`, of the label itself."""
+    prefix: str = " "
+    """What is before each text of `rules`."""
+    rules: dict[str, list[str]] = {}
+    """By label, what makes the text at each mask of a row, in the place of words."""
     soft: list[KeptRow] = []
     """The template's soft tokens, whose rows are in `soft/`."""
     adapters: list[str] = []
@@ -69,7 +73,7 @@ class KeptPrompt(_Part):
     def _fits(self) -> KeptPrompt:
         if list(self.label_words) != self.labels:
             raise ValueError("label_words are not those of labels")
-        sizes = [len(own) for own in self.label_words.values()]
+        sizes = [1 if self.verbalizer == "ptr" else len(w) for w in self.label_words.values()]
         if self.prior is not None and [len(own) for own in self.prior] != sizes:
             raise ValueError("prior is not that of label_words")
         return self
@@ -78,6 +82,13 @@ class KeptPrompt(_Part):
     def reads_states(self) -> bool:
         """Tell whether labels are told from states at masks, and not by words."""
         return self.verbalizer in ("soft", "prototypical")
+
+    @property
+    def masks(self) -> int:
+        """Return how many masks the template has."""
+        if self.rules:
+            return len(next(iter(self.rules.values())))
+        return len(self.label_words[self.labels[0]]) if self.verbalizer == "ptr" else 1
 
     @property
     def words(self) -> LabelWords:
@@ -121,7 +132,11 @@ def described(kept: KeptPrompt) -> list[str]:
     lines += [f"beside   {name}, in adapters/{name}" for name in kept.adapters]
     for at, (label, own) in enumerate(kept.label_words.items()):
         said = [f"{word.text!r} ({' '.join(map(str, word.ids))})" for word in own]
-        if kept.prior is not None:
+        if label in kept.rules:
+            said = kept.rules[label]
+        elif kept.prior is not None and kept.verbalizer == "ptr":
+            said.append(f"in all {math.exp(kept.prior[at][0]):.4f}")
+        elif kept.prior is not None:
             shares = [f"{math.exp(held):.4f}" for held in kept.prior[at]]
             said = [f"{word} {share}" for word, share in zip(said, shares, strict=True)]
         if kept.reads_states:

@@ -14,58 +14,13 @@ import torch
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 KINDS = ("masked", "causal", "t5")
-VOCABULARY = (
-    *("person", "city", "place", "parent", "child", "lives", "born", "of", "in", "nothing", "the"),
-    *("Ann", "Bob", "Rome", "Oslo", "visits", "near", "is", "was", "it", "x", ",", "."),
-)
-SPECIAL = ("<pad>", "</s>", "<s>", "<unk>", "<mask>", "<extra_id_0>", "<extra_id_1>")
-SPECIAL = (*SPECIAL, "<extra_id_2>")
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-
-
-def tokenizer(kind: str) -> Any:
-    """A tokenizer with one token for each word of VOCABULARY."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: number for number, word in enumerate((*SPECIAL, *VOCABULARY))}
-    bare = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    ends = {"masked": "<s> $A </s>", "t5": "$A </s>", "causal": "$A"}[kind]
-    bare.post_processor = processors.TemplateProcessing(
-        single=ends, special_tokens=[("</s>", 1), ("<s>", 2)]
-    )
-    given = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "bos_token": "<s>"}
-    given |= {"mask_token": "<mask>"} if kind == "masked" else {}
-    more = list(SPECIAL[5:]) if kind == "t5" else []
-    return PreTrainedTokenizerFast(tokenizer_object=bare, **given, extra_special_tokens=more)
-
-
-def make(kind: str, path: Path) -> Path:
-    """Write a random model of a kind, which can learn."""
-    import transformers
-
-    torch.manual_seed(3)
-    known = tokenizer(kind)
-    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "vocab_size": len(known)}
-    if kind == "t5":
-        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-        config: Any = transformers.T5Config(**sizes, **ids, decoder_start_token_id=0)
-        made: Any = transformers.T5ForConditionalGeneration
-    else:
-        wide = {"num_attention_heads": 4, "initializer_range": 0.3}
-        built = "Llama" if kind == "causal" else "Bert"
-        config = getattr(transformers, f"{built}Config")(**SIZES, **ids, **wide)
-        made = getattr(transformers, f"{built}For{'CausalLM' if kind == 'causal' else 'MaskedLM'}")
-    made(config).save_pretrained(path)
-    known.save_pretrained(path)
-    return path
+SENTINELS = ("<extra_id_0>", "<extra_id_1>", "<extra_id_2>")
 
 
 @pytest.fixture(params=KINDS)
-def asked(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
-    """A kind of model, and a random one of it: `tmp_path/asked`."""
-    return request.param, make(request.param, tmp_path / "asked")
+def asked(request: pytest.FixtureRequest, promptable: Callable[[str], Path]) -> tuple[str, Path]:
+    """A kind of model, and a random one of it."""
+    return request.param, promptable(request.param)
 
 
 def write(folder: Path, name: str, values: dict[str, Any], **files: list[Any]) -> Path:
@@ -135,7 +90,7 @@ def directly(path: Path, kind: str, row: dict[str, str]) -> list[float]:
                 rest = range(first, ids.shape[1])
                 found.append(sum(float(said[at - 1, ids[0, at]]) for at in rest))
             else:
-                zero, one, two = known.convert_tokens_to_ids(SPECIAL[5:])
+                zero, one, two = known.convert_tokens_to_ids(list(SENTINELS))
                 answer = [own[0], one, own[1], two, own[2]]
                 decoder = torch.tensor([[0, zero, *answer]])
                 said = model(ids, decoder_input_ids=decoder).logits[0].log_softmax(-1)
@@ -212,9 +167,7 @@ COPA = [
 ]
 
 
-def test_texts_of_a_row_are_its_labels(
-    bmkit: Run, asked: tuple[str, Path], tmp_path: Path
-) -> None:
+def test_texts_of_a_row_are_its_labels(bmkit: Run, asked: tuple[str, Path], tmp_path: Path) -> None:
     import transformers
 
     kind, path = asked
@@ -260,9 +213,15 @@ def test_texts_of_a_row_are_its_labels(
     ],
 )
 def test_rules_that_do_not_fit_are_refused(
-    bmkit: Run, tmp_path: Path, key: str, value: Any, code: int, said: str
+    bmkit: Run,
+    tmp_path: Path,
+    promptable: Callable[[str], Path],
+    key: str,
+    value: Any,
+    code: int,
+    said: str,
 ) -> None:
-    path = make("causal", tmp_path / "asked")
+    path = promptable("causal")
     values = relation()
     part = values
     *above, last = key.split(".")
@@ -276,10 +235,87 @@ def test_rules_that_do_not_fit_are_refused(
     assert said in done.stderr
 
 
-def test_a_row_without_an_entity_is_named(bmkit: Run, tmp_path: Path) -> None:
-    path = make("causal", tmp_path / "asked")
+def test_a_row_without_an_entity_is_named(
+    bmkit: Run, tmp_path: Path, promptable: Callable[[str], Path]
+) -> None:
+    path = promptable("causal")
     bad = [*PAIRS, {k: v for k, v in PAIRS[0].items() if k != "tail"}]
     done = bmkit("prompt", write(tmp_path, "r", relation(), test=bad), "-m", path, "-o", "p")
     assert (done.returncode, done.stdout) == (3, "")
     assert "test.jsonl:4" in done.stderr
     assert "`tail`" in done.stderr
+
+
+def tagged(count: int) -> list[dict[str, Any]]:
+    """Rows of words, of which names are persons or cities."""
+    draw = random.Random(count)
+    kinds = {"Ann": "PER", "Bob": "PER", "Rome": "LOC", "Oslo": "LOC"}
+    found = []
+    for at in range(count):
+        words = [draw.choice(["Ann", "Rome", "x", "near", "of"]) for _ in range(4)]
+        words.insert(at % 4, draw.choice(list(kinds)))
+        tags = [f"B-{kinds[word]}" if word in kinds else "O" for word in words]
+        found.append({"words": words, "ner": tags})
+    return found
+
+
+TAGGING: dict[str, Any] = {
+    "task": "tagging",
+    "data": {
+        "columns": {"tokens": "words", "tags": "ner"},
+        "labels": {"PER": "person", "LOC": "city", "O": "nothing"},
+        "none": "nothing",
+    },
+    "template": {"text": '{"placeholder": "text_a"} , {"meta": "span"} is the {"mask"}'},
+    "verbalizer": {
+        "type": "manual",
+        "label_words": {"person": "person", "city": "city", "nothing": "nothing"},
+    },
+    "tagging": {"max_words": 2},
+    "tune": {"mode": "delta", "deltas": [{"type": "lora"}]},
+    "learning_setting": {"type": "full"},
+    "train": {"num_train_epochs": 4, "learning_rate": 0.02, "per_device_train_batch_size": 8},
+}
+
+
+@pytest.mark.parametrize("unit", ["spans", "tokens"])
+def test_tags_are_learned_told_and_measured(
+    bmkit: Run, asked: tuple[str, Path], tmp_path: Path, unit: str
+) -> None:
+    kind, path = asked
+    values = json.loads(json.dumps(TAGGING))
+    values["tagging"]["unit"] = unit
+    values["train"]["num_train_epochs"] = 10 if kind == "causal" else 2
+    file = write(tmp_path, "r", values, train=tagged(24), test=tagged(10))
+    (made,) = told(bmkit("prompt", file, "-m", path, "-o", "p", "--json"))
+    assert kind != "causal" or made["metrics"]["accuracy"] > 0.9, made["metrics"]
+    said = told(bmkit("infer", "-m", "p", "-i", "test.jsonl", "--json"))
+    names = values["data"]["labels"]
+    hits = guessed = there = 0
+    for row, own in zip(said, tagged(10), strict=True):
+        assert row["tokens"] == own["words"]
+        found = {(s["start"], s["end"], s["label"]) for s in row["spans"]}
+        tags = enumerate(own["ner"])
+        wanted = {(at, at + 1, names[tag[2:]]) for at, tag in tags if tag != "O"}
+        hits, guessed, there = hits + len(found & wanted), guessed + len(found), there + len(wanted)
+        assert all(0 < span["probability"] <= 1 for span in row["spans"])
+    assert made["metrics"]["micro_f1"] == pytest.approx(2 * hits / (guessed + there), abs=1e-6)
+    right = [
+        a == names.get(b[2:], "nothing")
+        for row, own in zip(said, tagged(10), strict=True)
+        for a, b in zip(row["tags"], own["ner"], strict=True)
+    ]
+    assert made["metrics"]["accuracy"] == pytest.approx(sum(right) / len(right), abs=1e-6)
+    (one,) = told(bmkit("infer", "-m", "p", "-p", "Ann near Rome", "--json"))
+    assert one["tokens"] == ["Ann", "near", "Rome"]
+
+
+def test_a_row_whose_tags_do_not_fit_is_named(
+    bmkit: Run, tmp_path: Path, promptable: Callable[[str], Path]
+) -> None:
+    path = promptable("causal")
+    bad = [*tagged(2), {"words": ["x", "of"], "ner": ["O"]}]
+    file = write(tmp_path, "r", json.loads(json.dumps(TAGGING)), train=bad, test=tagged(2))
+    done = bmkit("prompt", file, "-m", path, "-o", "p")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "train.jsonl:3: it has 2 tokens and 1 tags" in done.stderr

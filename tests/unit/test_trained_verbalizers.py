@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bmkit.errors import InputError, RecipeError
 from bmkit.data.tabular import Record
+from bmkit.errors import InputError, RecipeError
 from bmkit.prompting.generation import choices, parse_rule, parse_rules, targets
 from bmkit.prompting.labelwords import LabelWords, Word
 from bmkit.verbalizers import manual as verbalizer
@@ -199,8 +199,8 @@ def test_a_row_without_what_a_rule_names_is_told() -> None:
     with pytest.raises(InputError, match=r"x.jsonl:4: .* has no `choice3`") as caught:
         targets([parse_rule('{"meta": "choice3"}')], RECORD)
     assert caught.value.hint == "did you mean `choice2`?"
-    with pytest.raises(InputError, match="x.jsonl:4: .*`meta`: it is an object"):
+    with pytest.raises(InputError, match=r"x.jsonl:4: .*`meta`: it is an object"):
         targets([parse_rule('{"placeholder": "meta"}')], RECORD)
     empty = Record("x.jsonl:5", 5, {"choice": " "})
-    with pytest.raises(InputError, match="x.jsonl:5: a label's text is empty"):
+    with pytest.raises(InputError, match=r"x.jsonl:5: a label's text is empty"):
         targets([parse_rule('{"meta": "choice"}')], empty)

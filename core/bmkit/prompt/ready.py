@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from bmkit import model as models
 from bmkit.data.classes import Classes
+from bmkit.data.spans import words_of
 from bmkit.errors import About, RecipeError
 from bmkit.plan import Job
-from bmkit.prompt import rows, stored, templates
+from bmkit.prompt import rows, stored, tagging, templates
 from bmkit.prompt.kinds import kind_of
 from bmkit.prompt.labels import Verbalizer
+from bmkit.prompt.measure import Row
 from bmkit.prompt.opening import context
 from bmkit.prompt.prompts import Prompts, make
 from bmkit.prompt.recipe import PromptRecipe
@@ -149,6 +152,25 @@ class Ready:
             held = ["train"]  # nothing is learned from it
         return {name: self.splits[name].labels(self.classes, self.recipe) for name in held}
 
+    def tagged(
+        self,
+        name: str,
+        right: Sequence[tuple[int, ...]],
+        chosen: Sequence[tuple[int, ...]],
+        logprobs: Sequence[float],
+    ) -> tuple[dict[str, float], list[Row]] | None:
+        """Return the figures of a split's tags, by the label of each prompt; else None.
+
+        That is so for other tasks, and for rows that were drawn from those of train.
+        """
+        split = self.splits.get(name)
+        if split is None or not split.whole or len(split.places) != len(right):
+            return None
+        own = rows.tagger(self.recipe, self.classes)
+        counts = [len(words_of(record)) for record in split.whole]
+        told = own.told(counts, split.places, [label for (label,) in chosen], logprobs)
+        return tagging.measure(told, [own.tagged(record) for record in split.whole])
+
     def prior_prompts(self, encoded: dict[str, list[Encoded]]) -> list[Encoded]:
         """Return the prompts to calibrate on; none if nothing is calibrated.
 
@@ -170,10 +192,10 @@ class Ready:
         chosen = random.Random(self.recipe.seed).sample(range(len(there)), spec.num_examples)
         return [there[at] for at in sorted(chosen)]
 
-    def kept(self, told: Verbalizer | States, **trained: Any) -> KeptPrompt:
+    def kept(self, told: Verbalizer | States | None, **trained: Any) -> KeptPrompt:
         """Return what the artifact keeps; `trained` is what training has made besides."""
         recipe = self.recipe
-        words = told.words if isinstance(told, Verbalizer) else _none(told.labels)
+        words = told.words if isinstance(told, Verbalizer) else _none(self.classes.names)
         return KeptPrompt.model_validate(
             {
                 "task": recipe.task,
@@ -189,9 +211,13 @@ class Ready:
                 "combine": recipe.verbalizer.combine,
                 "aggregate": recipe.verbalizer.aggregate,
                 "calibration": recipe.calibrate.type,
-                "prior": told.kept_prior(),
+                "prior": None if told is None else told.kept_prior(),
                 "prefix": recipe.verbalizer.prefix,
                 "rules": self._rules(),
+                "none": recipe.data.none,
+                "tagging": recipe.tagging.model_dump(),
+                "probing": recipe.probing.model_dump(exclude={"candidates", "candidates_file"}),
+                "generate": recipe.generate.model_dump(),
                 "vocabulary": stored.vocabulary_digest(self.tokenizer),
                 **trained,
             }

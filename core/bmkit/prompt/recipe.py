@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from bmkit.prompt.calibrate import Calibrate
 from bmkit.prompt.learning import LearningSetting, PromptTrain, Trained
 from bmkit.prompt.pointing import PointingAt
 from bmkit.prompt.severalmasks import require_masks
+from bmkit.prompt.tasks import Generate, Probing, Tagging, Task, require_task, with_verbalizer
 from bmkit.prompting import labelwords
 from bmkit.recipe import Model, Recipe, contradiction
 
@@ -43,6 +45,11 @@ class Data(Model):
     )
     separator: str | None = Field(
         default=None, min_length=1, description="Of `task: multilabel`: what is between labels."
+    )
+    none: str | None = Field(
+        default=None,
+        description="Of `relation` and `tagging`: the label of what is nothing, which F1 leaves "
+        "out.",
     )
 
     @field_validator("labels", mode="before")
@@ -231,24 +238,6 @@ def _listed(own: str | list[str]) -> list[str]:
     return [own] if isinstance(own, str) else own
 
 
-class Calibrate(Model):
-    """What a template makes likely by itself is divided away."""
-
-    type: Literal["none", "content_free", "contextual"] = Field(
-        default="none",
-        description="`content_free`: measured on inputs that say nothing (arXiv 2102.09690); "
-        "`contextual`: on rows without their labels (arXiv 2108.02035).",
-    )
-    num_examples: int = Field(
-        default=50, ge=1, description="Of `contextual`: rows of train, else of test."
-    )
-    texts: list[str] = Field(
-        default=["", "N/A", "[MASK]"],
-        min_length=1,
-        description="Of `content_free`: what stands in the place of a row's texts.",
-    )
-
-
 class PromptRecipe(Recipe):
     """`bmkit prompt`."""
 
@@ -263,6 +252,12 @@ class PromptRecipe(Recipe):
         "train_accuracy",
         "train_macro_f1",
         "train_micro_f1",
+        "precision_at_1",
+        "precision_at_10",
+        "mean_reciprocal_rank",
+        "exact_match",
+        "token_f1",
+        "rouge_l",
         "rows_truncated",
         "train_loss",
         "trainable_parameters",
@@ -271,13 +266,17 @@ class PromptRecipe(Recipe):
         "data.train",
         "data.dev",
         "data.test",
+        "probing.candidates_file",
         "template.file_path",
         "verbalizer.file_path",
     )
 
     kind: Literal["prompt"]
-    task: Literal["classification", "multilabel"] = Field(
-        default="classification", description="Each row has one label, or any number of them."
+    task: Task = Field(
+        default="classification",
+        description="Each row has one label, or any number of them; two entities (`head`, `tail`) "
+        "and one of their relations; words (`tokens`, `tags`); an `object` to be named; a `target` "
+        "to be said.",
     )
     model_kind: Kind = Field(
         default="auto", description="How the model is asked; `auto` goes by its config."
@@ -286,9 +285,17 @@ class PromptRecipe(Recipe):
     template: TemplateSpec
     verbalizer: VerbalizerSpec
     calibrate: Calibrate = Calibrate()
+    tagging: Tagging = Tagging()
+    probing: Probing = Probing()
+    generate: Generate = Generate()
     tune: Trained = Trained()
     learning_setting: LearningSetting = LearningSetting()
     train: PromptTrain = PromptTrain()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tasks_without_labels(cls, values: Any) -> Any:
+        return with_verbalizer(values)
 
     @model_validator(mode="after")
     def _labels_have_words(self) -> PromptRecipe:
@@ -298,6 +305,7 @@ class PromptRecipe(Recipe):
         if labels is not None and words is not None:
             with PointingAt("verbalizer.label_words"):
                 labelwords.parse(words, labels)
+        require_task(self)
         require_masks(self)
         if self.verbalizer.type == "knowledgeable" and self.calibrate.type != "contextual":
             raise contradiction(

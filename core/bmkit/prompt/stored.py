@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bmkit.errors import InputError
+from bmkit.prompt.tasks import WITHOUT_LABELS, Generate, Probing, Tagging, Task
 from bmkit.prompting.labelwords import LabelWords
 
 FILE = "prompt.json"
@@ -40,14 +41,14 @@ class KeptPrompt(_Part):
     """What a prompt artifact says. Of its base it holds the vocabulary's digest alone."""
 
     version: Literal[1] = 1
-    task: Literal["classification", "multilabel"]
+    task: Task
     model_kind: Literal["masked", "causal", "seq2seq"]
     template: dict[str, Any]
     """`text`, `jinja` or `chat`."""
     truncate_method: Literal["tail", "head", "balanced"]
     max_seq_length: int
     columns: dict[str, str | int]
-    labels: list[str] = Field(min_length=2)
+    labels: list[str]
     verbalizer: str
     label_words: dict[str, list[KeptWord]]
     multi_token_handler: Literal["first", "mean", "max", "likelihood"]
@@ -64,6 +65,13 @@ class KeptPrompt(_Part):
     """The template's soft tokens, whose rows are in `soft/`."""
     adapters: list[str] = []
     """What was trained beside the model, in its order: each in `adapters/` by this name."""
+    none: str | None = None
+    """Of relations and tags: the label of what is nothing."""
+    tagging: Tagging = Tagging()
+    probing: Probing = Probing()
+    candidates: list[KeptWord] = []
+    """Of `probing`: what may be the answer, in tokens; without any, the vocabulary."""
+    generate: Generate = Generate()
     seed: int | None = None
     """Of the run that this prompt is of, if it was trained."""
     vocabulary: str
@@ -71,6 +79,8 @@ class KeptPrompt(_Part):
 
     @model_validator(mode="after")
     def _fits(self) -> KeptPrompt:
+        if self.task not in WITHOUT_LABELS and len(self.labels) < 2:
+            raise ValueError("there are two labels at least")
         if list(self.label_words) != self.labels:
             raise ValueError("label_words are not those of labels")
         sizes = [1 if self.verbalizer == "ptr" else len(w) for w in self.label_words.values()]
@@ -142,6 +152,8 @@ def described(kept: KeptPrompt) -> list[str]:
         if kept.reads_states:
             said = [f"by a {kept.verbalizer} verbalizer"]
         lines.append(f"label    {label}: {', '.join(said)}")
+    if kept.task in WITHOUT_LABELS:
+        return [*lines, f"task     {kept.task}"]
     what = {"none": "none", "content_free": "by texts that say nothing"}.get(
         kept.calibration, "by rows without labels"
     )

@@ -166,7 +166,7 @@ def _dev(ready: Ready, asker: Asker, told: Verbalizer | States, rows: Rows | Non
         said = told.ask(asker, held.prompts)
         loss = float(told.loss(said.to(asker.model.device), targets)) / targets.numel()
         chosen = told.chosen(told.label_logprobs(said))
-        measured, _ = measure(chosen, held.right, told.labels)
+        measured, _ = measure(chosen, held.right, told.labels, ready.recipe.data.none)
         return {
             "dev_loss": loss,
             "dev_accuracy": measured["accuracy"],
@@ -182,7 +182,9 @@ def _dev(ready: Ready, asker: Asker, told: Verbalizer | States, rows: Rows | Non
     )
 
 
-def write(ready: Ready, asker: Asker, told: Verbalizer | States, folder: Path) -> dict[str, Any]:
+def write(
+    ready: Ready, asker: Asker, told: Verbalizer | States | None, folder: Path
+) -> dict[str, Any]:
     """Write what was trained into an artifact's directory; return what its file says of that."""
     found: dict[str, Any] = {}
     if (rows := soft_rows.of(asker.model)) is not None:

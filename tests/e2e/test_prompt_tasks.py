@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -137,5 +138,117 @@ def test_probing_that_does_not_fit_is_refused(
     if "task" in change:
         values |= {"probing": {"top": 3}, "verbalizer": {"label_words": {"a": "is", "b": "of"}}}
     done = bmkit("prompt", write(tmp_path, values, test=FACTS), "-m", path, "-o", "p")
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert said in done.stderr
+
+
+def asks(count: int) -> list[dict[str, str]]:
+    """Rows that want two words said, which follow from two that are read."""
+    draw = random.Random(count)
+    pairs = {"Ann": "Rome", "Bob": "Oslo", "x": "place", "it": "city"}
+    found = []
+    for _ in range(count):
+        a, b = draw.choice(list(pairs)), draw.choice(list(pairs))
+        found.append({"question": f"{a} , {b}", "answer": f"{pairs[a]} {pairs[b]}"})
+    return found
+
+
+GENERATION: dict[str, Any] = {
+    "task": "generation",
+    "data": {"columns": {"text_a": "question", "target": "answer"}},
+    "template": {"text": '{"placeholder": "text_a"} is {"mask"}'},
+    "generate": {"max_new_tokens": 6},
+    "tune": {"mode": "delta", "deltas": [{"type": "lora", "target_modules": ["attn", "mlp"]}]},
+    "learning_setting": {"type": "full"},
+    "train": {"num_train_epochs": 30, "learning_rate": 0.02, "per_device_train_batch_size": 16},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_texts_are_learned_generated_and_measured(
+    bmkit: Run, promptable: Make, tmp_path: Path, kind: str
+) -> None:
+    path = promptable(kind)
+    file = write(tmp_path, GENERATION, train=asks(64), test=asks(12))
+    (made,) = told(bmkit("prompt", file, "-m", path, "-o", "p", "--json"))
+    metrics = made["metrics"]
+    said = told(bmkit("infer", "-m", "p", "-i", "test.jsonl", "--json"))
+    right = [
+        row["text"].split() == own["answer"].split()
+        for row, own in zip(said, asks(12), strict=True)
+    ]
+    assert metrics["exact_match"] == pytest.approx(sum(right) / 12, abs=1e-6)
+    assert metrics["exact_match"] <= metrics["rouge_l"] <= metrics["token_f1"]
+    assert metrics["rouge_l"] > (0.9 if kind == "causal" else 0.3), metrics
+    assert said[0]["prompt"] == f"{asks(12)[0]['question']} is"
+    line = bmkit("infer", "-m", "p", "-p", asks(12)[0]["question"])
+    assert line.stdout.split() == said[0]["text"].split()
+
+
+@pytest.mark.parametrize("trained", ["soft", "prefix"])
+def test_soft_tokens_and_prefixes_say_the_same_when_they_are_loaded_again(
+    bmkit: Run, promptable: Make, tmp_path: Path, trained: str
+) -> None:
+    values = {**GENERATION, "train": {"max_steps": 6, "learning_rate": 0.3}}
+    if trained == "soft":
+        values["template"] = {"text": '{"soft": "is near"} {"placeholder": "text_a"} {"mask"}'}
+        values["tune"] = {"mode": "soft"}
+    else:
+        values["tune"] = {"mode": "delta", "deltas": [{"type": "prefix", "num_virtual_tokens": 3}]}
+    path = promptable("causal")
+    (made,) = told(
+        bmkit(
+            "prompt",
+            write(tmp_path, values, train=asks(16), test=asks(9)),
+            "-m",
+            path,
+            "-o",
+            "p",
+            "--json",
+        )
+    )
+    said = told(bmkit("infer", "-m", "p", "-i", "test.jsonl", "--json"))
+    from bmkit.verbalizers import overlap
+
+    wanted = overlap.measure([row["text"] for row in said], [[own["answer"]] for own in asks(9)])
+    assert {name: made["metrics"][name] for name in wanted} == wanted
+    plain = {**values, "tune": {"mode": "none"}, "learning_setting": {"type": "zero_shot"}}
+    if trained == "soft":
+        plain["template"] = {"text": 'is near {"placeholder": "text_a"} {"mask"}'}
+    done = bmkit(
+        "prompt", write(tmp_path, plain, train=asks(16), test=asks(9)), "-m", path, "-o", "q"
+    )
+    assert done.returncode == 0, done.stderr
+    other = told(bmkit("infer", "-m", "q", "-i", "test.jsonl", "--json"))
+    assert [row["token_ids"] for row in other] != [row["token_ids"] for row in said]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "code", "said"),
+    [
+        ({}, "masked", 3, "a model that fills in masks says no texts"),
+        (
+            {"template": {"text": '{"mask"} {"placeholder": "text_a"}'}},
+            "causal",
+            2,
+            "goes on behind",
+        ),
+        ({"data": {"columns": {"text_a": "question"}}}, "causal", 3, "it has no text as `target`"),
+        ({"calibrate": {"type": "contextual"}}, "causal", 2, "no labels to calibrate"),
+        (
+            {"learning_setting": {"type": "few_shot", "num_examples_per_label": 2}},
+            "causal",
+            2,
+            "total",
+        ),
+        ({"template": {"text": '{"mask"} {"mask"}'}}, "causal", 2, "it has 2 masks"),
+    ],
+)
+def test_generation_that_does_not_fit_is_refused(
+    bmkit: Run, promptable: Make, tmp_path: Path, change: Any, kind: str, code: int, said: str
+) -> None:
+    path = promptable(kind)
+    file = write(tmp_path, {**GENERATION, **change}, train=asks(8), test=asks(4))
+    done = bmkit("prompt", file, "-m", path, "-o", "p")
     assert (done.returncode, done.stdout) == (code, ""), done.stderr
     assert said in done.stderr

@@ -121,7 +121,7 @@ class Session:
             masks=kept.masks,
             texts=parse_rules(kept.rules, kept.labels) if kept.rules else (),
             prefix=kept.prefix,
-            context=context(config, job, adapters),
+            context=_context(context(config, job, adapters), kept),
             max_seq_length=kept.max_seq_length,
             truncate_method=kept.truncate_method,
             decoder_start=getattr(config, "decoder_start_token_id", None),
@@ -216,6 +216,13 @@ class Session:
     def close(self) -> None:
         """End: nothing is kept."""
         self.opened.close()
+
+
+def _context(most: int | None, kept: KeptPrompt) -> int | None:
+    """Return how many tokens a prompt can have, with room for what is said behind it."""
+    if most is None or kept.task != "generation" or kept.model_kind != "causal":
+        return most
+    return most - kept.generate.max_new_tokens
 
 
 def _verbalizer(kept: KeptPrompt, folder: Path) -> Verbalizer | States:

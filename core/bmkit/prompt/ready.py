@@ -84,6 +84,8 @@ class Ready:
     def _context(self) -> int | None:
         most = context(self.config, self.job)
         front = sum(int(getattr(d, "num_virtual_tokens", 0)) for d in self.recipe.tune.deltas)
+        if self.recipe.task == "generation" and self.kind == "causal":
+            front += self.recipe.generate.max_new_tokens
         return None if most is None else most - front
 
     def _require_trained(self) -> None:

@@ -23,6 +23,7 @@ from bmkit.prompt.ready import Ready
 from bmkit.prompt.rounds import Round, Rows
 from bmkit.prompt.states import States
 from bmkit.prompt.stored import SOFT
+from bmkit.prompt.texts import Writer
 from bmkit.train.dev import Dev
 from bmkit.train.dropout import replace_dropout
 from bmkit.train.ranks import Ranks
@@ -80,7 +81,12 @@ def _require_patched(model: Any) -> None:
 
 
 def learn(
-    job: Job, ready: Ready, asker: Asker, told: Verbalizer | States, one: Round, work: Path
+    job: Job,
+    ready: Ready,
+    asker: Asker,
+    told: Verbalizer | States | Writer,
+    one: Round,
+    work: Path,
 ) -> dict[str, Any]:
     """Train what is attached on a run's rows by the loss of their labels; return the figures.
 
@@ -142,7 +148,7 @@ def learn(
     return found if done.best_step is None else {**found, "best_step": done.best_step}
 
 
-def _rates(ready: Ready, model: Any, told: Verbalizer | States) -> Rates:
+def _rates(ready: Ready, model: Any, told: Verbalizer | States | Writer) -> Rates:
     found: list[tuple[Any, float]] = []
     rows, spec = soft_rows.of(model), ready.recipe
     if rows is not None and spec.tune.learning_rate is not None:
@@ -152,7 +158,9 @@ def _rates(ready: Ready, model: Any, told: Verbalizer | States) -> Rates:
     return found
 
 
-def _dev(ready: Ready, asker: Asker, told: Verbalizer | States, rows: Rows | None) -> Dev | None:
+def _dev(
+    ready: Ready, asker: Asker, told: Verbalizer | States | Writer, rows: Rows | None
+) -> Dev | None:
     """Return what is measured while training; None without held-out rows, or if nobody asked."""
     spec = ready.recipe.train
     best = spec.load_best_model_at_end or spec.early_stopping_patience is not None
@@ -165,6 +173,8 @@ def _dev(ready: Ready, asker: Asker, told: Verbalizer | States, rows: Rows | Non
     def figures() -> dict[str, float]:
         said = told.ask(asker, held.prompts)
         loss = float(told.loss(said.to(asker.model.device), targets)) / targets.numel()
+        if isinstance(told, Writer):
+            return {"dev_loss": loss}
         chosen = told.chosen(told.label_logprobs(said))
         measured, _ = measure(chosen, held.right, told.labels, ready.recipe.data.none)
         return {

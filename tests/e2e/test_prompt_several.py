@@ -319,3 +319,41 @@ def test_a_row_whose_tags_do_not_fit_is_named(
     done = bmkit("prompt", file, "-m", path, "-o", "p")
     assert (done.returncode, done.stdout) == (3, "")
     assert "train.jsonl:3: it has 2 tokens and 1 tags" in done.stderr
+
+
+def test_how_much_words_count_is_learned_and_kept(
+    bmkit: Run, asked: tuple[str, Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    _, path = asked
+    labels = {"near": ["person", "lives", "born"], "far": ["city", "nothing"]}
+    rows = [{**row, "label": ("near", "far")[at % 2]} for at, row in enumerate(many(32))]
+    values = {
+        "data": {"labels": list(labels)},
+        "template": {"text": '{"placeholder": "text"} it is {"mask"}'},
+        "verbalizer": {
+            "type": "knowledgeable",
+            "label_words": labels,
+            "candidate_frac": 0,
+            "relevance": 0,
+            "word_weights": True,
+            "learning_rate": 0.3,
+        },
+        "calibrate": {"type": "contextual"},
+        "tune": {"mode": "soft"},
+        "learning_setting": {"type": "full"},
+        "train": {"num_train_epochs": 4, "load_best_model_at_end": True},
+    }
+    file = write(tmp_path, "r", values, train=rows, test=rows, dev=rows)
+    (made,) = told(bmkit("prompt", file, "-m", path, "-o", "p", "--json"))
+    assert made["metrics"]["trainable_parameters"] == 2 * 3
+    assert made["metrics"]["train_loss"] < 10
+    weights = load_file(tmp_path / "p" / "verbalizer.safetensors")["word_weights"]
+    assert float(weights.abs().max()) > 0.1
+    said = told(bmkit("infer", "-m", "p", "-i", "test.jsonl", "--json"))
+    right = [a["label"] == b["label"] for a, b in zip(said, rows, strict=True)]
+    assert made["metrics"]["accuracy"] == pytest.approx(sum(right) / 32, abs=1e-6)
+    none = bmkit("prompt", file, "-m", path, "-o", "q", "-s", "tune.mode=none")
+    assert (none.returncode, none.stdout) == (2, "")
+    assert "take tune.mode soft or delta" in none.stderr

@@ -158,7 +158,7 @@ GENERATION: dict[str, Any] = {
     "data": {"columns": {"text_a": "question", "target": "answer"}},
     "template": {"text": '{"placeholder": "text_a"} is {"mask"}'},
     "generate": {"max_new_tokens": 6},
-    "tune": {"mode": "delta", "deltas": [{"type": "lora", "target_modules": ["attn", "mlp"]}]},
+    "tune": {"mode": "delta", "deltas": [{"type": "lora"}]},
     "learning_setting": {"type": "full"},
     "train": {"num_train_epochs": 30, "learning_rate": 0.02, "per_device_train_batch_size": 16},
 }

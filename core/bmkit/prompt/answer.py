@@ -22,7 +22,7 @@ from bmkit.errors import BmkitError, InputError, RecipeError
 from bmkit.plan import Job
 from bmkit.prompt import states, stored
 from bmkit.prompt.kinds import kind_of
-from bmkit.prompt.labels import Verbalizer
+from bmkit.prompt.labels import FILE, Verbalizer
 from bmkit.prompt.opening import context, open_model
 from bmkit.prompt.prompts import make
 from bmkit.prompt.ready import SEVERAL
@@ -35,6 +35,7 @@ from bmkit.prompting.generation import parse_rules
 from bmkit.registry import load
 from bmkit.runtime.opening import peak_gpu_bytes
 from bmkit.runtime.recipe import GenerateRecipe
+from bmkit.verbalizers import wordweights
 
 SESSIONS = {
     "tagging": "bmkit.prompt.answertags:TagSession",
@@ -240,6 +241,7 @@ def _verbalizer(kept: KeptPrompt, folder: Path) -> Verbalizer | States:
         kept.combine,
         kept.aggregate,
         several=kept.task == "multilabel",
+        module=wordweights.load(folder / FILE) if kept.word_weights else None,
     )
     return told if kept.prior is None else told.with_prior(kept.prior)
 

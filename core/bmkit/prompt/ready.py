@@ -96,7 +96,8 @@ class Ready:
                 "it has soft tokens that begin at random, and nothing trains them",
                 hint="set tune.mode: soft, or give them words to begin as",
             )
-        if mode == "soft" and not self.soft and not self.recipe.verbalizer.reads_states:
+        spec = self.recipe.verbalizer
+        if mode == "soft" and not self.soft and not (spec.reads_states or spec.word_weights):
             raise RecipeError(
                 "it has no soft tokens, and tune.mode: soft trains nothing else",
                 hint="""put some in, as {"soft": "It was"}, or take tune.mode: delta""",
@@ -216,6 +217,7 @@ class Ready:
                 "prior": None if told is None else told.kept_prior(),
                 "prefix": recipe.verbalizer.prefix,
                 "rules": self._rules(),
+                "word_weights": recipe.verbalizer.word_weights,
                 "none": recipe.data.none,
                 "tagging": recipe.tagging.model_dump(),
                 "probing": recipe.probing.model_dump(exclude={"candidates", "candidates_file"}),

@@ -184,6 +184,10 @@ class VerbalizerSpec(Model):
         default=True,
         description="Of `automatic`: a label's rows count together as much as all others.",
     )
+    word_weights: bool = Field(
+        default=False,
+        description="With `tune.mode`: how much each word counts for its label is trained.",
+    )
     size: int = Field(default=64, ge=1, description="Of `prototypical`: its points' dimensions.")
     epochs: int = Field(
         default=50,
@@ -193,7 +197,8 @@ class VerbalizerSpec(Model):
     learning_rate: float | None = Field(
         default=None,
         gt=0,
-        description="Of `soft` and `prototypical`: another learning rate for what they train.",
+        description="Another learning rate for what `soft`, `prototypical` and `word_weights` "
+        "train.",
     )
 
     @property

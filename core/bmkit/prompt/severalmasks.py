@@ -21,6 +21,8 @@ def require_masks(recipe: PromptRecipe) -> None:
     Raises PydanticCustomError that points at a key.
     """
     spec, words = recipe.verbalizer, recipe.verbalizer.label_words
+    if spec.word_weights:
+        _require_weights(recipe)
     if spec.type not in ("ptr", "generation"):
         return
     if recipe.task == "multilabel":
@@ -50,6 +52,16 @@ def require_masks(recipe: PromptRecipe) -> None:
             parse_rules(dict(zip(names, listed, strict=True)), names)
         except RecipeError as exc:
             raise contradiction("verbalizer.label_words", str(exc)) from None
+
+
+def _require_weights(recipe: PromptRecipe) -> None:
+    key, spec = "verbalizer.word_weights", recipe.verbalizer
+    if spec.type not in ("manual", "knowledgeable", "automatic"):
+        raise contradiction(key, f"`{spec.type}` hasn't several words for a label")
+    if recipe.tune.mode == "none":
+        raise contradiction(key, "they are trained: take tune.mode soft or delta")
+    if recipe.task == "multilabel":
+        raise contradiction(key, "`task: multilabel` has the mean of a label's words")
 
 
 def template_masks(recipe: PromptRecipe) -> int | None:

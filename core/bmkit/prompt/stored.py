@@ -65,6 +65,8 @@ class KeptPrompt(_Part):
     """The template's soft tokens, whose rows are in `soft/`."""
     adapters: list[str] = []
     """What was trained beside the model, in its order: each in `adapters/` by this name."""
+    word_weights: bool = False
+    """Whether `verbalizer.safetensors` holds how much words count."""
     none: str | None = None
     """Of relations and tags: the label of what is nothing."""
     tagging: Tagging = Tagging()

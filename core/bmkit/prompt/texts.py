@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class Aimed(Encoded):
 @dataclass(frozen=True)
 class Writer:
     """What is learned where texts are to be said; as `labels.Verbalizer` for a trainer."""
+
+    module: ClassVar = None
 
     def ask(
         self, asker: Asker, prompts: Sequence[Encoded], done: Callable[[int], None] | None = None

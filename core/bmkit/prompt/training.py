@@ -95,8 +95,8 @@ def learn(
     """
     recipe, model = ready.recipe, asker.model
     base = base_of(model)
-    if isinstance(told, States):
-        base.add_module(states.NAME, told.module.requires_grad_(True))
+    if (module := told.module) is not None:
+        base.add_module(states.NAME, module.to(base.device).requires_grad_(True))
     examples: list[Any] = [
         {"input_ids": [*prompt.ids, *prompt.behind, *prompt.decoder_ids], "row": number}
         for number, prompt in enumerate(one.train.prompts)
@@ -134,9 +134,9 @@ def learn(
         callbacks=ranks,
         rates=_rates(ready, model, told),
     )
-    if isinstance(told, States):
+    if module is not None:
         delattr(base, states.NAME)
-        told.module.eval().requires_grad_(False)
+        module.eval().requires_grad_(False)
     if (rows := soft_rows.of(model)) is not None:
         rows.settle()
     model.eval()
@@ -153,7 +153,7 @@ def _rates(ready: Ready, model: Any, told: Verbalizer | States | Writer) -> Rate
     rows, spec = soft_rows.of(model), ready.recipe
     if rows is not None and spec.tune.learning_rate is not None:
         found.append((rows, spec.tune.learning_rate))
-    if isinstance(told, States) and spec.verbalizer.learning_rate is not None:
+    if told.module is not None and spec.verbalizer.learning_rate is not None:
         found.append((told.module, spec.verbalizer.learning_rate))
     return found
 
@@ -170,6 +170,7 @@ def _dev(
     name = spec.metric_for_best_model or "dev_loss"
     targets = told.targets(held.right)
 
+    @torch.no_grad()
     def figures() -> dict[str, float]:
         said = told.ask(asker, held.prompts)
         loss = float(told.loss(said.to(asker.model.device), targets)) / targets.numel()
@@ -214,6 +215,6 @@ def write(
         compose.save(asker.model, name, folder / artifact.DELTAS / name)
     if called:
         found["adapters"] = called
-    if isinstance(told, States):
+    if told is not None:
         told.save(folder)
     return found

@@ -54,8 +54,8 @@ def begun(
         several=ready.recipe.task == "multilabel",
     )
     if spec.type == "knowledgeable":
-        return knowledgeable(words_told, asker, plain, spec)
-    return words_told
+        words_told = knowledgeable(words_told, asker, plain, spec)
+    return words_told.weighted() if spec.word_weights else words_told
 
 
 def _searched(ready: Ready, asker: Asker, train: Rows) -> LabelWords:

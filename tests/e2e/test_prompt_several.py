@@ -271,10 +271,10 @@ TAGGING: dict[str, Any] = {
         "type": "manual",
         "label_words": {"person": "person", "city": "city", "nothing": "nothing"},
     },
-    "tagging": {"max_words": 2},
+    "tagging": {"max_words": 2, "negatives": 20},
     "tune": {"mode": "delta", "deltas": [{"type": "lora"}]},
     "learning_setting": {"type": "full"},
-    "train": {"num_train_epochs": 4, "learning_rate": 0.02, "per_device_train_batch_size": 8},
+    "train": {"num_train_epochs": 4, "learning_rate": 0.01, "per_device_train_batch_size": 8},
 }
 
 

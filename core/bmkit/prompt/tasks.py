@@ -97,20 +97,16 @@ def require_task(recipe: PromptRecipe) -> None:
 
 
 def _require_keys_of(recipe: PromptRecipe) -> None:
-    """Refuse keys that say nothing with the recipe's task."""
-    owners = {
-        "data.none": OF_ENTITIES,
-        "probing": ("probing",),
-        "tagging": ("tagging",),
-        "generate": ("generation",),
+    """Refuse keys that say nothing with the recipe's task; a manifest says all, as by default."""
+    said: dict[str, tuple[Model | str | None, tuple[str, ...]]] = {
+        "data.none": (recipe.data.none, OF_ENTITIES),
+        "probing": (recipe.probing, ("probing",)),
+        "tagging": (recipe.tagging, ("tagging",)),
+        "generate": (recipe.generate, ("generation",)),
     }
-    for key, tasks in owners.items():
-        holder: Any = recipe
-        *above, last = key.split(".")
-        for name in above:
-            holder = getattr(holder, name)
-        said = last in holder.model_fields_set and getattr(holder, last) is not None
-        if said and recipe.task not in tasks:
+    for key, (held, tasks) in said.items():
+        usual = held is None or (isinstance(held, Model) and held == type(held)())
+        if not usual and recipe.task not in tasks:
             raise contradiction(key, f"it says nothing with `task: {recipe.task}`")
     if recipe.probing.candidates is not None and recipe.probing.candidates_file is not None:
         raise contradiction("probing.candidates_file", "it goes without `candidates`")

@@ -30,6 +30,7 @@ from bmkit.prompt.rows import ANSWERS
 from bmkit.prompt.rules import Rules
 from bmkit.prompt.states import States
 from bmkit.prompt.stored import SOFT, KeptPrompt
+from bmkit.prompt.tasks import longest
 from bmkit.prompting.encode import Encoded
 from bmkit.prompting.generation import parse_rules
 from bmkit.registry import load
@@ -129,8 +130,8 @@ class Session:
             soft_start=soft_start,
         )
         self.verbalizer = _verbalizer(kept, folder)
-        size, most = recipe.batch_size, kept.max_seq_length
-        self.opened = open_model(job, kind, self.tokenizer, size, most, adapters)
+        most = longest(kept.task, kept.max_seq_length, kept.generate)
+        self.opened = open_model(job, kind, self.tokenizer, recipe.batch_size, most, adapters)
         if kept.soft:
             soft_files.load(self.opened.asker.model, folder / SOFT)
         self.rss_before_bytes = self.opened.rss_before_bytes

@@ -22,6 +22,10 @@ class Said(Answered):
 
     streamed: ClassVar = False
 
+    def line(self) -> str:
+        """Return what is printed as text."""
+        return self.answer.text.strip()
+
 
 class TextSession(Session):
     """A prompt on its model, that says texts. Rows are answered as `infer` does."""

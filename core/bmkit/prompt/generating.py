@@ -17,7 +17,7 @@ from bmkit.prompt import stored, texts, training
 from bmkit.prompt.opening import open_model
 from bmkit.prompt.ready import Ready
 from bmkit.prompt.rounds import Done, Labels, Round, each, rounds
-from bmkit.prompt.tasks import Generate
+from bmkit.prompt.tasks import Generate, longest
 from bmkit.prompt.texts import Writer
 from bmkit.runtime.generate import Generation
 from bmkit.verbalizers import overlap
@@ -62,7 +62,8 @@ def _perform(
     work: Path,
 ) -> Done:
     recipe = ready.recipe
-    size, most = recipe.train.per_device_eval_batch_size, recipe.template.max_seq_length
+    size = recipe.train.per_device_eval_batch_size
+    most = longest(recipe.task, recipe.template.max_seq_length, recipe.generate)
     opened = open_model(job, ready.kind, ready.tokenizer, size, most)
     asker = opened.asker
     training.attach(job, ready, asker, one.seed)

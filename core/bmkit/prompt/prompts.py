@@ -30,6 +30,8 @@ class Prompts:
     """Of `verbalizer.type: generation`: what each row's labels would say."""
     prefix: str = " "
     """What is before each of these texts."""
+    context: int | None = None
+    """How many tokens the model reads."""
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -72,6 +74,14 @@ class Prompts:
         known = self.encoder.tokenizer
         said = choices(self.texts, record)
         ids = tuple(tuple(token_ids(known, text, self.prefix) for text in own) for own in said)
+        longest = max(sum(map(len, own)) for own in ids)
+        count = len(prompt.ids) + longest
+        if self.context is not None and count > self.context:
+            raise InputError(
+                f"{record.where}: {count} tokens with its longest text; the model reads "
+                f"{self.context}",
+                hint="lower template.max_seq_length",
+            )
         return Choosing(**vars(prompt), texts=ids)
 
     def saying(self, texts: Sequence[str]) -> list[Encoded]:
@@ -117,7 +127,7 @@ def make(
         soft_start=soft_start,
         decoder_start=decoder_start,
     )
-    return Prompts(template, encoder, masks, texts, prefix)
+    return Prompts(template, encoder, masks, texts, prefix, context)
 
 
 def other_masks(where: str, there: int, wanted: int) -> RecipeError:

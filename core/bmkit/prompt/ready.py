@@ -8,7 +8,7 @@ from typing import Any
 
 from bmkit import model as models
 from bmkit.data.classes import Classes
-from bmkit.data.spans import words_of
+from bmkit.data.spans import TAGS, words_of
 from bmkit.errors import About, RecipeError
 from bmkit.plan import Job
 from bmkit.prompt import rows, stored, tagging, templates
@@ -151,7 +151,8 @@ class Ready:
         """
         held = [name for name in self.splits if name != "train" or self.learns]
         train = self.splits.get("train")
-        if not held and train is not None and all("label" in r.values for r in train.records):
+        key = TAGS if self.recipe.task == "tagging" else rows.LABEL
+        if not held and train is not None and all(key in r.values for r in train.records):
             held = ["train"]  # nothing is learned from it
         return {name: self.splits[name].labels(self.classes, self.recipe) for name in held}
 

@@ -54,7 +54,7 @@ def read(recipe: PromptRecipe, files: Mapping[str, Path]) -> dict[str, Split]:
                 data.columns,
                 header=data.header,
                 quoted=data.quoted,
-                optional=(LABEL,) if name == "train" else (),
+                optional=ANSWERS if name == "train" else (),
             )
             classes.require_rows(records, f"data.{name}: {path}")
             found[name] = Split(name, records)

@@ -61,6 +61,11 @@ class Generate(Model):
     min_new_tokens: int = Field(default=0, ge=0, description="Tokens of an answer at least.")
 
 
+def longest(task: str, most: int, spec: Generate) -> int:
+    """Return how many tokens a model has before it: `most` of a prompt, and what it may say."""
+    return most + (spec.max_new_tokens if task == "generation" else 0)
+
+
 def with_verbalizer(values: Any) -> Any:
     """Return a recipe's values with the verbalizer of tasks that have no labels."""
     if isinstance(values, dict) and values.get("task") in WITHOUT_LABELS:

@@ -190,7 +190,7 @@ def parsed(layout: Layout, ids: Sequence[int]) -> list[Pair]:
         agent = tuple(ids[middle + len(layout.agent) : end])
         said: tuple[int, ...] | None = agent
         if states:
-            said = agent[1:] if states.get(agent[0]) in SPEAKS else None
+            said = agent[1:] if states.get(next(iter(agent), -1)) in SPEAKS else None
         elif agent == (layout.idle,):
             said = None
         pairs.append(Pair(None if user == (layout.idle,) else user, said))

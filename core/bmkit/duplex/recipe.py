@@ -50,6 +50,10 @@ class Source(Model):
         "slices, taken as they are; `auto` looks at each row.",
     )
     limit: int | None = Field(default=None, ge=1, description="Rows that are read of it.")
+    kind: str = Field(
+        default="imported",
+        description="Of `duplex_ultrachat`: what its dialogues are said to show.",
+    )
 
 
 class HeldOut(Model):

@@ -215,7 +215,11 @@ class DuplexRecipe(Recipe):
         default=0.5, ge=0, le=1, description="Share of dialogues whose user has no punctuation."
     )
     disfluent: float = Field(
-        default=0.2, ge=0, le=1, description="Share of queries with fillers and repetitions."
+        default=0.2,
+        ge=0,
+        le=1,
+        description="Share of queries with fillers or repetitions; fewer have words ahead of "
+        "them, or a courtesy behind.",
     )
     limit: int | None = Field(
         default=None,

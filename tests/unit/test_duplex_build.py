@@ -25,10 +25,12 @@ from bmkit.duplex.scene import Scene, UnfitError
 from bmkit.duplex.sketch import Sketch
 from bmkit.duplex.speech import Voice, unpunctuated
 from bmkit.errors import InputError
+from bmkit.pipeline.stage import Request, load_recipe
 
 DATA = builtin.directory() / "data"
 LISTS = DATA / "duplex-transitions.json"
-SHIPPED = sorted(DATA.glob("duplex-*.jsonl"))
+STARTER = load_recipe(Request("duplex", "starter"))[1]
+SHIPPED = [Path(source["path"]) for source in STARTER.model_dump()["sources"]]
 STARTS = ("end", "side", "late")
 TURNS = (
     Turn("How do bees find their way?", "They look at the sun. They know landmarks, too. " * 2),

@@ -6,30 +6,27 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
-from bmkit import artifact
 from bmkit import model as models
 from bmkit.data.columns import map_columns
 from bmkit.data.rows import BadRow, Row
 from bmkit.data.tabular import Record
-from bmkit.deltas import soft_files
 from bmkit.errors import BmkitError, InputError, RecipeError
 from bmkit.plan import Job
-from bmkit.prompt import states, stored
-from bmkit.prompt.kinds import kind_of
-from bmkit.prompt.labels import Verbalizer
-from bmkit.prompt.opening import context, open_model
-from bmkit.prompt.prompts import make
-from bmkit.prompt.states import States
-from bmkit.prompt.stored import SOFT, KeptPrompt
+from bmkit.prompt import kept as shelf
+from bmkit.prompt.opening import open_model
+from bmkit.prompt.reopened import fields_of, reopen
 from bmkit.prompting.encode import Encoded
 from bmkit.runtime.opening import peak_gpu_bytes
 from bmkit.runtime.recipe import GenerateRecipe
+from bmkit.verbalizers import together
 
 WINDOW_BATCHES = 8
 """Rows of this many batches are sorted by length together: less padding, answers still flow."""
@@ -70,7 +67,13 @@ class _Asked:
     """A row that can be asked about."""
 
     id: Any
-    encoded: Encoded
+    encoded: list[Encoded]
+    """By the artifact's prompts."""
+
+    @property
+    def tokens(self) -> int:
+        """Return how many tokens are asked."""
+        return sum(len(prompt.ids) for prompt in self.encoded)
 
 
 def run(job: Job) -> Session:
@@ -88,30 +91,18 @@ class Session:
         assert job.prompt is not None  # the pipeline sends prompts here
         if job.threads:
             torch.set_num_threads(job.threads)
-        folder = job.prompt.path
-        self.kept = kept = stored.read(folder)
+        found = shelf.read(job.prompt.path)
+        self.kept, self.ensemble = found.first, found.ensemble
         self.tokenizer = models.load_tokenizer(job.checkpoint)
-        stored.require_vocabulary(kept, self.tokenizer, job.prompt.path, job.checkpoint)
-        config = models.load_config(job.checkpoint)
-        kind = kind_of(config.to_dict(), kept.model_kind)
-        adapters = [folder / artifact.DELTAS / name for name in kept.adapters]
-        soft_start = soft_files.read(folder / SOFT)[1] if kept.soft else None
-        self.prompts = make(
-            kept.template,
-            self.tokenizer,
-            kind,
-            words=kept.words if kept.multi_token_handler == "likelihood" else None,
-            context=context(config, job, adapters),
-            max_seq_length=kept.max_seq_length,
-            truncate_method=kept.truncate_method,
-            decoder_start=getattr(config, "decoder_start_token_id", None),
-            soft_start=soft_start,
-        )
-        self.verbalizer = _verbalizer(kept, folder)
-        size, most = recipe.batch_size, kept.max_seq_length
-        self.opened = open_model(job, kind, self.tokenizer, size, most, adapters)
-        if kept.soft:
-            soft_files.load(self.opened.asker.model, folder / SOFT)
+        both = zip(found.folders, found.prompts, strict=True)
+        self.parts = [reopen(folder, kept, job, self.tokenizer) for folder, kept in both]
+        first, own = self.parts[0], list[Path]()
+        if len(self.parts) == 1:
+            own = first.adapters
+        size, most = recipe.batch_size, found.max_seq_length
+        self.opened = open_model(job, first.kind, self.tokenizer, size, most, own)
+        if len(self.parts) == 1:
+            first.put_rows(self.opened.asker.model)
         self.rss_before_bytes = self.opened.rss_before_bytes
         self.batch_size = recipe.batch_size
         self.tokens = 0
@@ -137,24 +128,35 @@ class Session:
             start = time.perf_counter()
             answers = iter(self._tell(good) if good else ())
             self.seconds += time.perf_counter() - start
-            self.tokens += sum(len(found.encoded.ids) for found in good)
+            self.tokens += sum(found.tokens for found in good)
             for found in taken:
                 yield found if isinstance(found, BadRow) else next(answers)
 
     def _tell(self, asked: list[_Asked]) -> list[Told]:
-        prompts = [found.encoded for found in asked]
-        said = self.verbalizer.ask(self.opened.asker, prompts)
-        labels = self.verbalizer.label_logprobs(said)
+        each = [self._said(number, asked) for number in range(len(self.parts))]
+        several = self.kept.task == "multilabel"
+        labels = each[0]
+        if self.ensemble is not None:
+            weights = [member.weight for member in self.ensemble.members]
+            over = self.ensemble.aggregate
+            labels = together.mean(torch.stack(each), weights, over, several=several)
         names = self.kept.labels
-        chosen = self.verbalizer.chosen(labels)
+        chosen = together.chosen(labels, several=several)
         return [
             Told(
                 found.id,
                 dict(zip(names, row, strict=True)),
-                tuple(names[at] for at in own) if self.verbalizer.several else None,
+                tuple(names[at] for at in own) if several else None,
             )
             for found, row, own in zip(asked, labels.exp().tolist(), chosen, strict=True)
         ]
+
+    def _said(self, number: int, asked: list[_Asked]) -> Tensor:
+        """Return what one of the prompts says of rows: log-probabilities [rows, labels]."""
+        part, asker = self.parts[number], self.opened.asker
+        with part.at_work(asker) if len(self.parts) > 1 else nullcontext():
+            said = part.told.ask(asker, [found.encoded[number] for found in asked])
+        return part.told.label_logprobs(said)
 
     def _rest(self, given: Iterable[Row | BadRow], done: int) -> Iterator[_Asked | BadRow]:
         for number, row in enumerate(given):
@@ -166,7 +168,7 @@ class Session:
 
     def _read(self, number: int, row: Row) -> _Asked | BadRow:
         """Turn a row into a prompt in tokens, or say what is wrong with it."""
-        fields = self.prompts.fields
+        fields = fields_of(self.parts)
         values = row.values
         if set(values) - {"id"} == {"prompt"} and len(fields) == 1 and "prompt" not in fields:
             values = {**values, fields[0]: values["prompt"]}
@@ -176,7 +178,7 @@ class Session:
             found = list(map_columns(record, columns, ours_too=True))
             if len(found) != 1:
                 return BadRow(row.line, f"it becomes {len(found)} rows by the prompt's columns")
-            (encoded,) = self.prompts.encode(found)
+            encoded = [prompt for part in self.parts for prompt in part.prompts.encode(found)]
         except (InputError, RecipeError) as exc:
             return BadRow(row.line, _plain(exc, record.where))
         return _Asked(values.get("id", number), encoded)
@@ -192,19 +194,6 @@ class Session:
     def close(self) -> None:
         """End: nothing is kept."""
         self.opened.close()
-
-
-def _verbalizer(kept: KeptPrompt, folder: Path) -> Verbalizer | States:
-    if kept.reads_states:
-        return states.load(folder, tuple(kept.labels))
-    told = Verbalizer(
-        kept.words,
-        kept.multi_token_handler,
-        kept.combine,
-        kept.aggregate,
-        several=kept.task == "multilabel",
-    )
-    return told if kept.prior is None else told.with_prior(kept.prior)
 
 
 def _plain(exc: BmkitError, where: str) -> str:

@@ -6,7 +6,8 @@ from bmkit.deltas.recipe import names
 from bmkit.env import format_bytes
 from bmkit.errors import InputError, RecipeError, UsageError
 from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers, task
-from bmkit.prompt import rows, stored, templates
+from bmkit.prompt import kept as shelf
+from bmkit.prompt import rows, templates
 from bmkit.prompt.kinds import kind_of
 from bmkit.prompt.recipe import PromptRecipe
 from bmkit.runtime import budget
@@ -37,6 +38,8 @@ def estimate(job: Job) -> Estimate:
         seeds = len(recipe.learning_setting.seeds) or 1
         what = ", ".join(["soft tokens", *names(recipe.tune.deltas)])
         steps.insert(0, f"train {what}" + (f", with {seeds} seeds" if seeds > 1 else ""))
+    if recipe.ensemble is not None:
+        steps.append(f"let {1 + len(recipe.ensemble.members)} prompts, each seed, tell together")
     if recipe.calibrate.type != "none":
         steps.append(f"calibrate: {recipe.calibrate.type}")
     most = recipe.template.max_seq_length
@@ -59,10 +62,12 @@ def estimate_answers(job: Job) -> Estimate:
     if recipe.scores:
         raise UsageError("a prompt tells labels: it has nothing to --score")
     assert job.prompt is not None  # the pipeline sends prompts here
-    kept = stored.read(job.prompt.path)
+    kept = shelf.read(job.prompt.path)
     headers = read_headers(job.checkpoint)
-    kind_of(headers.config, kept.model_kind)
-    steps = [f"tell one of {len(kept.labels)} labels"]
+    kind_of(headers.config, kept.first.model_kind)
+    steps = [f"tell one of {len(kept.first.labels)} labels"]
+    if kept.ensemble is not None:
+        steps[0] += f", by {len(kept.prompts)} prompts together"
     return _estimate(job, headers, steps, recipe.batch_size, kept.max_seq_length)
 
 

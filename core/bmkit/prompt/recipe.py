@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
-from bmkit.errors import BmkitError, RecipeError
 from bmkit.prompt.learning import LearningSetting, PromptTrain, Trained
+from bmkit.prompt.pointing import PointingAt
+from bmkit.prompt.together import Together, require_members
 from bmkit.prompting import labelwords
 from bmkit.recipe import Model, Recipe, contradiction
 
@@ -21,6 +21,10 @@ class Data(Model):
     train: str | None = Field(default=None, description="Rows to learn from, or to calibrate on.")
     dev: str | None = Field(default=None, description="Held-out rows that are measured as well.")
     test: str | None = Field(default=None, description="Rows that are measured.")
+    unlabelled: str | None = Field(
+        default=None,
+        description="Rows that the prompt labels; they go with it, to teach another model.",
+    )
     columns: dict[str, str | int] = Field(
         default={},
         description="A template's names and the file's: `text_a: sentence`, `label: 0` (a number "
@@ -95,7 +99,7 @@ class TemplateSpec(Model):
             problem = f"it goes without `{said[0]}`" if said else f"one of {names} is required"
             raise contradiction(said[1] if said else "text", problem)
         if said[0] != "file_path":
-            with _PointingAt(said[0]):
+            with PointingAt(said[0]):
                 parse(self.model_dump(include={said[0]}), said[0])
         return self
 
@@ -239,6 +243,21 @@ class Calibrate(Model):
     )
 
 
+class Member(Model):
+    """A further prompt of an ensemble: the recipe's, but for these."""
+
+    template: TemplateSpec = Field(description="Its template, with the keys of `template`.")
+    verbalizer: VerbalizerSpec | None = Field(
+        default=None, description="With the keys of `verbalizer`, which it is if not given."
+    )
+
+
+class Ensemble(Together):
+    """Prompts that tell labels together: the recipe's own and its `members`, one for each seed."""
+
+    members: list[Member] = Field(default=[], description="The others, beside the recipe's own.")
+
+
 class PromptRecipe(Recipe):
     """`bmkit prompt`."""
 
@@ -261,6 +280,7 @@ class PromptRecipe(Recipe):
         "data.train",
         "data.dev",
         "data.test",
+        "data.unlabelled",
         "template.file_path",
         "verbalizer.file_path",
     )
@@ -279,6 +299,7 @@ class PromptRecipe(Recipe):
     tune: Trained = Trained()
     learning_setting: LearningSetting = LearningSetting()
     train: PromptTrain = PromptTrain()
+    ensemble: Ensemble | None = None
 
     @model_validator(mode="after")
     def _labels_have_words(self) -> PromptRecipe:
@@ -286,7 +307,7 @@ class PromptRecipe(Recipe):
         if labels is not None and len(labels) < 2:
             raise contradiction("data.labels", "there is one label only: nothing to tell apart")
         if labels is not None and words is not None:
-            with _PointingAt("verbalizer.label_words"):
+            with PointingAt("verbalizer.label_words"):
                 labelwords.parse(words, labels)
         if self.verbalizer.type == "knowledgeable" and self.calibrate.type != "contextual":
             raise contradiction(
@@ -346,6 +367,22 @@ class PromptRecipe(Recipe):
                 raise contradiction("train", f"{name} needs data.dev")
         return self
 
+    @model_validator(mode="after")
+    def _members_are_prompts(self) -> PromptRecipe:
+        if self.data.unlabelled is not None and self.task == "multilabel":
+            raise contradiction("data.unlabelled", "`task: multilabel` teaches no classifier")
+        if self.ensemble is not None:
+            require_members(self)
+        return self
+
+    def member(self, number: int) -> dict[str, Any]:
+        """Return the keys in which a member of the ensemble differs; 0 is the recipe's own."""
+        if self.ensemble is None or not number:
+            return {"ensemble": None}
+        other = self.ensemble.members[number - 1]
+        own = {"verbalizer": other.verbalizer} if other.verbalizer else {}
+        return {"template": other.template, "ensemble": None, **own}
+
     @property
     def labels(self) -> tuple[str, ...] | None:
         """Return the labels in their order, as far as the recipe says them."""
@@ -356,23 +393,3 @@ class PromptRecipe(Recipe):
             return tuple(dict.fromkeys(said.values()))
         words = self.verbalizer.label_words
         return tuple(words) if isinstance(words, dict) else None
-
-
-class _PointingAt:
-    """A block in which a refusal becomes one of the recipe, at a key."""
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-
-    def __enter__(self) -> None:
-        """Do nothing."""
-
-    def __exit__(self, kind: Any, exc: BaseException | None, _: Any) -> None:
-        """Raise what points at the key in the place of a RecipeError."""
-        if isinstance(exc, RecipeError):
-            raise refusal(self.key, exc) from None
-
-
-def refusal(key: str, exc: BmkitError) -> PydanticCustomError:
-    """Return what a validator raises for an error of the template or the words."""
-    return contradiction(key, f"{exc}\n   = {exc.hint}" if exc.hint else str(exc))

@@ -71,6 +71,21 @@ def _base_of_adapter(delta: Artifact, reporter: Reporter, hint: str, *, bring: b
         raise InputError(f"the base of {delta.path} is gone: {exc}", hint=hint) from None
 
 
+TAUGHT = "train.jsonl"
+"""Rows in an artifact, to learn from."""
+
+
+def taught_rows(teacher: Artifact) -> Path:
+    """Return the rows that a prompt has labelled. Raises InputError if there are none."""
+    path = teacher.path.absolute() / TAUGHT
+    if not path.is_file():
+        raise InputError(
+            f"{teacher.path} has labelled no rows to learn from",
+            hint="name some in data.unlabelled of its recipe, or give others with --data",
+        )
+    return path
+
+
 def warn_foreign_base(adapter: Artifact, model: Artifact, reporter: Reporter) -> None:
     """Warn if `adapter` was trained on something else than `model`."""
     entry = adapter.manifest.base if adapter.manifest else None

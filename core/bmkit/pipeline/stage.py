@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import time
@@ -17,7 +18,7 @@ from bmkit import recipe as recipes
 from bmkit.artifact import Artifact, InputEntry, Step
 from bmkit.data.tabular import split_files
 from bmkit.errors import BmkitError, GateError, InputError, OutputTaken, UsageError
-from bmkit.pipeline.resolve import find_base, find_model, warn_foreign_base
+from bmkit.pipeline.resolve import find_base, find_model, taught_rows, warn_foreign_base
 from bmkit.plan import Estimate, Job, Outcome
 from bmkit.recipe import Document, Recipe
 from bmkit.report import Reporter, Silent
@@ -74,6 +75,8 @@ class Prepared:
     """The recipe as it was written."""
     prompt: Artifact | None = None
     """The prompt that `-m` or an adapter names; `model` is what it was made on, or is asked on."""
+    teacher: Artifact | None = None
+    """What `-m` names, if it has labelled the rows to learn from; `model` is its base."""
 
     @property
     def engine(self) -> tuple[str, str]:
@@ -193,8 +196,16 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
     doc, recipe = load_recipe(request)
     recipe = recipe.model_copy(update={"device": env.resolve_device(recipe.device)})
     stage = registry.STAGES[request.stage]
-    files = _files(doc, recipe)
     model = find_model(request.model, reporter, bring=bring)
+    teacher = model if model.kind == stage.taught_by else None
+    if teacher is not None:
+        model = find_base(teacher, reporter, bring=bring)
+        if request.data is None:
+            rows = f"data.train={json.dumps(str(taught_rows(teacher)))}"
+            request = replace(request, assign=(rows, *request.assign))
+        doc, recipe = load_recipe(request)
+        recipe = recipe.model_copy(update={"device": env.resolve_device(recipe.device)})
+    files = _files(doc, recipe)
     if model.kind not in stage.takes:
         merge = "; merge it into its base first" if model.kind == "delta" else ""
         raise InputError(
@@ -259,6 +270,7 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
         done,
         doc,
         prompt,
+        teacher,
     )
 
 
@@ -423,7 +435,7 @@ def run_stage(request: Request, reporter: Reporter) -> Result:
             scratch,
             version=bmkit.__version__,
             kind=outcome.kind,  # type: ignore[arg-type]
-            steps=[*prepared.model.steps, step],
+            steps=[*(prepared.teacher or prepared.model).steps, step],
             base=prepared.model.entry() if outcome.kind in {"delta", "prompt"} else None,
             metrics=outcome.metrics,
             loads_in=outcome.loads_in,

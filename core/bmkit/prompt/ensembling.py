@@ -130,6 +130,8 @@ def _measured(
     alone = ("accuracy", "_f1", "rows")
     means = rounds.mean([member.done.metrics for member in members])
     metrics: dict[str, Any] = {n: v for n, v in means.items() if not n.endswith(alone)}
+    for name in ("tokens", "rows_truncated"):
+        metrics[name] = sum(member.done.metrics[name] for member in members)
     table: Table = [
         {"step": member.name, "weight": round(w, 6), **rounds.figures(member.done.metrics)}
         for member, w in zip(members, weights, strict=True)

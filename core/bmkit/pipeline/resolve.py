@@ -7,6 +7,7 @@ from pathlib import Path
 from bmkit import artifact, env, plan
 from bmkit.artifact import Artifact
 from bmkit.errors import InputError
+from bmkit.prompt.kept import own_model
 from bmkit.pull import run as pulls
 from bmkit.pull.source import can_be_fetched, understand
 from bmkit.report import Reporter
@@ -58,6 +59,14 @@ def find_base(delta: Artifact, reporter: Reporter, *, bring: bool = True) -> Art
         if found.digest == entry.digest:
             return found
     raise InputError(said, hint=hint)
+
+
+def find_asked(prompt: Artifact, reporter: Reporter, *, bring: bool = True) -> Artifact:
+    """Return the model that a prompt is asked on: its own, if it has one, else its base."""
+    own = own_model(prompt.path)
+    if own is not None:
+        return artifact.open_artifact(own)
+    return find_base(prompt, reporter, bring=bring)
 
 
 def _base_of_adapter(delta: Artifact, reporter: Reporter, hint: str, *, bring: bool) -> Artifact:

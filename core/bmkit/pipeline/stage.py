@@ -18,8 +18,9 @@ from bmkit import recipe as recipes
 from bmkit.artifact import Artifact, InputEntry, Step
 from bmkit.data.tabular import split_files
 from bmkit.errors import BmkitError, GateError, InputError, OutputTaken, UsageError
-from bmkit.pipeline.resolve import find_base, find_model, taught_rows, warn_foreign_base
+from bmkit.pipeline.resolve import find_asked, find_base, find_model, taught_rows, warn_foreign_base
 from bmkit.plan import Estimate, Job, Outcome
+from bmkit.prompt.kept import own_model
 from bmkit.recipe import Document, Recipe
 from bmkit.report import Reporter, Silent
 
@@ -218,8 +219,12 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
     prompt, adapters = _prompt(stage, model, adapters)
     given = model
     if model.kind == "prompt":
-        model = find_base(model, reporter, bring=bring)
+        model = find_asked(model, reporter, bring=bring)
     elif prompt is not None:
+        if own_model(prompt.path) is not None:
+            raise InputError(
+                f"--adapter {prompt.path} has a model of its own", hint=f"-m {prompt.path}"
+            )
         warn_foreign_base(prompt, model, reporter)
     for number, found in enumerate(adapters):
         if any(found.path.resolve() == other.path.resolve() for other in adapters[:number]):

@@ -7,13 +7,13 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from bmkit import artifact
 from bmkit import model as models
 from bmkit.data.columns import map_columns
 from bmkit.data.rows import BadRow, Row
@@ -21,7 +21,7 @@ from bmkit.data.tabular import Record
 from bmkit.errors import BmkitError, InputError, RecipeError
 from bmkit.plan import Job
 from bmkit.prompt import kept as shelf
-from bmkit.prompt.opening import open_model
+from bmkit.prompt.opening import Opened, open_model
 from bmkit.prompt.reopened import fields_of, reopen
 from bmkit.prompting.encode import Encoded
 from bmkit.runtime.opening import peak_gpu_bytes
@@ -96,17 +96,26 @@ class Session:
         self.tokenizer = models.load_tokenizer(job.checkpoint)
         both = zip(found.folders, found.prompts, strict=True)
         self.parts = [reopen(folder, kept, job, self.tokenizer) for folder, kept in both]
-        first, own = self.parts[0], list[Path]()
-        if len(self.parts) == 1:
-            own = first.adapters
-        size, most = recipe.batch_size, found.max_seq_length
-        self.opened = open_model(job, first.kind, self.tokenizer, size, most, own)
-        if len(self.parts) == 1:
-            first.put_rows(self.opened.asker.model)
-        self.rss_before_bytes = self.opened.rss_before_bytes
+        self.shared = len(self.parts) > 1 and shelf.own_model(job.prompt.path) is None
+        self.opened = self._opened(job, recipe.batch_size, found.max_seq_length)
+        self.rss_before_bytes = self.opened[0].rss_before_bytes
         self.batch_size = recipe.batch_size
         self.tokens = 0
         self.seconds = 0.0
+
+    def _opened(self, job: Job, size: int, most: int) -> list[Opened]:
+        """Open the model that all prompts share, or that of each, with all that it was trained."""
+        if self.shared:
+            return [open_model(job, self.parts[0].kind, self.tokenizer, size, most)]
+        found = []
+        for part in self.parts:
+            if len(self.parts) > 1:
+                own = artifact.open_artifact(part.folder / shelf.WHOLE)
+                job = replace(job, model=own, base=None)
+            one = open_model(job, part.kind, self.tokenizer, size, most, part.adapters)
+            part.put_rows(one.asker.model)
+            found.append(one)
+        return found
 
     def answer(
         self,
@@ -153,8 +162,8 @@ class Session:
 
     def _said(self, number: int, asked: list[_Asked]) -> Tensor:
         """Return what one of the prompts says of rows: log-probabilities [rows, labels]."""
-        part, asker = self.parts[number], self.opened.asker
-        with part.at_work(asker) if len(self.parts) > 1 else nullcontext():
+        part, asker = self.parts[number], self.opened[0 if self.shared else number].asker
+        with part.at_work(asker) if self.shared else nullcontext():
             said = part.told.ask(asker, [found.encoded[number] for found in asked])
         return part.told.label_logprobs(said)
 
@@ -189,11 +198,12 @@ class Session:
 
     def peak_gpu_bytes(self) -> int:
         """Return the most GPU memory that was held, CUDA's own included; 0 on the CPU."""
-        return peak_gpu_bytes(self.opened.device)
+        return peak_gpu_bytes(self.opened[0].device)
 
     def close(self) -> None:
         """End: nothing is kept."""
-        self.opened.close()
+        for one in self.opened:
+            one.close()
 
 
 def _plain(exc: BmkitError, where: str) -> str:

@@ -17,6 +17,8 @@ from bmkit.prompt.stored import KeptPrompt
 FILE = "ensemble.json"
 MEMBERS = "members"
 """Where an ensemble has its prompts."""
+WHOLE = "model"
+"""Where a prompt has a model of its own, a checkpoint."""
 
 
 class KeptMember(BaseModel):
@@ -55,6 +57,15 @@ class Kept:
     def max_seq_length(self) -> int:
         """Return the tokens of the longest prompt there can be."""
         return max(prompt.max_seq_length for prompt in self.prompts)
+
+
+def own_model(folder: Path) -> Path | None:
+    """Return the model that a prompt has of its own; of those of an ensemble's members the first.
+
+    None for a prompt that is asked on what it was made on.
+    """
+    found = [folder / WHOLE, *sorted(folder.glob(f"{MEMBERS}/*/{WHOLE}"))]
+    return next((path for path in found if path.is_dir()), None)
 
 
 def read(folder: Path) -> Kept:

@@ -37,6 +37,8 @@ def estimate(job: Job) -> Estimate:
     if trains:
         seeds = len(recipe.learning_setting.seeds) or 1
         what = ", ".join(["soft tokens", *names(recipe.tune.deltas)])
+        if recipe.tune.mode == "full":
+            what = "the whole model"
         steps.insert(0, f"train {what}" + (f", with {seeds} seeds" if seeds > 1 else ""))
     if recipe.ensemble is not None:
         steps.append(f"let {1 + len(recipe.ensemble.members)} prompts, each seed, tell together")
@@ -52,7 +54,28 @@ def estimate(job: Job) -> Estimate:
     if trains:  # the backward pass reads the activations of all
         layers = int(headers.config.get("num_hidden_layers") or headers.config.get("num_layers", 1))
         size = max(size, recipe.train.per_device_train_batch_size)
-    return _estimate(job, headers, steps, size, most, layers)
+    found = _estimate(job, headers, steps, size, most, layers)
+    return _with_whole(job, headers, found) if recipe.tune.mode == "full" else found
+
+
+def _with_whole(job: Job, headers: Headers, found: Estimate) -> Estimate:
+    """Return what it takes to train all weights as well: gradients, two moments, what is kept.
+
+    Raises RecipeError if there are deltas on them.
+    """
+    recipe = job.recipe
+    assert isinstance(recipe, PromptRecipe)  # as above
+    if job.deltas:
+        raise RecipeError(
+            "tune.mode: the whole of a model is trained, and this is a delta on one",
+            hint="merge it first: bmkit merge",
+        )
+    more, peak = 12 * headers.dense_numel, found.peak
+    members = 1 if recipe.ensemble is None else 1 + len(recipe.ensemble.members)
+    kept = 4 * headers.dense_numel * members * max(len(recipe.learning_setting.seeds), 1)
+    gpu = peak.gpu_bytes + more if peak.gpu_bytes else 0
+    ram = peak.ram_bytes if gpu else peak.ram_bytes + more
+    return Estimate(found.steps, Peak(ram, gpu, kept + 2**20, kept + 3 * more))
 
 
 def estimate_answers(job: Job) -> Estimate:
@@ -68,7 +91,14 @@ def estimate_answers(job: Job) -> Estimate:
     steps = [f"tell one of {len(kept.first.labels)} labels"]
     if kept.ensemble is not None:
         steps[0] += f", by {len(kept.prompts)} prompts together"
-    return _estimate(job, headers, steps, recipe.batch_size, kept.max_seq_length)
+    found = _estimate(job, headers, steps, recipe.batch_size, kept.max_seq_length)
+    models = len(kept.prompts) if kept.ensemble and shelf.own_model(job.prompt.path) else 1
+    if models > 1 and (job.cpu_memory or job.gpu_memory or recipe.quant):
+        raise UsageError("an ensemble of whole models goes within no budget, and without --quant")
+    width = 4 if recipe.device == "cpu" else 2
+    more, peak = (models - 1) * width * headers.dense_numel, found.peak
+    gpu = peak.gpu_bytes + more if peak.gpu_bytes else 0
+    return Estimate(found.steps, Peak(peak.ram_bytes + (0 if gpu else more), gpu, peak.disk_bytes))
 
 
 def _estimate(

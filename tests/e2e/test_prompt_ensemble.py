@@ -261,7 +261,7 @@ ZERO: dict[str, Any] = {"tune": {}, "learning_setting": {}}
         ({"ensemble": {"members": [{"template": {"file_path": "t.txt"}}]}}, "file_path"),
         (
             {"ensemble": {"members": [{**ONE, "verbalizer": {"label_words": {"bad": "x"}}}]}},
-            "members.0",
+            "`bad` is none of the labels",
         ),
     ],
 )

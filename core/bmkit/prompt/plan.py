@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from bmkit.deltas.recipe import names
 from bmkit.env import format_bytes
 from bmkit.errors import InputError, RecipeError, UsageError
@@ -53,7 +55,8 @@ def estimate(job: Job) -> Estimate:
     layers = 1
     if trains:  # the backward pass reads the activations of all
         layers = int(headers.config.get("num_hidden_layers") or headers.config.get("num_layers", 1))
-        size = max(size, recipe.train.per_device_train_batch_size)
+        trained = (recipe.train.per_device_train_batch_size, layers)
+        size, layers = max((size, 1), trained, key=math.prod)  # rows that are asked need no more
     found = _estimate(job, headers, steps, size, most, layers)
     return _with_whole(job, headers, found) if recipe.tune.mode == "full" else found
 

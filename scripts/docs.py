@@ -79,7 +79,7 @@ def recipe_keys() -> str:
     for stage in registry.STAGES.values():
         recipe = registry.load(stage.recipe)
         known = set(GenerateRecipe.model_fields) if stage.gives == "text" else set()
-        own = _rows(recipe, "", (shared | known) - {"kind"}, DELTAS if stage.name != "tune" else ())
+        own = _rows(recipe, "", (shared | known) - {"kind"}, TOLD if stage.name != "tune" else ())
         parts += [f"### `{stage.name}`", _key_table(own)]
         metrics = ", ".join(f"`{name}`" for name in recipe.METRICS) or "none"
         parts.append(f"Metrics that `gates` may bound: {metrics}.")
@@ -96,8 +96,8 @@ def _key_table(rows: Iterable[Row]) -> str:
     return table(("key", "value", "default", "meaning"), rows)
 
 
-DELTAS = ("tune.deltas",)
-"""Keys whose own keys are those of another stage's table."""
+TOLD = ("tune.deltas", "ensemble.members.0.template", "ensemble.members.0.verbalizer")
+"""Keys whose own keys are told elsewhere: in another stage's table, or further up."""
 
 
 def _rows(

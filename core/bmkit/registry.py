@@ -21,6 +21,9 @@ class Stage:
     version: int = 1  # raise it when the same recipe would give other bytes
     others: tuple[tuple[str, str, str], ...] = ()
     """A kind of input that another engine answers for: kind, `plan` and `run` as above."""
+    taught_by: str = ""
+    """A kind of artifact that may be named in the place of a model: it stands for what it was made
+    on, and the rows in it are those to learn from."""
 
     def engine(self, kind: str) -> tuple[str, str]:
         """Return the `plan` and `run` of the engine that takes inputs of this kind."""
@@ -61,6 +64,7 @@ STAGES = {
             takes=("model",),
             gives="delta",
             version=2,
+            taught_by="prompt",
         ),
         Stage(
             "prompt",

@@ -157,7 +157,7 @@ def test_a_template_longer_than_the_context_is_told(
     [
         ("data.labels=[positive]", "one label only"),
         ("tune.mode=soft", "take few_shot or full"),
-        ("tune.mode=full", "unfreeze: [all]"),
+        ("tune.mode=full", "take few_shot or full"),
         ("tune.encoder=lstm", "says nothing with `mode: none`"),
         ("learning_setting.type=full", "say what is trained"),
         ("learning_setting.type=few_shot", "num_examples_per_label and num_examples_total"),

@@ -133,7 +133,7 @@ def show(
             stdout().text(text, end="")
         return
     from bmkit import tables
-    from bmkit.prompt import stored
+    from bmkit.prompt import kept
 
     found = artifact.open_artifact(path)
     if as_json:
@@ -141,7 +141,7 @@ def show(
         if found.manifest is not None:
             values |= found.manifest.model_dump(mode="json", by_alias=True)
         if found.kind == "prompt":
-            values["prompt"] = stored.read(path).model_dump(mode="json")
+            values["prompt"] = kept.values(path)
         stdout().json(values)
         return
     lines = [f"kind     {found.kind}", f"digest   {found.digest}"]
@@ -150,7 +150,7 @@ def show(
         if manifest.base is not None:
             lines.append(f"base     {manifest.base.path}  ({manifest.base.digest[:12]}…)")
         if found.kind == "prompt":
-            lines += stored.described(stored.read(path))
+            lines += kept.described(path)
         lines += [f"metric   {key} = {value}" for key, value in manifest.metrics.items()]
         lines += [f"loads in {name}" for name in manifest.loads_in]
         lines += [f"table    {line}" for line in tables.lines(manifest.table)]

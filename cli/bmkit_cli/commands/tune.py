@@ -86,7 +86,7 @@ def merge(
     verbose: VerboseOpt = False,
     quiet: QuietOpt = False,
 ) -> None:
-    """Put deltas into their base's weights."""
+    """Put deltas, or a prompt, into their base's weights."""
     reporter = session.start(how, quiet=quiet, loud=verbose)
     import math
     import time

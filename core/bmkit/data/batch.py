@@ -33,19 +33,27 @@ class Padding:
 
 @dataclass(frozen=True)
 class Labelled:
-    """A collator of texts with a label, or with one for each token."""
+    """A collator of texts with a label, how likely each label is, or a label for each token."""
 
     pad_token_id: int
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Return what the tokenizer gave [batch, time], and `labels` [batch] or [batch, time]."""
-        names = [name for name in examples[0] if name not in ("label", "labels")]
+        """Return what the tokenizer gave [batch, time], and `labels`.
+
+        These are [batch] or [batch, time]. Where rows say how likely labels are, there are also
+        `probabilities` [batch, classes], and the likeliest are the labels.
+        """
+        told = ("label", "labels", "probabilities")
+        names = [name for name in examples[0] if name not in told]
         fill = {"input_ids": self.pad_token_id}
         batch = {name: _padded([e[name] for e in examples], fill.get(name, 0)) for name in names}
         if "attention_mask" not in batch:
             batch["attention_mask"] = _padded([[1] * len(e["input_ids"]) for e in examples], 0)
         if "label" in examples[0]:
             batch["labels"] = torch.tensor([e["label"][0] for e in examples])
+        elif "probabilities" in examples[0]:
+            batch["probabilities"] = torch.tensor([e["probabilities"] for e in examples])
+            batch["labels"] = batch["probabilities"].argmax(-1)
         else:
             batch["labels"] = _padded([e["labels"] for e in examples], IGNORED)
         return batch

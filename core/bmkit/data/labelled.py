@@ -12,7 +12,8 @@ from bmkit.errors import InputError, did_you_mean
 
 
 def labels_of(path: Path) -> list[str]:
-    """Return the labels that a file of labelled rows has, sorted: `label`, or those of `tags`.
+    """Return the labels that a file of labelled rows has, sorted: `label`, or those of `tags`, or
+    of `probabilities`.
 
     Raises InputError naming the file and line of a row without them, or if there is only one.
     """
@@ -31,18 +32,18 @@ def labels_of(path: Path) -> list[str]:
 
 
 def encode_texts(path: Path, tokenizer: Any, labels: Sequence[str], *, max_length: int) -> Encoded:
-    """Tokenise rows of `text`, perhaps `text_pair`, and `label`.
+    """Tokenise rows of `text`, perhaps `text_pair`, and `label` or `probabilities` of labels.
 
-    Examples hold `input_ids` and what else the tokenizer gives, and `label`, a number. Longer texts
-    are cut, the longer of a pair first. Raises InputError naming the file and line.
+    Examples hold `input_ids` and what else the tokenizer gives, and `label`, a number; if a row has
+    probabilities, all have `probabilities`, one for each label. Longer texts are cut, the longer of
+    a pair first. Raises InputError naming the file and line.
     """
     known = {label: number for number, label in enumerate(labels)}
-    examples: list[Example] = []
+    examples: list[dict[str, Any]] = []
     truncated = 0
     for row in rows.read_all(path):
         try:
-            (label,) = _named(row.values)
-            number = _number(known, label)
+            label = _label(known, row.values)
             texts = [rows.require_text(text) for text in _texts(row.values)]
         except ValueError as exc:
             raise InputError(f"{path}:{row.line}: {exc}") from None
@@ -52,8 +53,45 @@ def encode_texts(path: Path, tokenizer: Any, labels: Sequence[str], *, max_lengt
         )
         if not cut["input_ids"]:
             raise InputError(f"{path}:{row.line}: the text is empty")
-        examples.append({**{k: list(v) for k, v in cut.items()}, "label": [number]})
+        examples.append({**{k: list(v) for k, v in cut.items()}, **label})
+    if any("probabilities" in example for example in examples):
+        for example in examples:
+            if "label" in example:
+                (number,) = example.pop("label")
+                example["probabilities"] = [float(at == number) for at in range(len(labels))]
     return Encoded(examples, truncated, 0)
+
+
+def _label(known: dict[str, int], values: dict[str, Any]) -> dict[str, Any]:
+    """Return a row's label as a number, or how likely each label is, in their order.
+
+    Raises ValueError for a row that has neither, or for probabilities that are none.
+    """
+    if "probabilities" not in values:
+        (label,) = _named(values)
+        return {"label": [_number(known, label)]}
+    shares = [0.0] * len(known)
+    for label, share in _probabilities(values).items():
+        shares[_number(known, label)] = share
+    return {"probabilities": [share / sum(shares) for share in shares]}
+
+
+def _probabilities(values: dict[str, Any]) -> dict[str, float]:
+    """Return a row's `probabilities`. Raises ValueError if they are none, or don't make 1."""
+    given: Any = values["probabilities"]
+    if not isinstance(given, dict) or not given:
+        raise ValueError("`probabilities` takes labels, each with how likely it is")
+    for label, share in given.items():
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not number or not 0 <= share <= 1 + SLACK:
+            raise ValueError(f"`probabilities`: `{label}` has `{share}`, which is none")
+    if abs(sum(given.values()) - 1) > SLACK:
+        raise ValueError(f"`probabilities` make {sum(given.values()):g} together, not 1")
+    return {label: float(share) for label, share in given.items()}
+
+
+SLACK = 0.02
+"""How far probabilities may be from 1 together: they are rounded."""
 
 
 def encode_words(path: Path, tokenizer: Any, labels: Sequence[str], *, max_length: int) -> Encoded:
@@ -88,7 +126,7 @@ def encode_words(path: Path, tokenizer: Any, labels: Sequence[str], *, max_lengt
 
 
 def _named(values: dict[str, Any]) -> list[str]:
-    """Return a row's labels. Raises ValueError if it has none."""
+    """Return the labels that a row tells of. Raises ValueError if there are none."""
     if "tags" in values or "tokens" in values:
         words: Any = values.get("tokens")
         tags: Any = values.get("tags")
@@ -98,6 +136,8 @@ def _named(values: dict[str, Any]) -> list[str]:
         if len(words) != len(tags):
             raise ValueError(f"it has {len(words)} `tokens` and {len(tags)} `tags`")
         return [_text(tag) for tag in tags]
+    if "probabilities" in values:
+        return list(_probabilities(values))
     if "label" not in values:
         raise ValueError(rows.unknown_shape(values, "`text`, `label`"))
     return [_text(values["label"])]

@@ -26,6 +26,7 @@ SPLITS = {
     "train": ("train", "training"),
     "dev": ("dev", "valid", "validation", "validate", "val", "development"),
     "test": ("test", "testing"),
+    "unlabelled": ("unlabelled", "unlabeled"),
 }
 """What the files of a split may be called."""
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
-from bmkit.deltas.compose import forget
+from bmkit.deltas.compose import forget, load
 from bmkit.deltas.held import base_of, is_prompt, switches
 from bmkit.deltas.tuners.beside import Beside
 from bmkit.deltas.tuners.width import bare
-from bmkit.errors import RecipeError, first_line
+from bmkit.errors import InputError, RecipeError, first_line
+from bmkit.nn.zeros import is_pruned
 
 
 def merge(model: Any) -> Any:
@@ -41,6 +44,24 @@ def merge(model: Any) -> Any:
         done = (*done, f"{name}.")
     forget(base)
     return base
+
+
+def merged(model: Any, folders: Mapping[str, Path], what: Path) -> Any:
+    """Put saved deltas into a model's weights, in place; return the plain model, `what` in errors.
+
+    Raises InputError for deltas that don't fit, or would fill what was pruned; RecipeError as
+    `merge` does.
+    """
+    pruned = [name for name, p in model.named_parameters() if is_pruned(p)]
+    whole = merge(load(model, folders))
+    named = dict(whole.named_parameters())
+    if filled := [name for name in pruned if not is_pruned(named[name])]:
+        raise InputError(
+            f"{what} is pruned, and merging fills the zeros of {len(filled)} matrices, as "
+            f"{filled[0]}",
+            hint="train LoRA with `merge: true`, which keeps them, or keep the delta beside it",
+        )
+    return whole
 
 
 def require_mergeable(model: Any) -> tuple[list[Any], list[Any]]:

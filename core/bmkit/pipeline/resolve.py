@@ -7,6 +7,7 @@ from pathlib import Path
 from bmkit import artifact, env, plan
 from bmkit.artifact import Artifact
 from bmkit.errors import InputError
+from bmkit.prompt.kept import own_model
 from bmkit.pull import run as pulls
 from bmkit.pull.source import can_be_fetched, understand
 from bmkit.report import Reporter
@@ -60,6 +61,14 @@ def find_base(delta: Artifact, reporter: Reporter, *, bring: bool = True) -> Art
     raise InputError(said, hint=hint)
 
 
+def find_asked(prompt: Artifact, reporter: Reporter, *, bring: bool = True) -> Artifact:
+    """Return the model that a prompt is asked on: its own, if it has one, else its base."""
+    own = own_model(prompt.path)
+    if own is not None:
+        return artifact.open_artifact(own)
+    return find_base(prompt, reporter, bring=bring)
+
+
 def _base_of_adapter(delta: Artifact, reporter: Reporter, hint: str, *, bring: bool) -> Artifact:
     config = plan.read_json(delta.path / "adapter_config.json")
     named = config.get("base_model_name_or_path")
@@ -69,6 +78,21 @@ def _base_of_adapter(delta: Artifact, reporter: Reporter, hint: str, *, bring: b
         return find_model(str(named), reporter, bring=bring)
     except InputError as exc:
         raise InputError(f"the base of {delta.path} is gone: {exc}", hint=hint) from None
+
+
+TAUGHT = "train.jsonl"
+"""Rows in an artifact, to learn from."""
+
+
+def taught_rows(teacher: Artifact) -> Path:
+    """Return the rows that a prompt has labelled. Raises InputError if there are none."""
+    path = teacher.path.absolute() / TAUGHT
+    if not path.is_file():
+        raise InputError(
+            f"{teacher.path} has labelled no rows to learn from",
+            hint="name some in data.unlabelled of its recipe, or give others with --data",
+        )
+    return path
 
 
 def warn_foreign_base(adapter: Artifact, model: Artifact, reporter: Reporter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import time
@@ -17,8 +18,9 @@ from bmkit import recipe as recipes
 from bmkit.artifact import NOTHING, Artifact, InputEntry, Step
 from bmkit.data.tabular import split_files
 from bmkit.errors import BmkitError, GateError, InputError, OutputTaken, UsageError
-from bmkit.pipeline.resolve import find_base, find_model, warn_foreign_base
+from bmkit.pipeline.resolve import find_asked, find_base, find_model, taught_rows, warn_foreign_base
 from bmkit.plan import Estimate, Job, Outcome
+from bmkit.prompt.kept import own_model
 from bmkit.recipe import Document, Recipe
 from bmkit.report import Reporter, Silent
 
@@ -75,6 +77,8 @@ class Prepared:
     """The recipe as it was written."""
     prompt: Artifact | None = None
     """The prompt that `-m` or an adapter names; `model` is what it was made on, or is asked on."""
+    teacher: Artifact | None = None
+    """What `-m` names, if it has labelled the rows to learn from; `model` is its base."""
 
     @property
     def engine(self) -> tuple[str, str]:
@@ -200,10 +204,18 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
     doc, recipe = load_recipe(request)
     recipe = recipe.model_copy(update={"device": env.resolve_device(recipe.device)})
     stage = registry.STAGES[request.stage]
-    files = _files(doc, recipe)
     model = NOTHING
     if request.model or "nothing" not in stage.takes:
         model = find_model(request.model, reporter, bring=bring)
+    teacher = model if model.kind == stage.taught_by else None
+    if teacher is not None:
+        model = find_base(teacher, reporter, bring=bring)
+        if request.data is None:
+            rows = f"data.train={json.dumps(str(taught_rows(teacher)))}"
+            request = replace(request, assign=(rows, *request.assign))
+        doc, recipe = load_recipe(request)
+        recipe = recipe.model_copy(update={"device": env.resolve_device(recipe.device)})
+    files = _files(doc, recipe)
     if model.kind not in stage.takes:
         merge = "; merge it into its base first" if model.kind == "delta" else ""
         raise InputError(
@@ -216,8 +228,12 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
     prompt, adapters = _prompt(stage, model, adapters)
     given = model
     if model.kind == "prompt":
-        model = find_base(model, reporter, bring=bring)
+        model = find_asked(model, reporter, bring=bring)
     elif prompt is not None:
+        if own_model(prompt.path) is not None:
+            raise InputError(
+                f"--adapter {prompt.path} has a model of its own", hint=f"-m {prompt.path}"
+            )
         warn_foreign_base(prompt, model, reporter)
     for number, found in enumerate(adapters):
         if any(found.path.resolve() == other.path.resolve() for other in adapters[:number]):
@@ -271,6 +287,7 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
         done,
         doc,
         prompt,
+        teacher,
     )
 
 
@@ -435,7 +452,7 @@ def run_stage(request: Request, reporter: Reporter) -> Result:
             scratch,
             version=bmkit.__version__,
             kind=outcome.kind,  # type: ignore[arg-type]
-            steps=[*prepared.model.steps, step],
+            steps=[*(prepared.teacher or prepared.model).steps, step],
             base=prepared.model.entry() if outcome.kind in {"delta", "prompt"} else None,
             metrics=outcome.metrics,
             loads_in=outcome.loads_in,

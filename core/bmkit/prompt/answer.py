@@ -6,37 +6,30 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from bmkit import artifact
 from bmkit import model as models
 from bmkit.data.columns import map_columns
 from bmkit.data.rows import BadRow, Row
 from bmkit.data.tabular import Record
-from bmkit.deltas import soft_files
 from bmkit.errors import BmkitError, InputError, RecipeError
 from bmkit.plan import Job
-from bmkit.prompt import states, stored
-from bmkit.prompt.kinds import kind_of
-from bmkit.prompt.labels import FILE, Verbalizer
-from bmkit.prompt.opening import context, open_model
-from bmkit.prompt.prompts import make
-from bmkit.prompt.ready import SEVERAL
+from bmkit.prompt import kept as shelf
+from bmkit.prompt.ask import Asker
+from bmkit.prompt.opening import Opened, open_model
+from bmkit.prompt.reopened import Reopened, fields_of, reopen
 from bmkit.prompt.rows import ANSWERS
-from bmkit.prompt.rules import Rules
-from bmkit.prompt.states import States
-from bmkit.prompt.stored import SOFT, KeptPrompt
-from bmkit.prompt.tasks import longest
 from bmkit.prompting.encode import Encoded
-from bmkit.prompting.generation import parse_rules
 from bmkit.registry import load
 from bmkit.runtime.opening import peak_gpu_bytes
 from bmkit.runtime.recipe import GenerateRecipe
-from bmkit.verbalizers import wordweights
+from bmkit.verbalizers import together
 
 SESSIONS = {
     "tagging": "bmkit.prompt.answertags:TagSession",
@@ -84,14 +77,19 @@ class Asked:
 
     id: Any
     encoded: list[Encoded]
-    """One, or of `task: tagging` one for each run of words."""
+    """By the artifact's prompts; of `task: tagging` one for each run of words."""
     record: Record
+
+    @property
+    def tokens(self) -> int:
+        """Return how many tokens are asked."""
+        return sum(len(prompt.ids) for prompt in self.encoded)
 
 
 def run(job: Job) -> Session:
     """Open the job's prompt and what it was made on."""
     assert job.prompt is not None  # the pipeline sends prompts here
-    if (way := SESSIONS.get(stored.read(job.prompt.path).task)) is None:
+    if (way := SESSIONS.get(shelf.read(job.prompt.path).first.task)) is None:
         return Session(job)
     made: Session = load(way)(job)
     return made
@@ -107,37 +105,41 @@ class Session:
         assert job.prompt is not None  # the pipeline sends prompts here
         if job.threads:
             torch.set_num_threads(job.threads)
-        folder = job.prompt.path
-        self.kept = kept = stored.read(folder)
+        found = shelf.read(job.prompt.path)
+        self.kept, self.ensemble = found.first, found.ensemble
         self.tokenizer = models.load_tokenizer(job.checkpoint)
-        stored.require_vocabulary(kept, self.tokenizer, job.prompt.path, job.checkpoint)
-        config = models.load_config(job.checkpoint)
-        kind = kind_of(config.to_dict(), kept.model_kind)
-        adapters = [folder / artifact.DELTAS / name for name in kept.adapters]
-        soft_start = soft_files.read(folder / SOFT)[1] if kept.soft else None
-        self.prompts = make(
-            kept.template,
-            self.tokenizer,
-            kind,
-            words=kept.words if kept.multi_token_handler == "likelihood" else None,
-            masks=kept.masks,
-            texts=parse_rules(kept.rules, kept.labels) if kept.rules else (),
-            prefix=kept.prefix,
-            context=_context(context(config, job, adapters), kept),
-            max_seq_length=kept.max_seq_length,
-            truncate_method=kept.truncate_method,
-            decoder_start=getattr(config, "decoder_start_token_id", None),
-            soft_start=soft_start,
-        )
-        self.verbalizer = _verbalizer(kept, folder)
-        most = longest(kept.task, kept.max_seq_length, kept.generate)
-        self.opened = open_model(job, kind, self.tokenizer, recipe.batch_size, most, adapters)
-        if kept.soft:
-            soft_files.load(self.opened.asker.model, folder / SOFT)
-        self.rss_before_bytes = self.opened.rss_before_bytes
+        both = zip(found.folders, found.prompts, strict=True)
+        self.parts = [reopen(folder, kept, job, self.tokenizer) for folder, kept in both]
+        self.shared = len(self.parts) > 1 and shelf.own_model(job.prompt.path) is None
+        self.opened = self._opened(job, recipe.batch_size, found.tokens)
+        self.rss_before_bytes = self.opened[0].rss_before_bytes
         self.batch_size = recipe.batch_size
         self.tokens = 0
         self.seconds = 0.0
+
+    @property
+    def only(self) -> Reopened:
+        """Return the prompt of a task of which there are no ensembles."""
+        return self.parts[0]
+
+    @property
+    def asker(self) -> Asker:
+        """Return what asks the model of that prompt."""
+        return self.opened[0].asker
+
+    def _opened(self, job: Job, size: int, most: int) -> list[Opened]:
+        """Open the model that all prompts share, or that of each, with all that it was trained."""
+        if self.shared:
+            return [open_model(job, self.parts[0].kind, self.tokenizer, size, most)]
+        found = []
+        for part in self.parts:
+            if len(self.parts) > 1:
+                own = artifact.open_artifact(part.folder / shelf.WHOLE)
+                job = replace(job, model=own, base=None)
+            one = open_model(job, part.kind, self.tokenizer, size, most, part.adapters)
+            part.put_rows(one.asker.model)
+            found.append(one)
+        return found
 
     def answer(
         self,
@@ -159,24 +161,35 @@ class Session:
             start = time.perf_counter()
             answers = iter(self._tell(good) if good else ())
             self.seconds += time.perf_counter() - start
-            self.tokens += sum(len(p.ids) for found in good for p in found.encoded)
+            self.tokens += sum(found.tokens for found in good)
             for found in taken:
                 yield found if isinstance(found, BadRow) else next(answers)
 
     def _tell(self, asked: list[Asked]) -> Sequence[Any]:
-        prompts = [prompt for found in asked for prompt in found.encoded]
-        said = self.verbalizer.ask(self.opened.asker, prompts)
-        labels = self.verbalizer.label_logprobs(said)
+        each = [self._said(number, asked) for number in range(len(self.parts))]
+        several = self.kept.task == "multilabel"
+        labels = each[0]
+        if self.ensemble is not None:
+            weights = [member.weight for member in self.ensemble.members]
+            over = self.ensemble.aggregate
+            labels = together.mean(torch.stack(each), weights, over, several=several)
         names = self.kept.labels
-        chosen = self.verbalizer.chosen(labels)
+        chosen = together.chosen(labels, several=several)
         return [
             Told(
                 found.id,
                 dict(zip(names, row, strict=True)),
-                tuple(names[at] for at in own) if self.verbalizer.several else None,
+                tuple(names[at] for at in own) if several else None,
             )
             for found, row, own in zip(asked, labels.exp().tolist(), chosen, strict=True)
         ]
+
+    def _said(self, number: int, asked: list[Asked]) -> Tensor:
+        """Return what one of the prompts says of rows: log-probabilities [rows, labels]."""
+        part, asker = self.parts[number], self.opened[0 if self.shared else number].asker
+        with part.at_work(asker) if self.shared else nullcontext():
+            said = part.told.ask(asker, [found.encoded[number] for found in asked])
+        return part.told.label_logprobs(said)
 
     def _rest(self, given: Iterable[Row | BadRow], done: int) -> Iterator[Asked | BadRow]:
         for number, row in enumerate(given):
@@ -188,7 +201,7 @@ class Session:
 
     def _read(self, number: int, row: Row) -> Asked | BadRow:
         """Turn a row into a prompt in tokens, or say what is wrong with it."""
-        fields = self.prompts.fields
+        fields = fields_of(self.parts)
         values = row.values
         if set(values) - {"id"} == {"prompt"} and len(fields) == 1 and "prompt" not in fields:
             values = {**values, fields[0]: values["prompt"]}
@@ -204,8 +217,8 @@ class Session:
         return Asked(values.get("id", number), encoded, found[0])
 
     def _encoded(self, record: Record) -> list[Encoded]:
-        """Return the prompts of a row."""
-        return self.prompts.encode([record])
+        """Return the prompts of a row, one of each part."""
+        return [prompt for part in self.parts for prompt in part.prompts.encode([record])]
 
     def figures(self) -> dict[str, Any]:
         """Return what a report says besides time and memory."""
@@ -213,38 +226,12 @@ class Session:
 
     def peak_gpu_bytes(self) -> int:
         """Return the most GPU memory that was held, CUDA's own included; 0 on the CPU."""
-        return peak_gpu_bytes(self.opened.device)
+        return peak_gpu_bytes(self.opened[0].device)
 
     def close(self) -> None:
         """End: nothing is kept."""
-        self.opened.close()
-
-
-def _context(most: int | None, kept: KeptPrompt) -> int | None:
-    """Return how many tokens a prompt can have, with room for what is said behind it."""
-    if most is None or kept.task != "generation" or kept.model_kind != "causal":
-        return most
-    return most - kept.generate.max_new_tokens
-
-
-def _verbalizer(kept: KeptPrompt, folder: Path) -> Verbalizer | States:
-    if kept.reads_states:
-        return states.load(folder, tuple(kept.labels))
-    told: Verbalizer
-    if kept.verbalizer in SEVERAL:
-        told = Rules(
-            kept.words, kept.multi_token_handler, kept.combine, own_labels=tuple(kept.labels)
-        )
-        return told if kept.prior is None else told.with_prior(kept.prior)
-    told = Verbalizer(
-        kept.words,
-        kept.multi_token_handler,
-        kept.combine,
-        kept.aggregate,
-        several=kept.task == "multilabel",
-        module=wordweights.load(folder / FILE) if kept.word_weights else None,
-    )
-    return told if kept.prior is None else told.with_prior(kept.prior)
+        for one in self.opened:
+            one.close()
 
 
 def _plain(exc: BmkitError, where: str) -> str:

@@ -67,12 +67,12 @@ class TagSession(Session):
 
     def _encoded(self, record: Record) -> list[Encoded]:
         places = self.tagger.places([record])
-        return self.prompts.encode(self.tagger.records([record], places))
+        return self.only.prompts.encode(self.tagger.records([record], places))
 
     def _tell(self, asked: list[Asked]) -> Sequence[ToldTags]:
         prompts = [prompt for found in asked for prompt in found.encoded]
-        labels = self.verbalizer.label_logprobs(self.verbalizer.ask(self.opened.asker, prompts))
-        chosen = [own[0] for own in self.verbalizer.chosen(labels)]
+        labels = self.only.told.label_logprobs(self.only.told.ask(self.asker, prompts))
+        chosen = [own[0] for own in self.only.told.chosen(labels)]
         likely = labels.amax(-1)
         records = [found.record for found in asked]
         places: list[Place] = self.tagger.places(records)

@@ -45,14 +45,14 @@ class TextSession(Session):
         values = {k: v for k, v in record.values.items() if k != texts.TARGET}
         bare = replace(record, values=values)
         most = self.kept.generate.max_new_tokens
-        return [*texts.aimed(self.prompts, [bare], self.kept.model_kind, most, self.forced)]
+        return [*texts.aimed(self.only.prompts, [bare], self.kept.model_kind, most, self.forced)]
 
     def _tell(self, asked: list[Asked]) -> Sequence[Any]:
         prompts = [prompt for found in asked for prompt in found.encoded]
         numbers = range(self.count, self.count + len(prompts))
         self.count += len(prompts)
         said = texts.answers(
-            self.opened.asker,
+            self.asker,
             self.tokenizer,
             prompts,
             self.how,
@@ -66,4 +66,4 @@ class TextSession(Session):
 
     def _shown(self, record: Record) -> str:
         """Return the prompt for people to read, without its mask."""
-        return show([part for part in self.prompts.wrap(record) if part.role != "mask"])
+        return show([part for part in self.only.prompts.wrap(record) if part.role != "mask"])

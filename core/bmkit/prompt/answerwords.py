@@ -51,7 +51,7 @@ class ProbeSession(Session):
             shares, numbers = said.exp().topk(min(most, said.shape[1]))
             return torch.cat([shares, numbers.float()], 1)  # below 2**24, which a float32 holds
 
-        said = self.probe.ask(self.opened.asker, prompts, take=take)
+        said = self.probe.ask(self.asker, prompts, take=take)
         half = said.shape[1] // 2
         return [
             ToldWords(found.id, self._named(row[:half].tolist(), row[half:].long().tolist()))

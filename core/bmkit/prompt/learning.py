@@ -17,7 +17,7 @@ class Trained(Model):
     mode: Literal["none", "soft", "delta", "full"] = Field(
         default="none",
         description="`soft`: the template's soft tokens; `delta`: those and `deltas`; `full`: the "
-        "whole model.",
+        "whole model with them, which is kept in the prompt.",
     )
     deltas: list[Delta] = Field(
         default=[],
@@ -33,12 +33,6 @@ class Trained(Model):
 
     @model_validator(mode="after")
     def _says_what_it_trains(self) -> Trained:
-        if self.mode == "full":
-            raise contradiction(
-                "mode",
-                "`full`: a prompt keeps none of the model's weights; take `delta`, or train the "
-                "model itself: `bmkit tune` with `unfreeze: [all]` and `merge: true`",
-            )
         if self.mode == "none":
             for name in ("encoder", "learning_rate"):
                 if getattr(self, name) not in (None, "none"):

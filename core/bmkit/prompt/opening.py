@@ -63,7 +63,7 @@ def open_model(
     found = placement(job, size, most)
     if found is None:
         before = env.rss_bytes()
-        config = _config(job, kind)
+        config = head_config(job.checkpoint, kind)
         try:
             model = models.load_model(
                 job.checkpoint, device=device, dtype=job.recipe.dtype, config=config
@@ -83,7 +83,7 @@ def open_model(
     return Opened(asker, device, before, placed)
 
 
-def _config(job: Job, kind: Kind) -> Any:
+def head_config(checkpoint: Path, kind: Kind) -> Any:
     """Return the config with the head that says words at masks; None where it is the model's own.
 
     Raises InputError if transformers has none.
@@ -92,12 +92,12 @@ def _config(job: Job, kind: Kind) -> Any:
         return None
     import transformers
 
-    config = models.load_config(job.checkpoint)
+    config = models.load_config(checkpoint)
     try:
         found = getattr(transformers, HEADS[kind])._model_mapping[type(config)]
     except KeyError:
         raise InputError(
-            f"{job.checkpoint}: transformers has no {config.model_type} that fills in masks"
+            f"{checkpoint}: transformers has no {config.model_type} that fills in masks"
         ) from None
     config.architectures = [found.__name__]
     return config

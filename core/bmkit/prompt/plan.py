@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from bmkit.deltas.recipe import names
 from bmkit.env import format_bytes
 from bmkit.errors import InputError, RecipeError, UsageError
 from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers, task
-from bmkit.prompt import rows, stored, templates
+from bmkit.prompt import kept as shelf
+from bmkit.prompt import rows, templates
 from bmkit.prompt.kinds import kind_of
 from bmkit.prompt.recipe import PromptRecipe
 from bmkit.prompt.tasks import longest
@@ -37,7 +40,11 @@ def estimate(job: Job) -> Estimate:
     if trains:
         seeds = len(recipe.learning_setting.seeds) or 1
         what = ", ".join(["soft tokens", *names(recipe.tune.deltas)])
+        if recipe.tune.mode == "full":
+            what = "the whole model"
         steps.insert(0, f"train {what}" + (f", with {seeds} seeds" if seeds > 1 else ""))
+    if recipe.ensemble is not None:
+        steps.append(f"let {1 + len(recipe.ensemble.members)} prompts, each seed, tell together")
     if recipe.calibrate.type != "none":
         steps.append(f"calibrate: {recipe.calibrate.type}")
     most = longest(recipe.task, recipe.template.max_seq_length, recipe.generate)
@@ -49,8 +56,30 @@ def estimate(job: Job) -> Estimate:
     layers = 1
     if trains:  # the backward pass reads the activations of all
         layers = int(headers.config.get("num_hidden_layers") or headers.config.get("num_layers", 1))
-        size = max(size, recipe.train.per_device_train_batch_size)
-    return _estimate(job, headers, steps, size, most, layers)
+        trained = (recipe.train.per_device_train_batch_size, layers)
+        size, layers = max((size, 1), trained, key=math.prod)  # rows that are asked need no more
+    found = _estimate(job, headers, steps, size, most, layers)
+    return _with_whole(job, headers, found) if recipe.tune.mode == "full" else found
+
+
+def _with_whole(job: Job, headers: Headers, found: Estimate) -> Estimate:
+    """Return what it takes to train all weights as well: gradients, two moments, what is kept.
+
+    Raises RecipeError if there are deltas on them.
+    """
+    recipe = job.recipe
+    assert isinstance(recipe, PromptRecipe)  # as above
+    if job.deltas:
+        raise RecipeError(
+            "tune.mode: the whole of a model is trained, and this is a delta on one",
+            hint="merge it first: bmkit merge",
+        )
+    more, peak = 12 * headers.dense_numel, found.peak
+    members = 1 if recipe.ensemble is None else 1 + len(recipe.ensemble.members)
+    kept = 4 * headers.dense_numel * members * max(len(recipe.learning_setting.seeds), 1)
+    gpu = peak.gpu_bytes + more if peak.gpu_bytes else 0
+    ram = peak.ram_bytes if gpu else peak.ram_bytes + more
+    return Estimate(found.steps, Peak(ram, gpu, kept + 2**20, kept + 3 * more))
 
 
 def estimate_answers(job: Job) -> Estimate:
@@ -60,13 +89,21 @@ def estimate_answers(job: Job) -> Estimate:
     if recipe.scores:
         raise UsageError("a prompt tells labels: it has nothing to --score")
     assert job.prompt is not None  # the pipeline sends prompts here
-    kept = stored.read(job.prompt.path)
+    kept = shelf.read(job.prompt.path)
     headers = read_headers(job.checkpoint)
-    kind_of(headers.config, kept.model_kind)
+    kind_of(headers.config, kept.first.model_kind)
     told = {"probing": "the likeliest words", "generation": "a text"}
-    steps = [f"tell {told.get(kept.task, f'one of {len(kept.labels)} labels')}"]
-    most = longest(kept.task, kept.max_seq_length, kept.generate)
-    return _estimate(job, headers, steps, recipe.batch_size, most)
+    steps = [f"tell {told.get(kept.first.task, f'one of {len(kept.first.labels)} labels')}"]
+    if kept.ensemble is not None:
+        steps[0] += f", by {len(kept.prompts)} prompts together"
+    found = _estimate(job, headers, steps, recipe.batch_size, kept.tokens)
+    models = len(kept.prompts) if kept.ensemble and shelf.own_model(job.prompt.path) else 1
+    if models > 1 and (job.cpu_memory or job.gpu_memory or recipe.quant):
+        raise UsageError("an ensemble of whole models goes within no budget, and without --quant")
+    width = 4 if recipe.device == "cpu" else 2
+    more, peak = (models - 1) * width * headers.dense_numel, found.peak
+    gpu = peak.gpu_bytes + more if peak.gpu_bytes else 0
+    return Estimate(found.steps, Peak(peak.ram_bytes + (0 if gpu else more), gpu, peak.disk_bytes))
 
 
 def _estimate(

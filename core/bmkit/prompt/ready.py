@@ -150,6 +150,7 @@ class Ready:
         naming a row whose label is unknown or missing.
         """
         held = [name for name in self.splits if name != "train" or self.learns]
+        held = [name for name in held if name != "unlabelled"]
         train = self.splits.get("train")
         key = TAGS if self.recipe.task == "tagging" else rows.LABEL
         if not held and train is not None and all(key in r.values for r in train.records):

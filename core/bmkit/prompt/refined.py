@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from bmkit.prompt.ask import Asker
 from bmkit.prompt.labels import Verbalizer
-from bmkit.prompt.recipe import VerbalizerSpec
+from bmkit.prompt.verbalizerspec import VerbalizerSpec
 from bmkit.prompting.encode import Encoded
 from bmkit.verbalizers import manual, refine
 

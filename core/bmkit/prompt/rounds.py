@@ -35,6 +35,7 @@ class Round:
     seed: int
     train: Rows
     measured: Mapping[str, Rows]
+    unlabelled: Sequence[Encoded] = ()
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class Done:
 
     metrics: dict[str, Any]
     table: Table
+
+
+Perform = Callable[[Round, Path, Path], Done]
+"""Performs a run: gets a directory for what is kept, and one that outlives a killed run."""
 
 
 def rounds(
@@ -54,8 +59,9 @@ def rounds(
     """
     setting = ready.recipe.learning_setting
     held = {name: Rows(encoded[name], own) for name, own in right.items()}
+    plain = encoded.get("unlabelled", [])
     if not ready.learns:
-        return [Round(ready.recipe.seed, Rows(), held)]
+        return [Round(ready.recipe.seed, Rows(), held, plain)]
     train = held.pop("train")
     found = []
     for seed in setting.seeds or [ready.recipe.seed]:
@@ -76,7 +82,8 @@ def rounds(
                 "all rows to learn from have one label: nothing is told apart",
                 hint="add rows of other labels",
             )
-        found.append(Round(seed, own, {**held, **({"dev": _some(train, dev)} if dev else {})}))
+        drawn = {"dev": _some(train, dev)} if dev else {}
+        found.append(Round(seed, own, {**held, **drawn}, plain))
     return found
 
 
@@ -84,9 +91,7 @@ def _some(rows: Rows, places: Sequence[int]) -> Rows:
     return Rows([rows.prompts[at] for at in places], [rows.right[at] for at in places])
 
 
-def each(
-    found: Sequence[Round], out: Path, work: Path, perform: Callable[[Round, Path, Path], Done]
-) -> Done:
+def each(found: Sequence[Round], out: Path, work: Path, perform: Perform) -> Done:
     """Perform all runs; leave in `out` what the best one on dev has, and return what all say.
 
     `perform` gets a run, a directory for what is kept, and one that outlives a killed run. Runs
@@ -97,18 +102,19 @@ def each(
         done = perform(found[0], out, work)
         more = {"accuracy_sd": 0.0} if found[0].train.prompts else {}
         return Done({**done.metrics, **more}, done.table)
-    said = [_once(one, work / f"seed-{one.seed}", perform) for one in found]
+    said = [once(one, work / f"seed-{one.seed}", perform) for one in found]
     best = max(range(len(said)), key=lambda at: _on_dev(said[at].metrics))
     kept = work / f"seed-{found[best].seed}" / "kept"
     shutil.copytree(kept, out, dirs_exist_ok=True)
     table: Table = [
-        {"step": f"seed {one.seed}", **_figures(done.metrics)}
+        {"step": f"seed {one.seed}", **figures(done.metrics)}
         for one, done in zip(found, said, strict=True)
     ]
-    return Done(_mean([done.metrics for done in said]), [*table, *said[best].table])
+    return Done(mean([done.metrics for done in said]), [*table, *said[best].table])
 
 
-def _once(one: Round, work: Path, perform: Callable[[Round, Path, Path], Done]) -> Done:
+def once(one: Round, work: Path, perform: Perform) -> Done:
+    """Perform a run unless it was done; what is kept of it is in `work`, as `kept`."""
     note, kept = work / DONE, work / "kept"
     if note.is_file():
         values = json.loads(note.read_text(encoding="utf-8"))
@@ -128,14 +134,16 @@ def _on_dev(metrics: Mapping[str, Any]) -> tuple[float, float]:
     return float(metrics.get("dev_accuracy", 0.0)), -float(metrics.get("train_loss", 0.0))
 
 
-def _figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("accuracy", "dev_accuracy", "train_loss")
+def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run's line in the table has of its metrics."""
+    names = ("accuracy", "dev_accuracy", "untrained_accuracy", "train_loss")
     return {name: metrics[name] for name in names if name in metrics}
 
 
-def _mean(all_: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def mean(all_: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the means of what all runs have measured, and how far their accuracy is apart."""
     found: dict[str, Any] = {}
-    for name in all_[0]:
+    for name in (name for name in all_[0] if all(name in one for one in all_)):
         values = [one[name] for one in all_]
         alike = all(value == values[0] for value in values)
         found[name] = values[0] if alike else round(statistics.fmean(values), 6)

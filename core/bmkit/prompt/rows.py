@@ -18,7 +18,7 @@ from bmkit.prompt.tasks import WITHOUT_LABELS
 LABEL = "label"
 ANSWERS = (LABEL, "tags", "object", "target")
 """Columns of what is to be told: rows of `infer` do without."""
-SPLITS = ("train", "dev", "test")
+SPLITS = ("train", "dev", "test", "unlabelled")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def read(recipe: PromptRecipe, files: Mapping[str, Path]) -> dict[str, Split]:
                 data.columns,
                 header=data.header,
                 quoted=data.quoted,
-                optional=ANSWERS if name == "train" else (),
+                optional=ANSWERS if name in ("train", "unlabelled") else (),
             )
             classes.require_rows(records, f"data.{name}: {path}")
             found[name] = Split(name, records)
@@ -91,7 +91,8 @@ def labels_of(recipe: PromptRecipe, splits: Mapping[str, Split]) -> Classes:
     elif recipe.labels is not None:
         known = Classes.of(recipe.labels)
     else:
-        labelled = [r for s in splits.values() for r in s.records if LABEL in r.values]
+        told = [split for name, split in splits.items() if name != "unlabelled"]
+        labelled = [r for s in told for r in s.records if LABEL in r.values]
         if not labelled:
             raise RecipeError("data.labels: nothing says which labels there are")
         known = Classes.found(labelled, LABEL)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from bmkit import report
+from bmkit.model import save_tensors
 from bmkit.plan import Job, Outcome
-from bmkit.prompt import stored, training, wording
+from bmkit.prompt import ensembling, softlabels, stored, training, wording
+from bmkit.prompt.ensembling import Prepared
 from bmkit.prompt.labels import Verbalizer
 from bmkit.prompt.measure import measure
 from bmkit.prompt.opening import Opened, open_model
@@ -56,7 +58,21 @@ def run(job: Job) -> Outcome:
     if (way := TASKS.get(recipe.task)) is not None:
         outcome: Outcome = load(way)(job)
         return outcome
+    if recipe.ensemble is not None:
+        done = ensembling.run(job, _prepared)
+    else:
+        alone = _prepared(job)
+        done = each(alone.runs, job.out, job.work, alone.perform)
+    return Outcome("prompt", done.metrics, ("bmkit",), table=done.table)
+
+
+def _prepared(job: Job) -> Prepared:
+    """Return the runs of a recipe of one prompt; its ensemble isn't looked at."""
+    recipe = job.recipe
+    assert isinstance(recipe, PromptRecipe)  # as above
     ready = Ready(job)
+    if "unlabelled" in ready.splits:
+        softlabels.fields([ready])  # told before anything is trained
     encoded = {name: ready.prompts.encode(s.records) for name, s in ready.splits.items()}
     found = rounds(ready, encoded, ready.right())
     prior = ready.prior_prompts(encoded)
@@ -72,8 +88,7 @@ def run(job: Job) -> Outcome:
             job.reporter.info(f"seed {one.seed}")
         return _perform(job, ready, one, prior, out, work)
 
-    done = each(found, job.out, job.work, perform)
-    return Outcome("prompt", done.metrics, ("bmkit",), table=done.table)
+    return Prepared(ready, found, perform)
 
 
 def _perform(
@@ -89,13 +104,19 @@ def _perform(
     metrics: dict[str, Any] = {}
     if prior and isinstance(told, Verbalizer):
         told = told.calibrated(_ask(job, opened, told, {"calibrate": prior})["calibrate"])
+    if recipe.ensemble is not None and recipe.ensemble.weights == "untrained_accuracy":
+        metrics["untrained_accuracy"] = _untrained(job, ready, opened, told, one.train)
     if recipe.tune.mode != "none":
         metrics |= training.learn(job, ready, asker, told, one, work)
     trained = training.write(ready, asker, told, out)
     if ready.learns:
         trained["seed"] = one.seed
-    said = _ask(job, opened, told, {name: rows.prompts for name, rows in one.measured.items()})
+    asked = {name: rows.prompts for name, rows in one.measured.items()}
+    if one.unlabelled:
+        asked["unlabelled"] = list(one.unlabelled)
+    said = _ask(job, opened, told, asked)
     opened.close()
+    _keep(ready, {name: told.label_logprobs(own) for name, own in said.items()}, out, work)
     figures, table = _measured(ready, told, said, one.measured)
     measured = [p for rows in one.measured.values() for p in rows.prompts]
     metrics |= figures
@@ -105,6 +126,24 @@ def _perform(
     metrics["tokens"] = sum(len(p.ids) for p in measured)
     stored.write(out, ready.kept(told, **trained))
     return Done(metrics, table)
+
+
+def _keep(ready: Ready, logprobs: Mapping[str, Tensor], out: Path, work: Path) -> None:
+    """Keep what was told of labels: for an ensemble of all rows, else of those without one."""
+    if ready.recipe.ensemble is not None:
+        save_tensors(work / ensembling.TOLD, logprobs)
+    elif "unlabelled" in logprobs:
+        records, names = ready.splits["unlabelled"].records, softlabels.fields([ready])
+        softlabels.write(out, records, names, ready.classes.names, logprobs["unlabelled"])
+
+
+def _untrained(
+    job: Job, ready: Ready, opened: Opened, told: Verbalizer | States, train: Rows
+) -> float:
+    """Return the accuracy on the rows of train before anything is trained."""
+    said = _ask(job, opened, told, {"train": train.prompts})
+    figures, _ = _measured(ready, told, said, {"train": train})
+    return float(figures["train_accuracy"])
 
 
 def _ask(

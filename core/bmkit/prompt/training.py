@@ -14,8 +14,9 @@ from bmkit.deltas import attachment, compose, soft_files, soft_rows, soft_words
 from bmkit.deltas.held import base_of
 from bmkit.deltas.recipe import names
 from bmkit.errors import RecipeError
+from bmkit.nn.zeros import keep_zeros
 from bmkit.plan import Job
-from bmkit.prompt import states
+from bmkit.prompt import kept, states, whole
 from bmkit.prompt.ask import Asker
 from bmkit.prompt.labels import Verbalizer
 from bmkit.prompt.measure import measure
@@ -36,12 +37,14 @@ NEAREST = 5
 
 
 def attach(job: Job, ready: Ready, asker: Asker, seed: int) -> None:
-    """Put the recipe's deltas and the template's rows on the asker's model; all else is frozen.
+    """Put the recipe's deltas and the template's rows on the asker's model.
 
+    All else is frozen, unless the whole model is trained, of which pruned weights stay zero.
     Raises RecipeError for what the model can't have.
     """
-    asker.model.requires_grad_(False)
     spec = ready.recipe.tune
+    asker.model.requires_grad_(spec.mode == "full")
+    keep_zeros(asker.model.parameters())
     if ready.kind == "masked" and any(delta.PROMPT for delta in spec.deltas):
         raise RecipeError(
             "tune.deltas: a model that fills in masks has nothing in front of what it reads",
@@ -137,6 +140,8 @@ def learn(
     if module is not None:
         delattr(base, states.NAME)
         module.eval().requires_grad_(False)
+    if recipe.tune.mode == "full":
+        whole.as_stored(model, job.checkpoint)
     if (rows := soft_rows.of(model)) is not None:
         rows.settle()
     model.eval()
@@ -217,4 +222,6 @@ def write(
         found["adapters"] = called
     if told is not None:
         told.save(folder)
+    if ready.recipe.tune.mode == "full":
+        whole.write(asker.model, ready.job.checkpoint, folder / kept.WHOLE)
     return found

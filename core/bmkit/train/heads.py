@@ -12,13 +12,28 @@ from torch.nn import functional
 from bmkit.data.chat import IGNORED
 
 
-def label_loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+def label_loss(
+    model: Any, batch: dict[str, Tensor], temperature: float = 1.0
+) -> tuple[Tensor, int]:
     """Return the summed cross-entropy of `batch["labels"]`, and how many there are.
 
-    Labels are [batch], of whole texts, or [batch, time], of tokens.
+    Labels are [batch], of whole texts, or [batch, time], of tokens. If there are `probabilities`
+    [batch, classes], it is theirs: they, and what the model says, are made flatter by
+    `temperature`, and the loss is multiplied by its square (arXiv 1503.02531).
     """
     logits, labels = said(model, batch)
-    return functional.cross_entropy(logits, labels, reduction="sum"), len(labels)
+    return _cross_entropy(logits, labels, batch.get("probabilities"), temperature), len(labels)
+
+
+def _cross_entropy(
+    logits: Tensor, labels: Tensor, shares: Tensor | None, temperature: float = 1.0
+) -> Tensor:
+    if shares is None:
+        return functional.cross_entropy(logits, labels, reduction="sum")
+    flat = shares ** (1 / temperature)
+    flat = flat / flat.sum(-1, keepdim=True)
+    loss = functional.cross_entropy(logits / temperature, flat, reduction="sum")
+    return temperature**2 * loss
 
 
 def said(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -26,7 +41,8 @@ def said(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
     Virtual tokens that stand in front of a text's own have none.
     """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    apart = ("labels", "probabilities")
+    inputs = {name: value for name, value in batch.items() if name not in apart}
     logits, labels = model(**inputs).logits, batch["labels"]
     if logits.ndim == 3:
         logits = logits[:, logits.shape[1] - labels.shape[1] :]
@@ -46,8 +62,9 @@ def label_figures(
     total, whole = 0.0, 0
     counts = torch.zeros(classes, classes)  # [true, said]
     for batch in batches:
-        logits, labels = said(model, {k: v.to(device) for k, v in batch.items()})
-        total += float(functional.cross_entropy(logits, labels, reduction="sum"))
+        here = {name: value.to(device) for name, value in batch.items()}
+        logits, labels = said(model, here)
+        total += float(_cross_entropy(logits, labels, here.get("probabilities")))
         whole += len(labels)
         pairs = (labels * classes + logits.argmax(-1)).cpu()
         counts += torch.bincount(pairs, minlength=classes**2).view(classes, classes)

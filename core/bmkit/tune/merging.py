@@ -11,10 +11,8 @@ import torch
 
 from bmkit import model as models
 from bmkit import plan
-from bmkit.deltas import arithmetic, compose
-from bmkit.deltas.merge import merge
+from bmkit.deltas import arithmetic, merge
 from bmkit.errors import InputError
-from bmkit.nn.zeros import is_pruned
 from bmkit.runtime import heads
 from bmkit.runtime.heads import Head
 
@@ -36,15 +34,7 @@ def merged(checkpoint: Path, folders: Mapping[str, Path], out: Path) -> None:
     else:
         head = None
         model = models.load_model(checkpoint, device=cpu, dtype="float32")
-    pruned = [n for n, p in model.named_parameters() if is_pruned(p)]
-    whole = merge(compose.load(model, folders))
-    named = dict(whole.named_parameters())
-    if filled := [name for name in pruned if not is_pruned(named[name])]:
-        raise InputError(
-            f"{checkpoint} is pruned, and merging fills the zeros of {len(filled)} matrices, as "
-            f"{filled[0]}",
-            hint="train LoRA with `merge: true`, which keeps them, or keep the delta beside it",
-        )
+    whole = merge.merged(model, folders, checkpoint)
     write_whole(whole, checkpoint, out, head)
 
 

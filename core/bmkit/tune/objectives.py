@@ -81,7 +81,7 @@ def objective(recipe: TuneRecipe, config: Any, train: Path, tokenizer: Any) -> O
             lambda path: read(path, tokenizer, labels, max_length=length),
             collate,
             collate,
-            label_loss,
+            partial(label_loss, temperature=recipe.temperature),
             partial(_labels, classes=len(labels)),
             pad,
             length,

@@ -26,7 +26,8 @@ class Data(Model):
 
     train: str = Field(
         description="JSON lines: `messages`, `prompt`/`completion` or `text` to say; `text` (and "
-        "`text_pair`) with a `label`; `tokens` with `tags`; `prompt` with `chosen` and `rejected`."
+        "`text_pair`) with a `label`, or with `probabilities` by label; `tokens` with `tags`; "
+        "`prompt` with `chosen` and `rejected`."
     )
     dev: str | None = Field(
         default=None, description="Held-out rows: what is measured before, meanwhile and after."
@@ -101,6 +102,12 @@ class TuneRecipe(Recipe):
         default=0.1,
         gt=0,
         description="Of `task: preference`: how far the model is held to what it said before.",
+    )
+    temperature: float = Field(
+        default=1.0,
+        gt=0,
+        description="Of rows with `probabilities`: how much flatter they, and what the model says, "
+        "are made in training.",
     )
     data: Data
     train: TuneTrain = TuneTrain()

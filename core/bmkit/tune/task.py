@@ -14,6 +14,7 @@ from bmkit.tune.recipe import Task, TuneRecipe
 
 BY_KEY: dict[str, Task] = {
     "label": "sequence_classification",
+    "probabilities": "sequence_classification",
     "chosen": "preference",
     "tags": "token_classification",
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from bmkit.errors import BmkitError, RecipeError
 from bmkit.prompt.learning import LearningSetting, PromptTrain, Trained
+from bmkit.prompt.searching import Search, check
 from bmkit.prompting import labelwords
 from bmkit.recipe import Model, Recipe, contradiction
 
@@ -73,7 +74,9 @@ class TemplateSpec(Model):
 
     text: str | None = Field(default=None, description="A template in OpenPrompt's language.")
     file_path: str | None = Field(default=None, description="A file with one on each line.")
-    choice: int = Field(default=0, ge=0, description="Which line of the file, from 0.")
+    choice: Annotated[int, Field(ge=0)] | Literal["all"] = Field(
+        default=0, description="Which line of the file, from 0; `all` of them with `search`."
+    )
     jinja: str | None = Field(default=None, description="A template in Jinja, with `{{ mask }}`.")
     chat: list[Message] | None = Field(
         default=None, min_length=1, description="Messages, put through the model's chat template."
@@ -254,6 +257,8 @@ class PromptRecipe(Recipe):
         "train_macro_f1",
         "train_micro_f1",
         "rows_truncated",
+        "templates",
+        "combinations",
         "train_loss",
         "trainable_parameters",
     )
@@ -264,6 +269,7 @@ class PromptRecipe(Recipe):
         "template.file_path",
         "verbalizer.file_path",
     )
+    MODELS: ClassVar = ("search.model",)
 
     kind: Literal["prompt"]
     task: Literal["classification", "multilabel"] = Field(
@@ -275,6 +281,9 @@ class PromptRecipe(Recipe):
     data: Data = Data()
     template: TemplateSpec
     verbalizer: VerbalizerSpec
+    search: Search | None = Field(
+        default=None, description="Choose the template and the label words on rows."
+    )
     calibrate: Calibrate = Calibrate()
     tune: Trained = Trained()
     learning_setting: LearningSetting = LearningSetting()
@@ -303,9 +312,10 @@ class PromptRecipe(Recipe):
     @model_validator(mode="after")
     def _rows_to_learn_from(self) -> PromptRecipe:
         mode, how, kind = self.tune.mode, self.learning_setting.type, self.verbalizer.type
-        learns = mode != "none" or self.verbalizer.learns
+        learns = mode != "none" or self.verbalizer.learns or self.search is not None
         if learns and how == "zero_shot":
             what = f"tune.mode: {mode}" if mode != "none" else f"verbalizer.type: {kind}"
+            what = what if self.search is None else "search"
             raise contradiction(
                 "learning_setting.type", f"`{what}` learns from rows: take few_shot or full"
             )
@@ -321,6 +331,7 @@ class PromptRecipe(Recipe):
     @model_validator(mode="after")
     def _what_goes_together(self) -> PromptRecipe:
         mode, kind = self.tune.mode, self.verbalizer.type
+        check(self)
         if kind == "soft" and mode == "none":
             raise contradiction("tune.mode", "a `soft` verbalizer is trained: take soft or delta")
         if self.verbalizer.reads_states:

@@ -6,12 +6,15 @@ import json
 import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bmkit.data import shots
+from bmkit.data.tabular import Record
 from bmkit.errors import InputError
+from bmkit.prompt.prompts import Prompts
 from bmkit.prompt.ready import Ready
 from bmkit.prompting.encode import Encoded
 
@@ -26,6 +29,12 @@ class Rows:
 
     prompts: list[Encoded] = field(default_factory=list)
     right: Labels = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    """What the prompts were made of."""
+
+    def again(self, prompts: Prompts) -> Rows:
+        """Return the same rows in the prompts of another template."""
+        return replace(self, prompts=prompts.encode(self.records))
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,11 @@ class Round:
     seed: int
     train: Rows
     measured: Mapping[str, Rows]
+
+    def again(self, prompts: Prompts) -> Round:
+        """Return the same run in the prompts of another template."""
+        measured = {name: rows.again(prompts) for name, rows in self.measured.items()}
+        return Round(self.seed, self.train.again(prompts), measured)
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,9 @@ def rounds(
     Raises InputError for too few rows, or rows to learn from that have all one label.
     """
     setting = ready.recipe.learning_setting
-    held = {name: Rows(encoded[name], own) for name, own in right.items()}
+    held = {
+        name: Rows(encoded[name], own, ready.splits[name].records) for name, own in right.items()
+    }
     if not ready.learns:
         return [Round(ready.recipe.seed, Rows(), held)]
     train = held.pop("train")
@@ -81,7 +97,11 @@ def rounds(
 
 
 def _some(rows: Rows, places: Sequence[int]) -> Rows:
-    return Rows([rows.prompts[at] for at in places], [rows.right[at] for at in places])
+    return Rows(
+        [rows.prompts[at] for at in places],
+        [rows.right[at] for at in places],
+        [rows.records[at] for at in places],
+    )
 
 
 def each(
@@ -97,7 +117,7 @@ def each(
         done = perform(found[0], out, work)
         more = {"accuracy_sd": 0.0} if found[0].train.prompts else {}
         return Done({**done.metrics, **more}, done.table)
-    said = [_once(one, work / f"seed-{one.seed}", perform) for one in found]
+    said = [once(work / f"seed-{one.seed}", partial(perform, one)) for one in found]
     best = max(range(len(said)), key=lambda at: _on_dev(said[at].metrics))
     kept = work / f"seed-{found[best].seed}" / "kept"
     shutil.copytree(kept, out, dirs_exist_ok=True)
@@ -108,14 +128,18 @@ def each(
     return Done(_mean([done.metrics for done in said]), [*table, *said[best].table])
 
 
-def _once(one: Round, work: Path, perform: Callable[[Round, Path, Path], Done]) -> Done:
+def once(work: Path, perform: Callable[[Path, Path], Done]) -> Done:
+    """Perform a run that leaves what it keeps in `work/kept`, or return what it said before.
+
+    `perform` gets a directory for what is kept, and one that outlives a killed run.
+    """
     note, kept = work / DONE, work / "kept"
     if note.is_file():
         values = json.loads(note.read_text(encoding="utf-8"))
         return Done(values["metrics"], values["table"])
     shutil.rmtree(kept, ignore_errors=True)  # a killed run may have begun it
     kept.mkdir(parents=True)
-    done = perform(one, kept, work)
+    done = perform(kept, work)
     scratch = note.with_suffix(".partial")
     text = json.dumps({"metrics": done.metrics, "table": done.table})
     scratch.write_text(text, encoding="utf-8")

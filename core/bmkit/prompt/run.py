@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from bmkit import report
 from bmkit.plan import Job, Outcome
-from bmkit.prompt import stored, training, wording
+from bmkit.prompt import search, stored, training, wording
 from bmkit.prompt.labels import Verbalizer
 from bmkit.prompt.measure import measure
 from bmkit.prompt.opening import Opened, open_model
@@ -61,6 +62,8 @@ def run(job: Job) -> Outcome:
     def perform(one: Round, out: Path, work: Path) -> Done:
         if len(found) > 1:
             job.reporter.info(f"seed {one.seed}")
+        if recipe.search is not None:
+            return search.perform(job, ready, one, out, work, partial(_perform, job))
         return _perform(job, ready, one, prior, out, work)
 
     done = each(found, job.out, job.work, perform)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -312,6 +316,45 @@ def test_several_pairs_are_trained_and_the_best_on_dev_is_kept(bmkit: Run, tmp_p
     assert (tmp_path / "p" / "adapters" / "lora").is_dir()
 
 
+def test_a_killed_search_goes_on_with_what_was_written_and_trained(
+    bmkit: Run, tmp_path: Path
+) -> None:
+    path = make("causal", tmp_path / "asked")
+    make("t5", tmp_path / "writer", "<extra_id_0> It was<extra_id_1>")
+    search = {"model": "writer", "beam_width": 3, "num_candidates": 3, "num_trained": 2}
+    file = written(
+        tmp_path,
+        search,
+        template={"text": SHORT},
+        tune={"mode": "delta", "deltas": [{"type": "lora", "target_modules": "all-linear"}]},
+        learning_setting=FEW,
+        train={"max_steps": 60, "save_steps": 10},
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bmkit_cli", "prompt", str(file), "-m", str(path), "-o", "p"],
+        cwd=tmp_path,
+        env=dict(os.environ),
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+    end = time.monotonic() + 240
+    while not list(tmp_path.rglob("pair-1/train/checkpoint-*/bmkit-whole")):
+        assert process.poll() is None and time.monotonic() < end, "it never came to that"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "p").exists()
+    done = bmkit("prompt", file, "-m", path, "-o", "p", "--json")
+    (made,) = told(done)
+    assert "write templates" not in done.stderr
+    done = bmkit("prompt", file, "-m", path, "-o", "q", "--json")
+    (whole,) = told(done)
+    assert "write templates" in done.stderr
+    assert not whole["reused"]
+    assert made["metrics"] == whole["metrics"]
+    assert made["digest"] == whole["digest"]
+
+
 @pytest.mark.parametrize(
     ("search", "more", "code", "said"),
     [
@@ -321,6 +364,13 @@ def test_several_pairs_are_trained_and_the_best_on_dev_is_kept(bmkit: Run, tmp_p
         ({"templates": ["It was"]}, {}, 2, "no {"),
         ({"templates": ['{"soft": "It"} {"mask"}']}, {}, 2, "soft tokens"),
         ({"label_words": {"glad": ["so"]}}, {}, 2, "`glad` is none of the labels"),
+        (
+            {"label_words": {"glad": "so"}},
+            {"data": {"labels": None}, "verbalizer": {"label_words": ["bad", "good"]}},
+            2,
+            "`glad` is none of the labels",
+        ),
+        ({"label_words": {"negative": [[]]}}, {}, 2, "an empty candidate"),
         ({"forms": ['{"special": "<extra_id_0>"} {"mask"}']}, {}, 2, "without `model`"),
         ({"model": "asked"}, {}, 3, "no seq2seq model"),
         ({"model": "asked", "forms": ['{"mask"}']}, {}, 2, "its gaps are none"),

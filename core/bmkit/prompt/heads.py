@@ -40,7 +40,7 @@ class Head:
         at = 0
         for part in self.logits(states):
             own = torch.nn.functional.one_hot(labels[at : at + len(part)], classes).T.double()
-            found = own @ part.double().log_softmax(-1).cpu()
+            found = own @ part.cpu().double().log_softmax(-1)
             total = found if total is None else total + found
             at += len(part)
         if total is None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
-from bmkit.errors import BmkitError, RecipeError
 from bmkit.prompt.learning import LearningSetting, PromptTrain, Trained
+from bmkit.prompt.pointing import PointingAt
 from bmkit.prompt.searching import Search, check
 from bmkit.prompting import labelwords
 from bmkit.recipe import Model, Recipe, contradiction
@@ -98,7 +97,7 @@ class TemplateSpec(Model):
             problem = f"it goes without `{said[0]}`" if said else f"one of {names} is required"
             raise contradiction(said[1] if said else "text", problem)
         if said[0] != "file_path":
-            with _PointingAt(said[0]):
+            with PointingAt(said[0]):
                 parse(self.model_dump(include={said[0]}), said[0])
         return self
 
@@ -295,7 +294,7 @@ class PromptRecipe(Recipe):
         if labels is not None and len(labels) < 2:
             raise contradiction("data.labels", "there is one label only: nothing to tell apart")
         if labels is not None and words is not None:
-            with _PointingAt("verbalizer.label_words"):
+            with PointingAt("verbalizer.label_words"):
                 labelwords.parse(words, labels)
         if self.verbalizer.type == "knowledgeable" and self.calibrate.type != "contextual":
             raise contradiction(
@@ -367,23 +366,3 @@ class PromptRecipe(Recipe):
             return tuple(dict.fromkeys(said.values()))
         words = self.verbalizer.label_words
         return tuple(words) if isinstance(words, dict) else None
-
-
-class _PointingAt:
-    """A block in which a refusal becomes one of the recipe, at a key."""
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-
-    def __enter__(self) -> None:
-        """Do nothing."""
-
-    def __exit__(self, kind: Any, exc: BaseException | None, _: Any) -> None:
-        """Raise what points at the key in the place of a RecipeError."""
-        if isinstance(exc, RecipeError):
-            raise refusal(self.key, exc) from None
-
-
-def refusal(key: str, exc: BmkitError) -> PydanticCustomError:
-    """Return what a validator raises for an error of the template or the words."""
-    return contradiction(key, f"{exc}\n   = {exc.hint}" if exc.hint else str(exc))

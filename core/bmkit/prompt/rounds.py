@@ -7,7 +7,6 @@ import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +58,10 @@ class Done:
     table: Table
 
 
+Perform = Callable[[Round, Path, Path], Done]
+"""Performs a run: gets a directory for what is kept, and one that outlives a killed run."""
+
+
 def rounds(
     ready: Ready, encoded: Mapping[str, list[Encoded]], right: Mapping[str, Labels]
 ) -> list[Round]:
@@ -104,9 +107,7 @@ def _some(rows: Rows, places: Sequence[int]) -> Rows:
     )
 
 
-def each(
-    found: Sequence[Round], out: Path, work: Path, perform: Callable[[Round, Path, Path], Done]
-) -> Done:
+def each(found: Sequence[Round], out: Path, work: Path, perform: Perform) -> Done:
     """Perform all runs; leave in `out` what the best one on dev has, and return what all say.
 
     `perform` gets a run, a directory for what is kept, and one that outlives a killed run. Runs
@@ -117,7 +118,7 @@ def each(
         done = perform(found[0], out, work)
         more = {"accuracy_sd": 0.0} if found[0].train.prompts else {}
         return Done({**done.metrics, **more}, done.table)
-    said = [once(work / f"seed-{one.seed}", partial(perform, one)) for one in found]
+    said = [once(one, work / f"seed-{one.seed}", perform) for one in found]
     best = max(range(len(said)), key=lambda at: _on_dev(said[at].metrics))
     kept = work / f"seed-{found[best].seed}" / "kept"
     shutil.copytree(kept, out, dirs_exist_ok=True)
@@ -128,18 +129,15 @@ def each(
     return Done(_mean([done.metrics for done in said]), [*table, *said[best].table])
 
 
-def once(work: Path, perform: Callable[[Path, Path], Done]) -> Done:
-    """Perform a run that leaves what it keeps in `work/kept`, or return what it said before.
-
-    `perform` gets a directory for what is kept, and one that outlives a killed run.
-    """
+def once(one: Round, work: Path, perform: Perform) -> Done:
+    """Perform a run unless it was done; what is kept of it is in `work`, as `kept`."""
     note, kept = work / DONE, work / "kept"
     if note.is_file():
         values = json.loads(note.read_text(encoding="utf-8"))
         return Done(values["metrics"], values["table"])
     shutil.rmtree(kept, ignore_errors=True)  # a killed run may have begun it
     kept.mkdir(parents=True)
-    done = perform(kept, work)
+    done = perform(one, kept, work)
     scratch = note.with_suffix(".partial")
     text = json.dumps({"metrics": done.metrics, "table": done.table})
     scratch.write_text(text, encoding="utf-8")

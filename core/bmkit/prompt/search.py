@@ -12,7 +12,7 @@ from typing import Any
 
 from bmkit import report
 from bmkit.data import classes
-from bmkit.errors import About, BmkitError, InputError, RecipeError
+from bmkit.errors import About, BmkitError, InputError, RecipeError, did_you_mean
 from bmkit.plan import Job
 from bmkit.prompt import templates, written
 from bmkit.prompt.opening import open_model
@@ -51,22 +51,33 @@ def perform(job: Job, ready: Ready, one: Round, out: Path, work: Path, then: Per
     in one template. Raises InputError for labels without rows, and if no template is left.
     """
     dev = one.measured.get("dev")
+    _require_labels(ready)
     _require_rows(ready, one.train, dev)
     candidates = _candidates(job, ready, one, work)
     pairs, tried = _pairs(job, ready, candidates, one, dev)
     chosen = in_turns(pairs, ready.recipe.search.num_trained if ready.recipe.search else 1)
 
-    def run(pair: Pair, out: Path, work: Path) -> Done:
+    def run(pair: Pair, one: Round, out: Path, work: Path) -> Done:
         own = candidates[pair.template].ready.with_words(pair.words)
         return then(own, one.again(own.prompts), own.prior_anew(), out, work)
 
     if len(chosen) == 1:
-        at, done = 0, run(chosen[0], out, work)
+        at, done = 0, run(chosen[0], one, out, work)
     else:
-        at, done = _best_trained(job, chosen, work, out, run)
+        at, done = _best_trained(job, one, chosen, work, out, run)
     _write(out, candidates, pairs, chosen[at], "parts of train" if dev is None else "dev")
     counts = {"templates": len(candidates), "combinations": tried}
     return Done({**done.metrics, **counts}, [*_table(pairs, dev is not None), *done.table])
+
+
+def _require_labels(ready: Ready) -> None:
+    spec, names = ready.recipe.search, ready.classes.names
+    for label in spec.label_words if spec else ():
+        if label not in names:
+            raise RecipeError(
+                f"search.label_words: `{label}` is none of the labels",
+                hint=did_you_mean(label, names, otherwise=f"there are {classes.listed(names)}"),
+            )
 
 
 def _require_rows(ready: Ready, train: Rows, dev: Rows | None) -> None:
@@ -136,6 +147,8 @@ def _pairs(
         for number, candidate in enumerate(candidates):
             own = candidate.ready
             train, held = one.train.again(own.prompts), dev.again(own.prompts) if dev else None
+            if any(prompt.behind for prompt in train.prompts):
+                job.reporter.warn(f"template {number}: the model doesn't read behind the mask")
             found, count = Tried(own, opened.asker, train, held, bar.advance).pairs(number)
             pairs += found
             tried += count
@@ -145,16 +158,17 @@ def _pairs(
 
 def _best_trained(
     job: Job,
+    one: Round,
     chosen: Sequence[Pair],
     work: Path,
     out: Path,
-    run: Callable[[Pair, Path, Path], Done],
+    run: Callable[[Pair, Round, Path, Path], Done],
 ) -> tuple[int, Done]:
     """Train pairs, leave in `out` what the best on dev has, and return its place."""
     done = []
     for number, pair in enumerate(chosen):
         job.reporter.info(f"pair {number + 1} of {len(chosen)}: {_shown(pair.words)}")
-        done.append(once(work / f"pair-{number}", partial(run, pair)))
+        done.append(once(one, work / f"pair-{number}", partial(run, pair)))
     at = max(range(len(done)), key=lambda n: (float(done[n].metrics["dev_accuracy"]), -n))
     shutil.copytree(work / f"pair-{at}" / "kept", out, dirs_exist_ok=True)
     return at, done[at]

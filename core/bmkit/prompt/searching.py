@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import Field, model_validator
 
-from bmkit.errors import RecipeError
+from bmkit.prompt.pointing import PointingAt
 from bmkit.prompting import forms, template
 from bmkit.recipe import Model, contradiction
 
@@ -35,7 +35,7 @@ class Search(Model):
     num_templates: int = Field(
         default=10, ge=1, description="How many of its templates are tried, the likeliest."
     )
-    label_words: dict[str, list[str | list[str]]] = Field(
+    label_words: dict[str, str | list[str | list[str]]] = Field(
         default={},
         description="Further candidates of labels: words, or lists of words that go together.",
     )
@@ -68,25 +68,29 @@ class Search(Model):
 
     @model_validator(mode="after")
     def _can_be_read(self) -> Search:
-        from bmkit.prompt.recipe import refusal
-
         for key, texts, parse in (
             ("templates", self.templates, _template),
             ("forms", self.forms, forms.parse),
         ):
             for number, text in enumerate(texts):
-                try:
+                with PointingAt(f"{key}.{number}"):
                     parse(text, f"{key}.{number}")
-                except RecipeError as exc:
-                    raise refusal(f"{key}.{number}", exc) from None
         if self.forms and self.model is None:
             raise contradiction("forms", "nothing writes in them without `model`")
         for label, own in self.label_words.items():
-            for some in own:
-                listed = [some] if isinstance(some, str) else some
-                if not listed or not all(word.strip() for word in listed):
+            for some in listed(own):
+                words = listed(some)
+                if not words or not all(word.strip() for word in words):
                     raise contradiction("label_words", f"`{label}` has an empty candidate")
         return self
+
+
+T = TypeVar("T")
+
+
+def listed(given: str | list[T]) -> list[T | str]:
+    """Return a list as it is, and a text as one of one."""
+    return [given] if isinstance(given, str) else [*given]
 
 
 def _template(text: str, where: str) -> object:
@@ -107,7 +111,7 @@ def check(recipe: PromptRecipe) -> None:
             "verbalizer.multi_token_handler",
             "`likelihood` asks anew for each word, and a search asks once: take first or mean",
         )
-    if recipe.task == "multilabel":
+    if recipe.task != "classification":
         raise contradiction("task", "a search wants rows of one label")
     if recipe.tune.mode == "soft":
         raise contradiction("tune.mode", "soft tokens aren't searched: take delta or none")

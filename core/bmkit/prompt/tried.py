@@ -13,7 +13,7 @@ from bmkit.prompt.ask import Asker
 from bmkit.prompt.heads import Head
 from bmkit.prompt.ready import Ready
 from bmkit.prompt.rounds import Rows
-from bmkit.prompt.searching import Search
+from bmkit.prompt.searching import Search, listed
 from bmkit.prompt.wording import allowed
 from bmkit.prompting import labelwords
 from bmkit.prompting.labelwords import LabelWords, Word
@@ -185,8 +185,8 @@ def _given(ready: Ready, label: str) -> list[tuple[Word, ...]]:
     spec, search = ready.recipe.verbalizer, ready.recipe.search
     assert search is not None  # as above
     found = []
-    for own in search.label_words.get(label, []):
-        words = {label: [own] if isinstance(own, str) else own}
+    for own in listed(search.label_words.get(label, [])):
+        words = {label: listed(own)}
         whole = spec.type == "one_to_one"
         made = labelwords.resolve(words, ready.tokenizer, prefix=spec.prefix, whole=whole)
         found.append(made.words[0])

@@ -207,7 +207,7 @@ class Writer:
             width = ids.shape[1]
             last = torch.full_like(places, width - 1)
             logits = logits_at(self.model, inputs, width, places, last)
-            found = logits.double().log_softmax(-1).sum(0).cpu()
+            found = logits.float().cpu().double().log_softmax(-1).sum(0)
             total = found if total is None else total + found
         if total is None:
             raise ValueError("there are no rows")

@@ -3,7 +3,7 @@
 python scripts/bench/prompt_search.py --data FOLDER [-m smollm2-135m] [--only speed|accuracy]
 
 FOLDER has sst2. What was measured before stays in the file. Accuracy is that on the first 300 rows
-of dev; the 16 rows a label to search on, and 16 to choose by, are drawn from train by three seeds:
+of dev; the 16 rows a label to search on, and 16 to choose by, are drawn from train by two seeds:
 
 given      the first template with its words, nothing searched
 words      the first template, and words that are searched
@@ -47,7 +47,7 @@ from bmkit.prompt.tried import Pair, Tried, best
 from bmkit.report import Silent
 
 Rows = list[dict[str, str]]
-SEEDS = [13, 21, 42]
+SEEDS = [13, 21]
 FIRST = '{"placeholder": "text_a"} It was {"mask"}'
 OTHERS = [
     '{"placeholder": "text_a"} All in all, it was {"mask"}',

@@ -85,7 +85,7 @@ def run(job: Job) -> Outcome:
         write_duplex(job.out, known, goal.marks, tokenizer)
         return Outcome("model", metrics, ("transformers",), base.report)
     base.close()
-    metrics["delta_bytes"] = _write_deltas(job, goal, model, called)
+    metrics["delta_bytes"] = _write_deltas(job, goal, model, called, tokenizer)
     write_duplex(job.out, known, goal.marks, tokenizer)
     ours = any(spec.type in OURS for spec in recipe.deltas)
     loads = ("peft with bmkit.deltas.own",) if ours else ("peft",)
@@ -235,7 +235,9 @@ def _dev(
     )
 
 
-def _write_deltas(job: Job, goal: Objective, model: Any, called: Sequence[str]) -> int:
+def _write_deltas(
+    job: Job, goal: Objective, model: Any, called: Sequence[str], tokenizer: Any
+) -> int:
     """Write each delta as a PEFT directory of its own; return the bytes of their weights.
 
     A single one lies in `job.out` itself.
@@ -247,6 +249,8 @@ def _write_deltas(job: Job, goal: Objective, model: Any, called: Sequence[str]) 
         compose.save(model, name, folder)
         _name_base(folder / "adapter_config.json", job.checkpoint.absolute())
         size += (folder / "adapter_model.safetensors").stat().st_size
+        if goal.marks is not None and goal.marks.added:
+            tokenizer.save_pretrained(folder)  # by which PEFT knows how many rows there are
     if len(called) > 1:
         artifact.write_order(job.out, called)
     if goal.head is not None:

@@ -108,7 +108,7 @@ def test_a_delta_brings_its_tokens_along(
 def test_two_deltas_carry_the_tokens_both(
     bmkit: Run, tiny: Path, data: Path, tmp_path: Path
 ) -> None:
-    both = "deltas=[{type: bitfit}, {type: lora, r: 4}]"
+    both = "deltas=[{type: ia3}, {type: lora, r: 4}]"
     words = ("-s", "merge=false", "-s", both, *FEW)
     result(bmkit("tune", "duplex", "-m", tiny, "--data", data, "-o", "d", *words))
     assert stored.read(tmp_path / "d") is not None

@@ -106,23 +106,20 @@ def finish(
 
 
 @torch.no_grad()
-def grow(model: Any, marks: Marked, tokenizer: Any) -> None:
-    """Give `model` rows for the tokens that its tokenizer got, each the mean of those there.
+def grow(model: Any, marks: Marked, tokenizer: Any, *, seed: int = 0) -> None:
+    """Give `model` rows for the tokens that its tokenizer got, drawn as those there are spread.
 
-    Raises RecipeError for a model whose output bias would have to grow as well.
+    Raises RecipeError for a model without an output head.
     """
-    if not marks.added:
-        return
     before = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) <= before:
-        return  # the embedding has rows to spare
-    head = model.get_output_embeddings()
-    if head is None:
+    if not marks.added or len(tokenizer) <= before:
+        return  # the embedding may have rows to spare
+    if model.get_output_embeddings() is None:
         raise RecipeError("scheme.tokens: the model has no output head that could grow")
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        rows = module.weight
-        rows[before:] = rows[:before].float().mean(0).to(rows.dtype)
-        bias = getattr(module, "bias", None)
-        if bias is not None:
-            bias[before:] = bias[:before].float().mean().to(bias.dtype)
+    draw = torch.Generator().manual_seed(seed)
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for rows in {id(m.weight): m.weight for m in (inputs, head)}.values():
+        known, new = rows[:before].float(), rows[before:]
+        noise = torch.randn(new.shape, generator=draw).to(known.device)
+        new.copy_(known.mean(0) + noise * known.std(0))

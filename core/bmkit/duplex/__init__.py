@@ -1,0 +1,1 @@
+"""Duplex: a model that listens while it speaks."""

@@ -1,1 +1,1 @@
-"""Duplex: a model that listens while it speaks."""
+"""A model that listens while it speaks: its data, its sessions, how well it takes turns."""

@@ -28,31 +28,34 @@ ID = re.compile(r"[0-9a-f]{16}")
 
 
 class Model(Protocol):
-    """A duplex model with places for several sessions."""
+    """A duplex model with places for several sessions: `bmkit.duplex.opening.Opened`."""
 
-    @property
-    def period_ms(self) -> int:
-        """Return the milliseconds of a slice."""
+    period_ms: int
 
-    @property
-    def interrupt(self) -> str:
-        """Return whether words stop the agent `immediate`ly or at the end of a `slice`."""
+    def session(self) -> DuplexSession:
+        """Return a new session at a free place."""
 
-    @property
+    def end(self, session: DuplexSession) -> None:
+        """Give a session's place to others."""
+
     def head(self) -> Mapping[str, Any]:
         """Return what a stored session is compared by."""
-
-    def session(self, place: int) -> DuplexSession:
-        """Return a new session at a place."""
 
 
 class House:
     """The sessions of one server. One thread runs the model, so one forward goes at a time."""
 
     def __init__(
-        self, model: Model, spec: Serve, reporter: Reporter, *, folder: Path | None = None
+        self,
+        model: Model,
+        spec: Serve,
+        reporter: Reporter,
+        *,
+        interrupt: str = "immediate",
+        folder: Path | None = None,
     ) -> None:
-        self.model, self.spec, self.reporter, self.folder = model, spec, reporter, folder
+        self.model, self.spec, self.reporter = model, spec, reporter
+        self.interrupt, self.folder = interrupt, folder
         self.seats = Seats(spec.max_sessions, spec.queue)
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="model")
         self.lives: dict[str, Live] = {}
@@ -61,10 +64,10 @@ class House:
     async def enter(self, tell: Callable[[int], None]) -> Live:
         """Begin a session once there is a place for it. Raises Refused if the queue is full."""
         place = await self._place(tell)
-        live = self._live(secrets.token_hex(8), place)
+        live = self._live(secrets.token_hex(8))
         if self.folder is not None:
             folder = self.folder / live.id
-            live.journal = Journal.begin(folder, live.session, self.model.head)
+            live.journal = Journal.begin(folder, live.session, self.model.head())
             _write_owner(folder, live.token)
         return self._start(live, place)
 
@@ -73,14 +76,9 @@ class House:
             raise Refused("busy", "all sessions are taken, and the queue is full")
         return await self.seats.take(tell)
 
-    def _live(self, name: str, place: int) -> Live:
-        return Live(
-            name,
-            self.model.session(place),
-            self.executor,
-            self.model.period_ms,
-            self.model.interrupt,
-        )
+    def _live(self, name: str) -> Live:
+        session = self.model.session()
+        return Live(name, session, self.executor, self.model.period_ms, self.interrupt)
 
     def _start(self, live: Live, place: int) -> Live:
         self.lives[live.id] = live
@@ -104,6 +102,7 @@ class House:
             self.lives.pop(live.id, None)
             if live.journal is not None:
                 live.journal.close()
+            self.model.end(live.session)
             self.seats.leave(place)
 
     async def _watch(self, live: Live) -> None:
@@ -136,11 +135,12 @@ class House:
         if not self.seats.free:
             raise Refused("busy", "all sessions are taken: come back later")
         place = await self.seats.take(lambda _: None)
+        live = self._live(name)
+        live.token = token
         try:
-            live = self._live(name, place)
-            live.token = token
-            live.journal = Journal.resume(folder, live.session, self.model.head)
+            live.journal = Journal.resume(folder, live.session, self.model.head())
         except BmkitError as exc:
+            self.model.end(live.session)
             self.seats.leave(place)
             raise Refused("cannot_resume", str(exc)) from None
         return self._start(live, place), False

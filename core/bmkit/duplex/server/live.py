@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -305,3 +305,9 @@ def _number(response_id: str) -> int | None:
     """Return which answer a name is of; None if it is none."""
     digits = response_id.removeprefix("resp_")
     return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 10 else None
+
+
+def alone(model: Any, interrupt: str) -> Live:
+    """Return a session of an opened model that nobody else talks to."""
+    executor = ThreadPoolExecutor(1, thread_name_prefix="model")
+    return Live(secrets.token_hex(8), model.session(), executor, model.period_ms, interrupt)

@@ -66,7 +66,7 @@ class Lanes(App[None]):
             "response.listen": self._decided,
             "response.decided": self._decided,
             "slice.stats": self._stats,
-            "session.closed": self._closed,
+            "session.closed": self._over,
             "session.evicted": self._evicted,
         }
 
@@ -129,7 +129,7 @@ class Lanes(App[None]):
     def _evicted(self, event: dict[str, Any]) -> None:
         self._figures(f"{event['tokens']} tokens of the beginning are forgotten")
 
-    def _closed(self, event: dict[str, Any]) -> None:
+    def _over(self, event: dict[str, Any]) -> None:
         self.exit(message=None if event["reason"] == "client" else event["reason"])
 
     def _figures(self, text: str) -> None:

@@ -48,9 +48,7 @@ async def _say(live: Any, lines: asyncio.Queue[str | None], ended: asyncio.Event
     ended.set()
 
 
-async def _show(
-    live: Any, write: Callable[[str], None], ended: asyncio.Event, linger: int
-) -> None:
+async def _show(live: Any, write: Callable[[str], None], ended: asyncio.Event, linger: int) -> None:
     reader = live.out.attach()
     speaks, silent = False, 0
     while (event := await live.out.next(reader)) is not None:

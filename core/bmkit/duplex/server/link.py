@@ -32,6 +32,7 @@ class Link:
         """Whether the session was begun for this client, and nothing was said in it."""
         self.rate = Rate()
         self._sender: asyncio.Task[None] | None = None
+        self._told: asyncio.Task[bool] | None = None
         self._lock = asyncio.Lock()
 
     async def run(self) -> None:
@@ -47,10 +48,9 @@ class Link:
                 self._sender.cancel()
 
     async def _enter(self) -> None:
-        loop = asyncio.get_running_loop()
-
         def tell(position: int) -> None:
-            loop.create_task(self._send({"type": "session.queued", "position": position}))
+            said = self._send({"type": "session.queued", "position": position})
+            self._told = asyncio.get_running_loop().create_task(said)
 
         try:
             live = await self.house.enter(tell)

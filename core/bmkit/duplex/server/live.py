@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bmkit.data.slices.slicer import Words, joined
+from bmkit.duplex.agent import AgentSlice
 from bmkit.duplex.journal import Journal
 from bmkit.duplex.server import protocol
 from bmkit.duplex.server.outbox import Outbox
-from bmkit.duplex.session import AgentSlice, DuplexSession
+from bmkit.duplex.session import DuplexSession
 
 PENDING_CHARS = 8000
 """Characters that may wait for a slice."""
@@ -85,7 +86,7 @@ class Live:
 
     # What is said to the client.
 
-    def say(self, kind: str, **values: Any) -> None:
+    def say(self, kind: str, /, **values: Any) -> None:
         """Tell the client; each event has the epoch and the milliseconds of the session."""
         t_ms = int((self.now() - self.started) * 1000)
         self.out.say({"type": kind, "epoch": self.session.epoch, "t_ms": t_ms, **values})

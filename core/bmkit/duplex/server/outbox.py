@@ -1,4 +1,4 @@
-"""What the server has said to one client: numbered, kept for a while, and sent as fast as it goes."""
+"""What the server has said to one client: numbered, and kept for a while."""
 
 from __future__ import annotations
 

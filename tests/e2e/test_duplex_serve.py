@@ -6,13 +6,11 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,43 +18,8 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from bmkit.data.slices import stored
-from bmkit.data.slices.layout import Layout
-from bmkit.data.slices.stored import Stored
-
-Scene = Callable[[str], Awaitable[None]]
+Server = Callable[..., AbstractContextManager[tuple[dict[str, str], Any]]]
 PATIENCE = 60.0
-
-
-@pytest.fixture
-def listener(tiny: Path) -> Path:
-    """The tiny model with random weights, as if it had been trained: it speaks now and then."""
-    known = Stored("idle", Layout((250,), (251,), 252, 2), 100, agent_tokens=6, threshold=0.02)
-    stored.write(tiny, known)
-    return tiny
-
-
-@contextmanager
-def server(model: Path, home: Path, *words: str) -> Iterator[tuple[dict[str, str], Any]]:
-    """Run a server on a free port; give its addresses and its process."""
-    command = [sys.executable, "-m", "bmkit_cli", "duplex", "serve", "-m", str(model)]
-    with (home / "err").open("w") as errors:
-        process = subprocess.Popen(
-            [*command, "--port", "0", "--json", "--threads", "1", *words],
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            cwd=home,
-        )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line, (home / "err").read_text()
-        yield json.loads(line), process
-    finally:
-        process.terminate()
-        process.wait(20)
-        process.stdout.close()  # type: ignore[union-attr]
 
 
 def play(scene: Awaitable[None]) -> None:
@@ -78,7 +41,9 @@ async def say(client: ClientConnection, kind: str, **values: Any) -> None:
     await client.send(json.dumps({"type": kind, **values}))
 
 
-def test_a_client_is_listened_to_and_answered(listener: Path, tmp_path: Path) -> None:
+def test_a_client_is_listened_to_and_answered(
+    server: Server, listener: Path, tmp_path: Path
+) -> None:
     async def scene(url: str) -> None:
         async with connect(url) as client:
             created = await until(client, "session.created")
@@ -103,7 +68,7 @@ def test_a_client_is_listened_to_and_answered(listener: Path, tmp_path: Path) ->
         play(scene(where["websocket"]))
 
 
-def test_events_are_numbered_without_a_gap(listener: Path, tmp_path: Path) -> None:
+def test_events_are_numbered_without_a_gap(server: Server, listener: Path, tmp_path: Path) -> None:
     async def scene(url: str) -> None:
         async with connect(url) as client:
             numbers = [json.loads(await client.recv())["seq"] for _ in range(20)]
@@ -113,7 +78,9 @@ def test_events_are_numbered_without_a_gap(listener: Path, tmp_path: Path) -> No
         play(scene(where["websocket"]))
 
 
-def test_speech_is_stopped_when_it_is_told_to(listener: Path, tmp_path: Path) -> None:
+def test_speech_is_stopped_when_it_is_told_to(
+    server: Server, listener: Path, tmp_path: Path
+) -> None:
     async def scene(url: str) -> None:
         async with connect(url) as client:
             await until(client, "session.created")
@@ -136,7 +103,9 @@ def test_speech_is_stopped_when_it_is_told_to(listener: Path, tmp_path: Path) ->
         play(scene(where["websocket"]))
 
 
-def test_two_sessions_share_nothing_and_a_third_waits(listener: Path, tmp_path: Path) -> None:
+def test_two_sessions_share_nothing_and_a_third_waits(
+    server: Server, listener: Path, tmp_path: Path
+) -> None:
     async def scene(url: str) -> None:
         async with connect(url) as one, connect(url) as two, connect(url) as three:
             a = await until(one, "session.created")
@@ -157,11 +126,13 @@ def test_two_sessions_share_nothing_and_a_third_waits(listener: Path, tmp_path: 
             await until(three, "session.created")
 
     options = ("-s", "serve.max_sessions=2", "-s", "serve.queue=1")
-    with server(listener, tmp_path, *options, "-s", "policy.tau=0.000001") as (where, _):
+    with server(listener, tmp_path, *options) as (where, _):
         play(scene(where["websocket"]))
 
 
-def test_a_client_comes_back_and_is_told_what_it_missed(listener: Path, tmp_path: Path) -> None:
+def test_a_client_comes_back_and_is_told_what_it_missed(
+    server: Server, listener: Path, tmp_path: Path
+) -> None:
     async def scene(url: str) -> None:
         async with connect(url) as client:
             mine = await until(client, "session.created")
@@ -208,7 +179,9 @@ def test_a_client_comes_back_and_is_told_what_it_missed(listener: Path, tmp_path
         play(scene(where["websocket"]))
 
 
-def test_a_session_goes_on_after_its_server_was_killed(listener: Path, tmp_path: Path) -> None:
+def test_a_session_goes_on_after_its_server_was_killed(
+    server: Server, listener: Path, tmp_path: Path
+) -> None:
     mine: dict[str, Any] = {}
     kept = tmp_path / "sessions"
 
@@ -241,7 +214,9 @@ def test_a_session_goes_on_after_its_server_was_killed(listener: Path, tmp_path:
         play(go_on(where["websocket"]))
 
 
-def test_bad_frames_are_answered_and_change_nothing(listener: Path, tmp_path: Path) -> None:
+def test_bad_frames_are_answered_and_change_nothing(
+    server: Server, listener: Path, tmp_path: Path
+) -> None:
     async def scene(url: str) -> None:
         async with connect(url) as client:
             await until(client, "session.created")
@@ -280,7 +255,7 @@ def test_bad_frames_are_answered_and_change_nothing(listener: Path, tmp_path: Pa
         play(scene(where["websocket"]))
 
 
-def test_strangers_stay_outside(listener: Path, tmp_path: Path) -> None:
+def test_strangers_stay_outside(server: Server, listener: Path, tmp_path: Path) -> None:
     async def scene(url: str) -> None:
         for bad in (url.partition("?")[0], url + "x"):
             with pytest.raises(InvalidStatus):
@@ -298,7 +273,9 @@ def test_strangers_stay_outside(listener: Path, tmp_path: Path) -> None:
             urllib.request.urlopen(where["url"].partition("?")[0] + "health")
 
 
-def test_a_slow_slice_is_late_and_gets_all_words(listener: Path, tmp_path: Path) -> None:
+def test_a_slow_slice_is_late_and_gets_all_words(
+    server: Server, listener: Path, tmp_path: Path
+) -> None:
     async def scene(url: str) -> None:
         async with connect(url) as client:
             await until(client, "session.created")
@@ -315,7 +292,7 @@ def test_a_slow_slice_is_late_and_gets_all_words(listener: Path, tmp_path: Path)
 
 
 def test_a_client_that_vanishes_leaves_a_session_that_stands_still(
-    listener: Path, tmp_path: Path
+    server: Server, listener: Path, tmp_path: Path
 ) -> None:
     async def scene(url: str) -> None:
         client = await connect(url)
@@ -341,7 +318,7 @@ def test_a_client_that_vanishes_leaves_a_session_that_stands_still(
 
 
 def test_a_port_that_is_taken_is_told_of_before_the_model_is_opened(
-    bmkit: Callable[..., Any], listener: Path, tmp_path: Path
+    server: Server, bmkit: Callable[..., Any], listener: Path, tmp_path: Path
 ) -> None:
     with server(listener, tmp_path) as (where, _):
         port = where["url"].rstrip("/").rpartition(":")[2]
@@ -364,7 +341,7 @@ def test_a_model_that_has_not_learned_to_listen_is_refused(
         assert refused.returncode == 3 and "bmkit tune duplex" in refused.stderr
 
 
-def test_ctrl_c_ends_the_server(listener: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_server(server: Server, listener: Path, tmp_path: Path) -> None:
     with server(listener, tmp_path) as (_, process):
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130

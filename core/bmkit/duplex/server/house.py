@@ -8,6 +8,7 @@ import hmac
 import json
 import re
 import secrets
+import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -84,8 +85,15 @@ class House:
         self.lives[live.id] = live
         task = asyncio.get_running_loop().create_task(self._run(live, place))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         return live
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Tell of a session that a bug has ended: the others go on."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (bug := task.exception()) is not None:
+            where = "".join(traceback.format_exception(bug))
+            self.reporter.warn(f"a session was ended by a bug of bmkit:\n{where}")
 
     async def _run(self, live: Live, place: int) -> None:
         watch = asyncio.get_running_loop().create_task(self._watch(live))

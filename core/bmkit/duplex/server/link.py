@@ -153,6 +153,8 @@ class Link:
     async def _sends(self, live: Live, reader: int) -> None:
         """Send what the session says, until it ends or another client takes it over."""
         while (message := await live.out.next(reader)) is not None:
+            if self.live is not live:
+                return  # the client has gone back to another one
             if not await self._send(message):
                 await self._close(TOO_SLOW, "too_slow")
                 return
@@ -165,8 +167,8 @@ class Link:
         """Send an event; tell whether the client took it in time, or has gone."""
         text = json.dumps(message, ensure_ascii=False)
         try:
-            async with self._lock:
-                await asyncio.wait_for(self.socket.send_text(text), PATIENCE_S)
+            async with self._lock, asyncio.timeout(PATIENCE_S):
+                await self.socket.send_text(text)
         except TimeoutError:
             return False
         except (WebSocketDisconnect, RuntimeError):
@@ -176,4 +178,5 @@ class Link:
     async def _close(self, code: int, reason: str) -> None:
         if self.socket.application_state is WebSocketState.CONNECTED:
             with suppress(RuntimeError, WebSocketDisconnect, TimeoutError):
-                await asyncio.wait_for(self.socket.close(code, reason), 5)
+                async with asyncio.timeout(5):
+                    await self.socket.close(code, reason)

@@ -213,7 +213,8 @@ class Live:
         left = due - self.now()
         if left > 0:
             try:
-                await asyncio.wait_for(self.hurry.wait(), left)
+                async with asyncio.timeout(left):
+                    await self.hurry.wait()
             except TimeoutError:
                 return False
         early = self.hurry.is_set() and left > 0

@@ -43,6 +43,7 @@ SIDE_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
     "frequent_tokens.json",  # the rows of its head that a draft uses
+    "duplex.json",  # how a duplex model's slices are marked
     EXPERTS,
 )
 DELTAS = "adapters"
@@ -142,6 +143,10 @@ class Artifact:
         """Return how another manifest names this artifact."""
         path = str(self.path.absolute())
         return InputEntry(kind=self.kind, digest=self.digest, path=path, name=self.name)
+
+
+NOTHING = Artifact(Path(), "nothing", "")
+"""The model of a stage that takes none."""
 
 
 def open_artifact(path: Path) -> Artifact:

@@ -16,7 +16,7 @@ class Stage:
     recipe: str  # "package.module:Class", torch-free
     plan: str  # "package.module:function", torch-free
     run: str  # "package.module:function", imports torch
-    takes: tuple[str, ...]
+    takes: tuple[str, ...]  # kinds of inputs; with "nothing", it also runs without one
     gives: str  # what it writes by default; "text" is written to stdout
     version: int = 1  # raise it when the same recipe would give other bytes
     others: tuple[tuple[str, str, str], ...] = ()
@@ -89,6 +89,19 @@ STAGES = {
             "bmkit.specdec.run:run",
             takes=("model", "delta"),
             gives="text",
+        ),
+        Stage(
+            "duplex",
+            "Let a model listen while it speaks, or make the data of which it learns to.",
+            "bmkit.duplex.recipe:DuplexRecipe",
+            "bmkit.duplex.plan:estimate",
+            "bmkit.duplex.build:run",
+            takes=("nothing", "model", "delta"),
+            gives="data",
+            others=(
+                ("model", "bmkit.duplex.plan:estimate_sessions", "bmkit.duplex.opening:run"),
+                ("delta", "bmkit.duplex.plan:estimate_sessions", "bmkit.duplex.opening:run"),
+            ),
         ),
     )
 }
@@ -397,6 +410,22 @@ METHODS = (
         "prototypical",
         "A point for each label among states at the mask.",
         "Prototypical verbalizer, arXiv 2203.09770",
+    ),
+    Method(
+        "prompt",
+        "ptr",
+        "bmkit.prompt.rules:Rules",
+        "rules",
+        "A word for each label at each of several masks, which labels may share.",
+        "PTR, arXiv 2105.11259",
+    ),
+    Method(
+        "prompt",
+        "generation",
+        "bmkit.prompt.rules:Rules",
+        "causes",
+        "Texts of each row's own for its labels, made by rules.",
+        "OpenPrompt, arXiv 2111.01998",
     ),
     Method(
         "prompt",

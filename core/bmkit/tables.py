@@ -21,10 +21,15 @@ HEADS: Mapping[str, str] = {
     "dev_accuracy": "on dev",
     "held_out_accuracy": "held out",
     "train_loss": "train loss",
+    "train": "train",
+    "dev": "dev",
+    "test": "test",
+    "slices": "slices",
+    "idle": "silent",
 }
 SHARES = (
     *("perplexity", "decode", "prefill", "f1", "accuracy", "train_accuracy", "dev_accuracy"),
-    *("held_out_accuracy", "train_loss"),
+    *("held_out_accuracy", "train_loss", "idle"),
 )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from bmkit.prompt.calibrate import Calibrate
 from bmkit.prompt.learning import LearningSetting, PromptTrain, Trained
 from bmkit.prompt.pointing import PointingAt
 from bmkit.prompt.searching import Search, check
+from bmkit.prompt.severalmasks import require_masks
+from bmkit.prompt.tasks import Generate, Probing, Tagging, Task, require_task, with_verbalizer
 from bmkit.prompting import labelwords
 from bmkit.recipe import Model, Recipe, contradiction
 
@@ -43,6 +46,11 @@ class Data(Model):
     )
     separator: str | None = Field(
         default=None, min_length=1, description="Of `task: multilabel`: what is between labels."
+    )
+    none: str | None = Field(
+        default=None,
+        description="Of `relation` and `tagging`: the label of what is nothing, which F1 leaves "
+        "out.",
     )
 
     @field_validator("labels", mode="before")
@@ -105,14 +113,24 @@ class TemplateSpec(Model):
 class VerbalizerSpec(Model):
     """Which words stand for labels."""
 
-    type: Literal["manual", "one_to_one", "knowledgeable", "automatic", "soft", "prototypical"] = (
-        Field(
-            default="manual",
-            description="`manual`: words of any number of tokens; `one_to_one`: one word for each "
-            "label, of one token; `knowledgeable`: many words, of which those are kept that fit; "
-            "`automatic`: words that are searched on rows; `soft`: a trained row of the head for "
-            "each label; `prototypical`: a point among the states at the mask for each label.",
-        )
+    type: Literal[
+        "manual",
+        "one_to_one",
+        "knowledgeable",
+        "automatic",
+        "soft",
+        "prototypical",
+        "ptr",
+        "generation",
+        "none",
+    ] = Field(
+        default="manual",
+        description="`manual`: words of any number of tokens; `one_to_one`: one word for each "
+        "label, of one token; `knowledgeable`: many words, of which those are kept that fit; "
+        "`automatic`: words that are searched on rows; `soft`: a trained row of the head for "
+        "each label; `prototypical`: a point among the states at the mask for each label; `ptr`: "
+        "a word for each mask of the template; `generation`: texts that each row has for its "
+        "labels; `none`: of tasks without labels.",
     )
     label_words: dict[str, str | list[str]] | list[str | list[str]] | None = Field(
         default=None,
@@ -169,6 +187,10 @@ class VerbalizerSpec(Model):
         default=True,
         description="Of `automatic`: a label's rows count together as much as all others.",
     )
+    word_weights: bool = Field(
+        default=False,
+        description="With `tune.mode`: how much each word counts for its label is trained.",
+    )
     size: int = Field(default=64, ge=1, description="Of `prototypical`: its points' dimensions.")
     epochs: int = Field(
         default=50,
@@ -178,7 +200,8 @@ class VerbalizerSpec(Model):
     learning_rate: float | None = Field(
         default=None,
         gt=0,
-        description="Of `soft` and `prototypical`: another learning rate for what they train.",
+        description="Another learning rate for what `soft`, `prototypical` and `word_weights` "
+        "train.",
     )
 
     @property
@@ -193,10 +216,10 @@ class VerbalizerSpec(Model):
 
     @model_validator(mode="after")
     def _words_are_somewhere(self) -> VerbalizerSpec:
-        if self.type in ("automatic", "prototypical"):
+        if self.type in ("automatic", "prototypical", "none"):
             for said in ("label_words", "file_path"):
                 if getattr(self, said) is not None:
-                    raise contradiction(said, f"`{self.type}` finds its own")
+                    raise contradiction(said, f"`{self.type}` finds its own, or has none")
             return self
         if (self.label_words is None) == (self.file_path is None):
             problem = "it goes without `label_words`"
@@ -207,10 +230,10 @@ class VerbalizerSpec(Model):
         listed = list(words.values() if isinstance(words, dict) else words or ())
         if self.type == "one_to_one" and any(len(_listed(own)) != 1 for own in listed):
             raise contradiction("label_words", "`one_to_one` takes one word for each label")
-        seen: dict[frozenset[str], str] = {}
+        seen: dict[frozenset[str] | tuple[str, ...], str] = {}
         names = list(words) if isinstance(words, dict) else [f"number {i}" for i in range(99)]
         for name, own in zip(names, listed, strict=False):
-            key = frozenset(_listed(own))
+            key = tuple(_listed(own)) if self.type == "ptr" else frozenset(_listed(own))
             if key in seen:
                 raise contradiction(
                     "label_words", f"`{seen[key]}` and `{name}` have the same words"
@@ -221,24 +244,6 @@ class VerbalizerSpec(Model):
 
 def _listed(own: str | list[str]) -> list[str]:
     return [own] if isinstance(own, str) else own
-
-
-class Calibrate(Model):
-    """What a template makes likely by itself is divided away."""
-
-    type: Literal["none", "content_free", "contextual"] = Field(
-        default="none",
-        description="`content_free`: measured on inputs that say nothing (arXiv 2102.09690); "
-        "`contextual`: on rows without their labels (arXiv 2108.02035).",
-    )
-    num_examples: int = Field(
-        default=50, ge=1, description="Of `contextual`: rows of train, else of test."
-    )
-    texts: list[str] = Field(
-        default=["", "N/A", "[MASK]"],
-        min_length=1,
-        description="Of `content_free`: what stands in the place of a row's texts.",
-    )
 
 
 class PromptRecipe(Recipe):
@@ -255,6 +260,12 @@ class PromptRecipe(Recipe):
         "train_accuracy",
         "train_macro_f1",
         "train_micro_f1",
+        "precision_at_1",
+        "precision_at_10",
+        "mean_reciprocal_rank",
+        "exact_match",
+        "token_f1",
+        "rouge_l",
         "rows_truncated",
         "templates",
         "combinations",
@@ -265,14 +276,18 @@ class PromptRecipe(Recipe):
         "data.train",
         "data.dev",
         "data.test",
+        "probing.candidates_file",
         "template.file_path",
         "verbalizer.file_path",
     )
     MODELS: ClassVar = ("search.model",)
 
     kind: Literal["prompt"]
-    task: Literal["classification", "multilabel"] = Field(
-        default="classification", description="Each row has one label, or any number of them."
+    task: Task = Field(
+        default="classification",
+        description="Each row has one label, or any number of them; two entities (`head`, `tail`) "
+        "and one of their relations; words (`tokens`, `tags`); an `object` to be named; a `target` "
+        "to be said.",
     )
     model_kind: Kind = Field(
         default="auto", description="How the model is asked; `auto` goes by its config."
@@ -284,9 +299,17 @@ class PromptRecipe(Recipe):
         default=None, description="Choose the template and the label words on rows."
     )
     calibrate: Calibrate = Calibrate()
+    tagging: Tagging = Tagging()
+    probing: Probing = Probing()
+    generate: Generate = Generate()
     tune: Trained = Trained()
     learning_setting: LearningSetting = LearningSetting()
     train: PromptTrain = PromptTrain()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tasks_without_labels(cls, values: Any) -> Any:
+        return with_verbalizer(values)
 
     @model_validator(mode="after")
     def _labels_have_words(self) -> PromptRecipe:
@@ -296,6 +319,8 @@ class PromptRecipe(Recipe):
         if labels is not None and words is not None:
             with PointingAt("verbalizer.label_words"):
                 labelwords.parse(words, labels)
+        require_task(self)
+        require_masks(self)
         if self.verbalizer.type == "knowledgeable" and self.calibrate.type != "contextual":
             raise contradiction(
                 "calibrate.type", "`knowledgeable` refines words on rows: take contextual"

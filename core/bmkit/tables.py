@@ -17,7 +17,9 @@ HEADS: Mapping[str, str] = {
     "right": "right",
     "f1": "F1",
     "accuracy": "accuracy",
+    "train_accuracy": "on train",
     "dev_accuracy": "on dev",
+    "held_out_accuracy": "held out",
     "train_loss": "train loss",
     "train": "train",
     "dev": "dev",
@@ -25,7 +27,10 @@ HEADS: Mapping[str, str] = {
     "slices": "slices",
     "idle": "silent",
 }
-SHARES = ("perplexity", "decode", "prefill", "f1", "accuracy", "dev_accuracy", "train_loss", "idle")
+SHARES = (
+    *("perplexity", "decode", "prefill", "f1", "accuracy", "train_accuracy", "dev_accuracy"),
+    *("held_out_accuracy", "train_loss", "idle"),
+)
 
 
 def lines(rows: Sequence[Mapping[str, float | int | str]]) -> list[str]:

@@ -97,7 +97,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
     for one in found["examples"]:
         label = f"  label {one['label']}" if "label" in one else ""
         cut = f", {one['cut']} cut ({found['truncate_method']})" if one["cut"] else ""
-        lines += ["", f"{one['row']}{label}  {len(one['tokens'])} tokens{cut}", one["text"]]
+        which = f"template {one['template']}  " if "template" in one else ""
+        count = len(one["tokens"])
+        lines += ["", f"{which}{one['row']}{label}  {count} tokens{cut}", one["text"]]
         lines += _runs("", one["tokens"])
         lines += _runs("behind: ", one.get("behind", []))
         if "decoder" in one:

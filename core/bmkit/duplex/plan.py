@@ -1,10 +1,13 @@
-"""What building data will do and need. No torch."""
+"""What building data, and what a session, will do and need. No torch."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from bmkit.duplex.recipe import DuplexRecipe
 from bmkit.errors import InputError
 from bmkit.plan import Estimate, Job, Peak
+from bmkit.runtime.estimate import estimate as estimate_answers
 
 RAM_BYTES = 200 * 2**20
 """The interpreter, the lists and some chats: input is read row by row."""
@@ -30,3 +33,10 @@ def estimate(job: Job) -> Estimate:
     mix = ", ".join(f"{name} {share / total:.0%}" for name, share in shares.items())
     step = f"build {count} of {len(files)} file{'s' * (len(files) > 1)}: {mix}"
     return Estimate([step], Peak(RAM_BYTES, 0, need * (2 if recipe.export != "none" else 1)))
+
+
+def estimate_sessions(job: Job) -> Estimate:
+    """Return what a model and the caches of its sessions take: as many as `job.rows`, else one."""
+    recipe = job.recipe
+    assert isinstance(recipe, DuplexRecipe)  # the registry pairs recipe and plan
+    return estimate_answers(replace(job, recipe=recipe.generating(job.rows or 1)))

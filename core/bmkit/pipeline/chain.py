@@ -130,6 +130,9 @@ def read(name: str) -> list[Item]:
             problems.append(_said(doc, i, item.stage, said))
         if item.stage == "pull" and i > 0:
             problems.append(_said(doc, i, "pull", "`pull` comes first"))
+        if item.stage == "duplex" and "model" in item.options:
+            said = "`duplex` builds data here, and takes no model"
+            problems.append(_said(doc, i, "duplex", said))
         first = all(before.makes_data for before in items[:i])
         if first and item.stage != "pull" and not item.makes_data and "model" not in item.options:
             problems.append(_said(doc, i, item.stage, "the first stage needs `pull` or `model`"))

@@ -168,6 +168,8 @@ def check(request: Request) -> Request:
 def _take_data(doc: Document, kind: type[Recipe], data: str) -> None:
     """Let `--data` take the place of `sources`, or of `data.train`, or of every split if it is a
     directory.
+
+    Rows that are mixed in are no split: they stay, unless the directory has some.
     """
     if not kind.FILES:
         raise UsageError(f"--data has no meaning in `{doc.source}`")
@@ -179,6 +181,10 @@ def _take_data(doc: Document, kind: type[Recipe], data: str) -> None:
         return  # validate says what is wrong
     splits = [f.partition(".")[2] for f in kind.FILES if f.startswith("data.")]
     path = Path(data).expanduser()
+    if (path / artifact.MANIFEST).is_file():
+        given = artifact.open_artifact(path).kind
+        if given != "data":
+            raise InputError(f"--data {data} is a {given}, not data")
     found = {"train": path}
     if path.is_dir() and "test" in splits:
         found = split_files(path)
@@ -192,7 +198,9 @@ def _take_data(doc: Document, kind: type[Recipe], data: str) -> None:
         if split in found:
             doc.data["data"][split] = str(found[split].absolute())
             doc.overrides["data", split] = f"--data {data}"
-        elif path.is_dir() or ours:  # a split of bmkit's own set says nothing about other data
+        elif split != "mix" and (
+            path.is_dir() or ours
+        ):  # a split of bmkit's own set says nothing about other data
             doc.data["data"].pop(split, None)
 
 
@@ -536,7 +544,8 @@ def _files(doc: Document, recipe: Recipe) -> dict[str, Path]:
             dotted, path = ".".join(map(str, keys)), Path(holder[keys[-1]])
             if not path.is_file():
                 what = "a directory" if path.is_dir() else "not there"
-                raise InputError(f"{doc.source}: {dotted}: {path} is {what}")
+                hint = "name yours by `--data`" if dotted == "data.train" else None
+                raise InputError(f"{doc.source}: {dotted}: {path} is {what}", hint=hint)
             found[dotted] = path
     return found
 

@@ -31,6 +31,8 @@ class Prepared:
     """A recipe of one prompt: all that is ready without the model, its runs, what performs one."""
 
     ready: Ready
+    every: Sequence[Ready]
+    """With each template that is given: those that a search tries, else the one."""
     runs: Sequence[Round]
     perform: Perform
 
@@ -54,7 +56,11 @@ def run(job: Job, prepare: Callable[[Job], Prepared]) -> Done:
     assert isinstance(recipe, PromptRecipe)
     assert recipe.ensemble is not None  # the caller has looked
     parts = [prepare(_alone(job, recipe, n)) for n in range(1 + len(recipe.ensemble.members))]
-    names = softlabels.fields([p.ready for p in parts]) if recipe.data.unlabelled else []
+    names = (
+        softlabels.fields([own for part in parts for own in part.every])
+        if recipe.data.unlabelled
+        else []
+    )
     members: list[_Member] = []
     for number, part in enumerate(parts):
         for one in part.runs:

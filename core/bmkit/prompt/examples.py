@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from bmkit.data.tabular import Record
 from bmkit.errors import RecipeError
 from bmkit.plan import Job
 from bmkit.prompt.ready import Ready
 from bmkit.prompt.rows import all_of
+from bmkit.prompt.search import given
 from bmkit.prompting.encode import Encoded
 from bmkit.prompting.wrap import show
 
@@ -16,26 +19,23 @@ def examples(job: Job, count: int) -> dict[str, Any]:
     """Return the first `count` rows of train, else dev, else test, wrapped and tokenised.
 
     A token has its `id`, its `role` and whether the model is `asked` there; `behind` are those
-    after a causal prompt's mask, `decoder` what a decoder begins with. Raises BmkitError for what
-    is wrong with the recipe, as a run does.
+    after a causal prompt's mask, `decoder` what a decoder begins with. A search shows them in each
+    `template` that it is given, by its number. Raises BmkitError for what is wrong with the recipe,
+    as a run does.
     """
     ready = Ready(job)
     split = all_of(ready.splits, ("train", "dev", "test"))
     if split is None:
         raise RecipeError("data: there are no rows", hint="give data.train, data.dev or data.test")
     records = split.records[:count]
-    encoded = ready.prompts.encode(records)
-    found = []
-    for record, prompt in zip(records, encoded, strict=True):
-        label = record.values.get("label")
-        found.append(
-            {
-                "row": record.where,
-                **({} if label is None else {"label": label}),
-                "text": show(ready.prompts.wrap(record)),
-                **_tokens(ready.tokenizer, prompt, ready.soft_start),
-            }
-        )
+    if ready.recipe.search is None:
+        found = _shown(ready, records)
+    else:
+        found = [
+            {"template": number, **one}
+            for number, tried in enumerate(given(job, ready))
+            for one in _shown(tried.ready, records)
+        ]
     return {
         "model_kind": ready.kind,
         "max_seq_length": ready.prompts.encoder.max_length,
@@ -49,6 +49,22 @@ def examples(job: Job, count: int) -> dict[str, Any]:
         },
         "examples": found,
     }
+
+
+def _shown(ready: Ready, records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Return rows in the prompts of a template."""
+    found = []
+    for record, prompt in zip(records, ready.prompts.encode(records), strict=True):
+        label = record.values.get("label")
+        found.append(
+            {
+                "row": record.where,
+                **({} if label is None else {"label": label}),
+                "text": show(ready.prompts.wrap(record)),
+                **_tokens(ready.tokenizer, prompt, ready.soft_start),
+            }
+        )
+    return found
 
 
 def _tokens(tokenizer: Any, prompt: Encoded, start: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bmkit.prompting.encode import Encoded, Kind
-from bmkit.verbalizers.positions import logits_at, pad_of, padded, states_at
+from bmkit.verbalizers.positions import logits_at, logits_of_states, pad_of, padded, states_at
 
 Places = tuple[dict[str, Any], int, Tensor, Tensor]
 
@@ -22,6 +22,15 @@ def logits(model: Any, prompts: Sequence[Encoded], kind: Kind) -> Tensor:
 def states(model: Any, prompts: Sequence[Encoded], kind: Kind) -> Tensor:
     """Return what the head reads at masks, [rows, hidden_size]."""
     return states_at(model, *_places(model, prompts, kind))
+
+
+def logits_of(model: Any, held: Tensor, prompt: Encoded, kind: Kind) -> Tensor:
+    """Return the logits, [rows, vocabulary], that `states` [rows, hidden_size] would become.
+
+    The head is run on them, and the rest of the model on one prompt.
+    """
+    inputs, *_ = _places(model, [prompt], kind)
+    return logits_of_states(model, inputs, held)
 
 
 def all_logits(model: Any, prompts: Sequence[Encoded], kind: Kind) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from bmkit.deltas.recipe import names
 from bmkit.env import format_bytes
@@ -12,12 +13,15 @@ from bmkit.prompt import kept as shelf
 from bmkit.prompt import rows, templates
 from bmkit.prompt.kinds import kind_of
 from bmkit.prompt.recipe import PromptRecipe
+from bmkit.prompt.searching import Search
 from bmkit.prompt.tasks import longest
 from bmkit.runtime import budget
 from bmkit.runtime.budget import Placement, Sizes, place_any
 from bmkit.runtime.family import readable
 from bmkit.runtime.recipe import GenerateRecipe
 
+WRITER_ROWS = 64
+"""Rows that are reckoned with for the model that writes templates."""
 TOKENS = 128
 """Tokens of a row that are reckoned with where there is no budget."""
 
@@ -49,6 +53,8 @@ def estimate(job: Job) -> Estimate:
         steps.append(f"calibrate: {recipe.calibrate.type}")
     most = longest(recipe.task, recipe.template.max_seq_length, recipe.generate)
     size = recipe.train.per_device_eval_batch_size
+    if recipe.search is not None:
+        steps[:0] = _searches(job, recipe.search, most)
     if trains and placement(job, size, most) is not None:
         raise RecipeError(
             "tune.mode: a prompt isn't trained within a budget", hint="leave the budget out"
@@ -59,7 +65,39 @@ def estimate(job: Job) -> Estimate:
         trained = (recipe.train.per_device_train_batch_size, layers)
         size, layers = max((size, 1), trained, key=math.prod)  # rows that are asked need no more
     found = _estimate(job, headers, steps, size, most, layers)
-    return _with_whole(job, headers, found) if recipe.tune.mode == "full" else found
+    if recipe.tune.mode == "full":
+        found = _with_whole(job, headers, found)
+    writer = job.models.get("search.model")
+    return found if writer is None else _with_writer(job, found, read_headers(writer.path))
+
+
+def _with_writer(job: Job, found: Estimate, headers: Headers) -> Estimate:
+    """Return an estimate with the model that writes templates, which is there before the other."""
+    other = _whole(job, headers, WRITER_ROWS)
+    ram, gpu = (
+        max(found.peak.ram_bytes, other.ram_bytes),
+        max(found.peak.gpu_bytes, other.gpu_bytes),
+    )
+    return Estimate(found.steps, replace(found.peak, ram_bytes=ram, gpu_bytes=gpu))
+
+
+def _searches(job: Job, spec: Search, most: int) -> list[str]:
+    """Return what a search does. Raises InputError for a model that can't write templates."""
+    found = ["try templates and words on what the model says once for each template and row"]
+    if (writer := job.models.get("search.model")) is not None:
+        config = read_headers(writer.path).config
+        if kind_of(config) != "seq2seq":
+            raise InputError(
+                f"search.model: {writer.path} is no seq2seq model, as writes templates",
+                hint="take a T5",
+            )
+        if placement(job, 1, most) is not None:
+            raise RecipeError(
+                "search.model: templates aren't written within a budget", hint="leave it out"
+            )
+        what = f"write {spec.num_templates} templates with {writer.path.name}"
+        found.insert(0, f"{what}, going on with {spec.beam_width} texts")
+    return found
 
 
 def _with_whole(job: Job, headers: Headers, found: Estimate) -> Estimate:
@@ -117,6 +155,12 @@ def _estimate(
         steps.insert(0, f"{kept}, {format_bytes(found.streamed_bytes)} streamed for each batch")
         need = RUNTIME_BYTES + (2**30 if on_gpu else found.peak_bytes)
         return Estimate(steps, Peak(need, found.peak_bytes if on_gpu else 0, 2**20))
+    return Estimate(steps, _whole(job, headers, size, layers))
+
+
+def _whole(job: Job, headers: Headers, size: int, layers: int = 1) -> Peak:
+    """Return what a whole model needs that `size` rows are put to."""
+    on_gpu = job.recipe.device != "cpu"
     sizes = Sizes.of(headers.config)
     narrow = "16" in job.recipe.dtype or (job.recipe.dtype == "auto" and on_gpu)
     width = 2 if narrow else 4
@@ -127,8 +171,8 @@ def _estimate(
     largest = max((t.bytes for t in headers.tensors), default=0)
     if on_gpu:
         need = weights + activations + 500 * 2**20
-        return Estimate(steps, Peak(RUNTIME_BYTES + 4 * largest, need, 2**20))
-    return Estimate(steps, Peak(RUNTIME_BYTES + weights + largest + activations, 0, 2**20))
+        return Peak(RUNTIME_BYTES + 4 * largest, need, 2**20)
+    return Peak(RUNTIME_BYTES + weights + largest + activations, 0, 2**20)
 
 
 def placement(job: Job, size: int, most: int) -> Placement | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -57,24 +58,46 @@ class Ready:
         own = self.texts or self.words.words if recipe.verbalizer.type in SEVERAL else ()
         self.masks = len(own[0]) if own else 1
         self.handler = handler_of(recipe, self.kind, self.masks)
-        whole = self.handler == "likelihood"
         with About(f"template.{next(iter(self.spec))}"):
-            self.prompts: Prompts = make(
-                self.spec,
-                self.tokenizer,
-                self.kind,
-                words=self.words if whole else None,
-                masks=self.masks,
-                texts=self.texts,
-                prefix=recipe.verbalizer.prefix,
-                context=self._context(),
-                max_seq_length=recipe.template.max_seq_length,
-                truncate_method=recipe.template.truncate_method,
-                decoder_start=getattr(self.config, "decoder_start_token_id", None),
-                soft_start=self.soft_start,
-            )
+            self.prompts: Prompts = self._prompts()
             self.soft: list[SoftRow] = self.prompts.soft
             self._require_trained()
+
+    def _prompts(self) -> Prompts:
+        recipe = self.recipe
+        whole = self.handler == "likelihood"
+        return make(
+            self.spec,
+            self.tokenizer,
+            self.kind,
+            words=self.words if whole else None,
+            masks=self.masks,
+            texts=self.texts,
+            prefix=recipe.verbalizer.prefix,
+            context=self._context(),
+            max_seq_length=recipe.template.max_seq_length,
+            truncate_method=recipe.template.truncate_method,
+            decoder_start=getattr(self.config, "decoder_start_token_id", None),
+            soft_start=self.soft_start,
+        )
+
+    def with_template(self, spec: dict[str, Any]) -> Ready:
+        """Return the same with another template, as an artifact keeps it (`templates.written`).
+
+        Raises RecipeError for one that the tokenizer or the kind of model can't have.
+        """
+        other = copy.copy(self)
+        other.spec = spec
+        other.prompts = other._prompts()
+        other.soft = other.prompts.soft
+        other._require_trained()
+        return other
+
+    def with_words(self, words: LabelWords) -> Ready:
+        """Return the same with other label words."""
+        other = copy.copy(self)
+        other.words = words
+        return other
 
     @property
     def soft_start(self) -> int:
@@ -192,10 +215,21 @@ class Ready:
                 "calibrate: rows are needed to look at", hint="give data.train or test"
             )
         there = encoded[split.name]
-        if len(there) <= spec.num_examples:
-            return there
-        chosen = random.Random(self.recipe.seed).sample(range(len(there)), spec.num_examples)
-        return [there[at] for at in sorted(chosen)]
+        return [there[at] for at in self._drawn(len(there))]
+
+    def prior_anew(self) -> list[Encoded]:
+        """Return the same prompts, made of the rows to calibrate on alone."""
+        split = rows.all_of(self.splits, ("train", "test", "dev"))
+        if self.recipe.calibrate.type != "contextual" or split is None:
+            return self.prior_prompts({})
+        return self.prompts.encode([split.records[at] for at in self._drawn(len(split.records))])
+
+    def _drawn(self, count: int) -> list[int]:
+        """Return the places of the rows to calibrate on."""
+        wanted = self.recipe.calibrate.num_examples
+        if count <= wanted:
+            return list(range(count))
+        return sorted(random.Random(self.recipe.seed).sample(range(count), wanted))
 
     def kept(self, told: Verbalizer | States | None, **trained: Any) -> KeptPrompt:
         """Return what the artifact keeps; `trained` is what training has made besides."""

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from bmkit.prompt.calibrate import Calibrate
 from bmkit.prompt.learning import LearningSetting, PromptTrain, Trained
 from bmkit.prompt.pointing import PointingAt
+from bmkit.prompt.searching import Search, check
 from bmkit.prompt.severalmasks import require_masks
 from bmkit.prompt.tasks import Generate, Probing, Tagging, Task, require_task, with_verbalizer
 from bmkit.prompt.templatespec import TemplateSpec
@@ -96,6 +97,8 @@ class PromptRecipe(Recipe):
         "token_f1",
         "rouge_l",
         "rows_truncated",
+        "templates",
+        "combinations",
         "train_loss",
         "trainable_parameters",
     )
@@ -108,6 +111,7 @@ class PromptRecipe(Recipe):
         "template.file_path",
         "verbalizer.file_path",
     )
+    MODELS: ClassVar = ("search.model",)
 
     kind: Literal["prompt"]
     task: Task = Field(
@@ -122,6 +126,9 @@ class PromptRecipe(Recipe):
     data: Data = Data()
     template: TemplateSpec
     verbalizer: VerbalizerSpec
+    search: Search | None = Field(
+        default=None, description="Choose the template and the label words on rows."
+    )
     calibrate: Calibrate = Calibrate()
     tagging: Tagging = Tagging()
     probing: Probing = Probing()
@@ -161,9 +168,10 @@ class PromptRecipe(Recipe):
     @model_validator(mode="after")
     def _rows_to_learn_from(self) -> PromptRecipe:
         mode, how, kind = self.tune.mode, self.learning_setting.type, self.verbalizer.type
-        learns = mode != "none" or self.verbalizer.learns
+        learns = mode != "none" or self.verbalizer.learns or self.search is not None
         if learns and how == "zero_shot":
             what = f"tune.mode: {mode}" if mode != "none" else f"verbalizer.type: {kind}"
+            what = what if self.search is None else "search"
             raise contradiction(
                 "learning_setting.type", f"`{what}` learns from rows: take few_shot or full"
             )
@@ -179,6 +187,7 @@ class PromptRecipe(Recipe):
     @model_validator(mode="after")
     def _what_goes_together(self) -> PromptRecipe:
         mode, kind = self.tune.mode, self.verbalizer.type
+        check(self)
         if kind == "soft" and mode == "none":
             raise contradiction("tune.mode", "a `soft` verbalizer is trained: take soft or delta")
         if self.verbalizer.reads_states:

@@ -6,12 +6,14 @@ import json
 import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bmkit.data import shots
+from bmkit.data.tabular import Record
 from bmkit.errors import InputError
+from bmkit.prompt.prompts import Prompts
 from bmkit.prompt.ready import Ready
 from bmkit.prompting.encode import Encoded
 
@@ -26,6 +28,12 @@ class Rows:
 
     prompts: list[Encoded] = field(default_factory=list)
     right: Labels = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    """What the prompts were made of."""
+
+    def again(self, prompts: Prompts) -> Rows:
+        """Return the same rows in the prompts of another template."""
+        return replace(self, prompts=prompts.encode(self.records))
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,13 @@ class Round:
     seed: int
     train: Rows
     measured: Mapping[str, Rows]
-    unlabelled: Sequence[Encoded] = ()
+    unlabelled: Rows = Rows()
+
+    def again(self, prompts: Prompts) -> Round:
+        """Return the same run in the prompts of another template."""
+        measured = {name: rows.again(prompts) for name, rows in self.measured.items()}
+        train, unlabelled = self.train.again(prompts), self.unlabelled.again(prompts)
+        return Round(self.seed, train, measured, unlabelled)
 
 
 @dataclass(frozen=True)
@@ -58,8 +72,10 @@ def rounds(
     Raises InputError for too few rows, or rows to learn from that have all one label.
     """
     setting = ready.recipe.learning_setting
-    held = {name: Rows(encoded[name], own) for name, own in right.items()}
-    plain = encoded.get("unlabelled", [])
+    held = {n: Rows(encoded[n], own, ready.splits[n].records) for n, own in right.items()}
+    plain = Rows()
+    if "unlabelled" in ready.splits:
+        plain = Rows(encoded["unlabelled"], [], ready.splits["unlabelled"].records)
     if not ready.learns:
         return [Round(ready.recipe.seed, Rows(), held, plain)]
     train = held.pop("train")
@@ -88,7 +104,11 @@ def rounds(
 
 
 def _some(rows: Rows, places: Sequence[int]) -> Rows:
-    return Rows([rows.prompts[at] for at in places], [rows.right[at] for at in places])
+    return Rows(
+        [rows.prompts[at] for at in places],
+        [rows.right[at] for at in places],
+        [rows.records[at] for at in places],
+    )
 
 
 def each(found: Sequence[Round], out: Path, work: Path, perform: Perform) -> Done:

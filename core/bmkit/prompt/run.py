@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from bmkit import report
 from bmkit.model import save_tensors
 from bmkit.plan import Job, Outcome
-from bmkit.prompt import ensembling, softlabels, stored, training, wording
+from bmkit.prompt import ensembling, search, softlabels, stored, training, wording
 from bmkit.prompt.ensembling import Prepared
 from bmkit.prompt.labels import Verbalizer
 from bmkit.prompt.measure import measure
@@ -71,8 +72,10 @@ def _prepared(job: Job) -> Prepared:
     recipe = job.recipe
     assert isinstance(recipe, PromptRecipe)  # as above
     ready = Ready(job)
-    if "unlabelled" in ready.splits:
-        softlabels.fields([ready])  # told before anything is trained
+    every = [ready]
+    if recipe.search is not None:
+        every = [one.ready for one in search.given(job, ready)]
+    taught = softlabels.fields(every) if "unlabelled" in ready.splits else []
     encoded = {name: ready.prompts.encode(s.records) for name, s in ready.splits.items()}
     found = rounds(ready, encoded, ready.right())
     prior = ready.prior_prompts(encoded)
@@ -86,15 +89,26 @@ def _prepared(job: Job) -> Prepared:
     def perform(one: Round, out: Path, work: Path) -> Done:
         if len(found) > 1:
             job.reporter.info(f"seed {one.seed}")
-        return _perform(job, ready, one, prior, out, work)
+        if recipe.search is not None:
+            return search.perform(job, ready, one, out, work, partial(_perform, job, taught))
+        return _perform(job, taught, ready, one, prior, out, work)
 
-    return Prepared(ready, found, perform)
+    return Prepared(ready, every, found, perform)
 
 
 def _perform(
-    job: Job, ready: Ready, one: Round, prior: list[Encoded], out: Path, work: Path
+    job: Job,
+    taught: Sequence[str],
+    ready: Ready,
+    one: Round,
+    prior: list[Encoded],
+    out: Path,
+    work: Path,
 ) -> Done:
-    """Perform one run: open the model, train, measure, and write what is kept into `out`."""
+    """Perform one run: open the model, train, measure, and write what is kept into `out`.
+
+    `taught` are the fields that rows without labels are kept with.
+    """
     recipe = ready.recipe
     size, most = recipe.train.per_device_eval_batch_size, recipe.template.max_seq_length
     opened = open_model(job, ready.kind, ready.tokenizer, size, most)
@@ -112,11 +126,16 @@ def _perform(
     if ready.learns:
         trained["seed"] = one.seed
     asked = {name: rows.prompts for name, rows in one.measured.items()}
-    if one.unlabelled:
-        asked["unlabelled"] = list(one.unlabelled)
+    if one.unlabelled.prompts:
+        asked["unlabelled"] = one.unlabelled.prompts
     said = _ask(job, opened, told, asked)
     opened.close()
-    _keep(ready, {name: told.label_logprobs(own) for name, own in said.items()}, out, work)
+    logprobs = {name: told.label_logprobs(own) for name, own in said.items()}
+    if recipe.ensemble is not None:
+        save_tensors(work / ensembling.TOLD, logprobs)  # of which it makes its own
+    elif one.unlabelled.prompts:
+        records, names = one.unlabelled.records, ready.classes.names
+        softlabels.write(out, records, taught, names, logprobs["unlabelled"])
     figures, table = _measured(ready, told, said, one.measured)
     measured = [p for rows in one.measured.values() for p in rows.prompts]
     metrics |= figures
@@ -126,15 +145,6 @@ def _perform(
     metrics["tokens"] = sum(len(p.ids) for p in measured)
     stored.write(out, ready.kept(told, **trained))
     return Done(metrics, table)
-
-
-def _keep(ready: Ready, logprobs: Mapping[str, Tensor], out: Path, work: Path) -> None:
-    """Keep what was told of labels: for an ensemble of all rows, else of those without one."""
-    if ready.recipe.ensemble is not None:
-        save_tensors(work / ensembling.TOLD, logprobs)
-    elif "unlabelled" in logprobs:
-        records, names = ready.splits["unlabelled"].records, softlabels.fields([ready])
-        softlabels.write(out, records, names, ready.classes.names, logprobs["unlabelled"])
 
 
 def _untrained(

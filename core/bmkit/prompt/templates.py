@@ -29,12 +29,20 @@ def parse(spec: Mapping[str, Any], where: str = "template") -> Written:
 def written(spec: Mapping[str, Any], file: Path | None) -> dict[str, Any]:
     """Return what an artifact keeps of a recipe's template: `text`, `jinja` or `chat`.
 
-    Raises RecipeError for what is wrong in `file`.
+    Of several it is the first. Raises RecipeError for what is wrong in `file`.
     """
-    if file is not None:
-        found = language.read_file(file, int(spec["choice"]))
-        return {"text": language.to_text(found.require_mask())}
-    return {way: spec[way] for way in WAYS if spec.get(way) is not None}
+    return every(spec, file)[0]
+
+
+def every(spec: Mapping[str, Any], file: Path | None) -> list[dict[str, Any]]:
+    """Return the same of all templates of a recipe: `choice: all` are those of a file."""
+    if file is None:
+        return [{way: spec[way] for way in WAYS if spec.get(way) is not None}]
+    if spec["choice"] == "all":
+        found = language.read_all(file)
+    else:
+        found = [language.read_file(file, int(spec["choice"]))]
+    return [{"text": language.to_text(one.require_mask())} for one in found]
 
 
 def for_tokenizer(found: Written, tokenizer: Any) -> Template | Jinja:

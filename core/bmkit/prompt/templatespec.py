@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,7 +23,9 @@ class TemplateSpec(Model):
 
     text: str | None = Field(default=None, description="A template in OpenPrompt's language.")
     file_path: str | None = Field(default=None, description="A file with one on each line.")
-    choice: int = Field(default=0, ge=0, description="Which line of the file, from 0.")
+    choice: Annotated[int, Field(ge=0)] | Literal["all"] = Field(
+        default=0, description="Which line of the file, from 0; `all` of them with `search`."
+    )
     jinja: str | None = Field(default=None, description="A template in Jinja, with `{{ mask }}`.")
     chat: list[Message] | None = Field(
         default=None, min_length=1, description="Messages, put through the model's chat template."

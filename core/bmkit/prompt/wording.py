@@ -68,16 +68,16 @@ def _searched(ready: Ready, asker: Asker, train: Rows) -> LabelWords:
         words_per_label=spec.words_per_label,
         num_candidates=spec.num_candidates,
         balanced=spec.balanced,
-        allowed=_allowed(ready, logprobs.shape[1]),
+        allowed=allowed(ready, logprobs.shape[1]),
     )
     return found.words(ready.tokenizer, ready.classes.names)
 
 
-def _allowed(ready: Ready, size: int) -> torch.Tensor:
+def allowed(ready: Ready, size: int) -> torch.Tensor:
     """Return the tokens that are words; all but special ones where there are too few of these."""
-    allowed = automatic.whole_words(ready.tokenizer, size)
-    if int(allowed.sum()) < 100:
+    found = automatic.whole_words(ready.tokenizer, size)
+    if int(found.sum()) < 100:
         known = [i for i in ready.tokenizer.get_vocab().values() if i < size]
-        allowed[known] = True
-        allowed[[i for i in ready.tokenizer.all_special_ids if i < size]] = False
-    return allowed
+        found[known] = True
+        found[[i for i in ready.tokenizer.all_special_ids if i < size]] = False
+    return found

@@ -253,6 +253,31 @@ def read_file(path: Path, choice: int) -> Template:
     Raises RecipeError if there is no such line, or it is empty; InputError if the file can't be
     read.
     """
+    lines = _lines(path)
+    count = f"{path} has {len(lines)} template{'s' * (len(lines) != 1)}"
+    if not 0 <= choice < len(lines):
+        raise RecipeError(f"there is no choice {choice}: {count}, counted from 0")
+    if not lines[choice].strip():
+        raise RecipeError(f"{path}:{choice + 1}: the line is empty; {count}, counted from 0")
+    return parse(lines[choice], f"{path}:{choice + 1}")
+
+
+def read_all(path: Path) -> list[Template]:
+    """Return all templates of a file that has one on each line; empty lines are passed over.
+
+    Raises RecipeError if there is none, InputError if the file can't be read.
+    """
+    found = [
+        parse(line, f"{path}:{number}")
+        for number, line in enumerate(_lines(path), 1)
+        if line.strip()
+    ]
+    if not found:
+        raise RecipeError(f"{path} has no template")
+    return found
+
+
+def _lines(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -262,9 +287,4 @@ def read_file(path: Path, choice: int) -> Template:
     lines = text.split("\n")
     if not lines[-1]:
         lines.pop()
-    count = f"{path} has {len(lines)} template{'s' * (len(lines) != 1)}"
-    if not 0 <= choice < len(lines):
-        raise RecipeError(f"there is no choice {choice}: {count}, counted from 0")
-    if not lines[choice].strip():
-        raise RecipeError(f"{path}:{choice + 1}: the line is empty; {count}, counted from 0")
-    return parse(lines[choice], f"{path}:{choice + 1}")
+    return lines

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from bmkit.artifact import QUANTO
+from bmkit.data.slices.tokens import marks
 from bmkit.deltas import address
 from bmkit.deltas.modules import Module
 from bmkit.deltas.recipe import LowRankAdapter, Vera, names
@@ -27,6 +28,7 @@ from bmkit.plan import (
 from bmkit.runtime.budget import Placement, Sizes, place_any
 from bmkit.runtime.family import readable
 from bmkit.tune.foreseen import (
+    require_duplex,
     require_front,
     require_measured,
     require_once,
@@ -57,6 +59,7 @@ def estimate(job: Job) -> Estimate:
     task = task_of(recipe, headers.config, job.files["data.train"])
     require_measured(recipe, task)
     require_front(recipe, task)
+    require_duplex(recipe, task)
     require_rows(task, job.files)
     parts, trained = _trained(job, headers)
     _warn_of_ranks(job, headers)
@@ -137,6 +140,11 @@ def _trained(job: Job, headers: Headers) -> tuple[list[str], int]:
         where = f" on {' and '.join(told)}" if told else ""
         steps.append(f"train {name}{where} ({count} parameters)")
         whole += count
+    if task_of(recipe, headers.config, job.files["data.train"]) == "duplex":
+        tied = not any(tensor.name.endswith(HEADS) for tensor in headers.tensors)
+        count = len(marks(recipe.scheme.name)) * sizes.hidden * (1 if tied else 2)
+        steps.append(f"train the rows of the marks between slices ({count} parameters)")
+        whole += count
     unfrozen = _unfrozen(modules, recipe)
     require_once(unfrozen, goes)
     own = sum(
@@ -147,6 +155,10 @@ def _trained(job: Job, headers: Headers) -> tuple[list[str], int]:
     if own:
         steps.append(f"train {', '.join(recipe.unfreeze)} ({own} parameters)")
     return [*steps, *new], whole + own + head
+
+
+HEADS = ("lm_head.weight", "embed_out.weight")
+"""Of a model whose head isn't its embedding."""
 
 
 def _warn_of_ranks(job: Job, headers: Headers) -> None:

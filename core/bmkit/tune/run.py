@@ -28,12 +28,14 @@ from bmkit.train.together import own_device
 from bmkit.train.trainer import steps_of, train
 from bmkit.tune.attach import METHODS, attach
 from bmkit.tune.base import Base, open_base
+from bmkit.tune.duplex import finish, mixed
 from bmkit.tune.lean import lean_rows
 from bmkit.tune.merging import write_whole
 from bmkit.tune.objectives import Batch, Objective, batches_of, objective
 from bmkit.tune.pruned import keep_pruned
 from bmkit.tune.recipe import TuneRecipe
-from bmkit.tune.written import write_events, write_history
+from bmkit.tune.task import figures_of
+from bmkit.tune.written import write_duplex, write_events, write_history
 
 __all__ = ["METHODS", "run"]
 
@@ -50,9 +52,10 @@ def run(job: Job) -> Outcome:
     device = own_device(models.pick_device(recipe.device))
     tokenizer = models.load_tokenizer(job.checkpoint)
     config = models.load_config(job.checkpoint)
-    goal = objective(recipe, config, job.files["data.train"], tokenizer)
+    goal = objective(recipe, config, job.files["data.train"], tokenizer, job.checkpoint)
     encoded = _encode(job, goal, "data.train")
     assert encoded is not None  # `train` is required
+    encoded = _mixed(job, recipe, goal, encoded)
     dev = _encode(job, goal, "data.dev")
     base = open_base(job, goal, tokenizer, device)
     model, called = attach(job, recipe, goal, base, tokenizer)
@@ -71,13 +74,19 @@ def run(job: Job) -> Outcome:
         "rows_dropped": encoded.dropped,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
+    known = None
+    if goal.marks is not None:
+        known, figures = finish(recipe, goal.marks.layout, getattr(goal.figures, "last", None))
+        metrics |= figures
     if recipe.merge:
         whole = merge(model)
         masks.apply()
         write_whole(whole, job.checkpoint, job.out, goal.head)
+        write_duplex(job.out, known, goal.marks, tokenizer)
         return Outcome("model", metrics, ("transformers",), base.report)
     base.close()
-    metrics["delta_bytes"] = _write_deltas(job, goal, model, called)
+    metrics["delta_bytes"] = _write_deltas(job, goal, model, called, tokenizer)
+    write_duplex(job.out, known, goal.marks, tokenizer)
     ours = any(spec.type in OURS for spec in recipe.deltas)
     loads = ("peft with bmkit.deltas.own",) if ours else ("peft",)
     return Outcome("delta", metrics, loads, base.report)
@@ -91,7 +100,11 @@ def _encode(job: Job, goal: Objective, which: str) -> Encoded | None:
     path: Path | None = job.files.get(which)
     if path is None:
         return None
-    encoded = goal.encode(path)
+    return _said(job, goal, path, goal.encode(path))
+
+
+def _said(job: Job, goal: Objective, path: Path, encoded: Encoded) -> Encoded:
+    """Warn of rows that were cut or dropped; return all."""
     if encoded.truncated or encoded.dropped:
         job.reporter.warn(
             f"{path.name}: {counted(encoded.truncated, 'row', 'rows')} cut at "
@@ -99,6 +112,16 @@ def _encode(job: Job, goal: Objective, which: str) -> Encoded | None:
             f"{encoded.dropped} dropped"
         )
     return encoded
+
+
+def _mixed(job: Job, recipe: TuneRecipe, goal: Objective, encoded: Encoded) -> Encoded:
+    """Return rows with those of `data.mix` among them, if there are any."""
+    path = job.files.get("data.mix")
+    share = recipe.data.mix_share
+    if path is None or goal.encode_mix is None or not share:
+        return encoded
+    others = _said(job, goal, path, goal.encode_mix(path))
+    return mixed(encoded, others, share, recipe.seed)
 
 
 def _referred(
@@ -175,7 +198,8 @@ def _train(
     if batches:
         after = goal.figures(model.eval(), batches, device)
         metrics |= {name: round(value, 6) for name, value in after.items()}
-        told = [f"{n} {before[n]:.3f} before, {after[n]:.3f} after" for n in after]
+        shown = [name for name in figures_of(goal.task) if name in after]
+        told = [f"{n} {before[n]:.3f} before, {after[n]:.3f} after" for n in shown]
         job.reporter.info("held out: " + "; ".join(told).replace("dev_", ""))
     write_history(job.out, trained.history)
     if spec.tensorboard:
@@ -196,8 +220,14 @@ def _dev(
     if not batches or not (best or spec.eval_steps):
         return None
     name = spec.metric_for_best_model or "dev_loss"
+    shown = figures_of(goal.task)
+
+    def measure() -> dict[str, float]:
+        found = goal.figures(model, batches, device)
+        return {name: value for name, value in found.items() if name in shown}
+
     return Dev(
-        lambda: goal.figures(model, batches, device),
+        measure,
         spec.eval_steps,
         name if best else None,
         greater_is_better=name != "dev_loss",
@@ -205,7 +235,9 @@ def _dev(
     )
 
 
-def _write_deltas(job: Job, goal: Objective, model: Any, called: Sequence[str]) -> int:
+def _write_deltas(
+    job: Job, goal: Objective, model: Any, called: Sequence[str], tokenizer: Any
+) -> int:
     """Write each delta as a PEFT directory of its own; return the bytes of their weights.
 
     A single one lies in `job.out` itself.
@@ -217,6 +249,8 @@ def _write_deltas(job: Job, goal: Objective, model: Any, called: Sequence[str]) 
         compose.save(model, name, folder)
         _name_base(folder / "adapter_config.json", job.checkpoint.absolute())
         size += (folder / "adapter_model.safetensors").stat().st_size
+        if goal.marks is not None and goal.marks.added:
+            tokenizer.save_pretrained(folder)  # by which PEFT knows how many rows there are
     if len(called) > 1:
         artifact.write_order(job.out, called)
     if goal.head is not None:

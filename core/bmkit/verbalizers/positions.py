@@ -79,6 +79,27 @@ def states_at(
     return hidden[rows, columns + hidden.shape[1] - width]
 
 
+def logits_of_states(model: Any, inputs: Mapping[str, Any], states: Tensor) -> Tensor:
+    """Return the logits [n, vocabulary] of `states` [n, hidden_size], as `states_at` returns them.
+
+    They go through the head, and through what the model does behind it, in the place of what it
+    makes of `inputs`, a row of any tokens. Raises InputError as `states_at` does.
+    """
+    head = getattr(inner(model), "get_output_embeddings", lambda: None)()
+    if not isinstance(head, nn.Module):
+        raise InputError("the model has no head that says words, whose states could be read")
+
+    def put(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (states.to(given[0].device, given[0].dtype)[None], *given[1:])
+
+    handle = head.register_forward_pre_hook(put)
+    try:
+        logits: Tensor = model(**inputs).logits
+    finally:
+        handle.remove()
+    return logits[0]
+
+
 def logprobs(logits: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
     """Return the log-probabilities of `tokens` [m], each in row `places` [m] of `logits`."""
     if logits.dtype in (torch.float16, torch.bfloat16):

@@ -56,11 +56,8 @@ def run(job: Job, prepare: Callable[[Job], Prepared]) -> Done:
     assert isinstance(recipe, PromptRecipe)
     assert recipe.ensemble is not None  # the caller has looked
     parts = [prepare(_alone(job, recipe, n)) for n in range(1 + len(recipe.ensemble.members))]
-    names = (
-        softlabels.fields([own for part in parts for own in part.every])
-        if recipe.data.unlabelled
-        else []
-    )
+    every = [own for part in parts for own in part.every]
+    names = softlabels.fields(every) if recipe.data.unlabelled else []
     members: list[_Member] = []
     for number, part in enumerate(parts):
         for one in part.runs:

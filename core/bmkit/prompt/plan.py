@@ -74,10 +74,8 @@ def estimate(job: Job) -> Estimate:
 def _with_writer(job: Job, found: Estimate, headers: Headers) -> Estimate:
     """Return an estimate with the model that writes templates, which is there before the other."""
     other = _whole(job, headers, WRITER_ROWS)
-    ram, gpu = (
-        max(found.peak.ram_bytes, other.ram_bytes),
-        max(found.peak.gpu_bytes, other.gpu_bytes),
-    )
+    ram = max(found.peak.ram_bytes, other.ram_bytes)
+    gpu = max(found.peak.gpu_bytes, other.gpu_bytes)
     return Estimate(found.steps, replace(found.peak, ram_bytes=ram, gpu_bytes=gpu))
 
 
@@ -117,7 +115,8 @@ def _with_whole(job: Job, headers: Headers, found: Estimate) -> Estimate:
     kept = 4 * headers.dense_numel * members * max(len(recipe.learning_setting.seeds), 1)
     gpu = peak.gpu_bytes + more if peak.gpu_bytes else 0
     ram = peak.ram_bytes if gpu else peak.ram_bytes + more
-    return Estimate(found.steps, Peak(ram, gpu, kept + 2**20, kept + 3 * more))
+    tried = 1 if recipe.search is None else recipe.search.num_trained
+    return Estimate(found.steps, Peak(ram, gpu, kept + 2**20, kept * tried + 3 * more))
 
 
 def estimate_answers(job: Job) -> Estimate:

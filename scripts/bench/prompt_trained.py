@@ -76,7 +76,12 @@ def values(task: str, kind: str, steps: int | None) -> dict[str, Any]:
         "verbalizer": {"label_words": words},
         "tune": spec["tune"],
         "learning_setting": {"type": "full"},
-        "train": {"max_steps": most, "per_device_train_batch_size": 8, **spec["train"]},
+        "train": {
+            "max_steps": most,
+            "per_device_train_batch_size": 8,
+            "per_device_eval_batch_size": 8,
+            **spec["train"],
+        },
     }
 
 

@@ -84,6 +84,14 @@ def test_other_types_stay_torchs(dtype: torch.dtype) -> None:
         assert torch.equal(functional.linear(x, weight), x @ weight.T)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_head_of_many_outputs_says_the_same_of_few_rows(rows: int) -> None:
+    x, weight = torch.randn(rows, 8), torch.randn(products.MANY_OUTPUTS, 8)
+    with torch.inference_mode():
+        found = products.linear(x, weight)
+    assert torch.allclose(found.double(), exact(x, weight, None), rtol=1e-5, atol=1e-5)
+
+
 @needed
 def test_a_product_that_torch_refuses_is_refused() -> None:
     with torch.inference_mode(), products.quick(), pytest.raises(RuntimeError):

@@ -18,7 +18,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 LEAST_ROWS = 16
-"""Of fewer rows, oneDNN's products aren't quicker."""
+"""Of fewer rows, oneDNN's products aren't quicker,"""
+MANY_OUTPUTS = 8192
+"""but for a matrix of so many outputs, which comes from memory: a head."""
 
 
 @cache
@@ -71,7 +73,8 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Tell whether oneDNN takes a product, and it is worth it."""
     return (
         can()
-        and x.numel() >= LEAST_ROWS * x.shape[-1] > 0
+        and x.numel() > 0
+        and (x.numel() >= LEAST_ROWS * x.shape[-1] or weight.shape[0] >= MANY_OUTPUTS)
         and not torch.is_grad_enabled()
         and _plain(x)
         and _plain(weight)

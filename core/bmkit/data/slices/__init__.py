@@ -1,0 +1,1 @@
+"""Time-division multiplexing: two speakers' words as slices of time, and slices as tokens."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bmkit.errors import InputError
+from bmkit.nn import products
 from bmkit.prompt import masks
 from bmkit.prompting.encode import Encoded, Kind
 from bmkit.verbalizers import likelihood
@@ -95,7 +96,8 @@ class Asker:
         """
         total: Tensor | None = None
         for places in self._parts(prompts, 1):
-            said = masks.logits(self.model, [prompts[at] for at in places], self.kind)
+            with products.quick():
+                said = masks.logits(self.model, [prompts[at] for at in places], self.kind)
             shares = said.float().softmax(-1).sum(0)
             total = shares if total is None else total + shares
         if total is None:
@@ -112,7 +114,8 @@ class Asker:
         """Return what is told of parts of so many batches, in the order of prompts."""
         found: Tensor | None = None
         for places in self._parts(prompts, batches):
-            values = ask([prompts[at] for at in places])
+            with products.quick():
+                values = ask([prompts[at] for at in places])
             if not values.isfinite().all():
                 raise InputError("the model's output is not a number; its weights are damaged")
             if found is None:

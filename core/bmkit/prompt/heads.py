@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bmkit.nn import products
 from bmkit.prompt import masks
 from bmkit.prompt.ask import Asker
 from bmkit.prompting.encode import Encoded
@@ -27,7 +28,10 @@ class Head:
         """Yield logits [n, vocabulary] of states [rows, hidden_size], so many rows at a time."""
         asker, step = self.asker, most_reads(self.asker.model)
         for at in range(0, len(states), step):
-            yield masks.logits_of(asker.model, states[at : at + step], self.prompt, asker.kind)
+            part = states[at : at + step]
+            with products.quick():
+                said = masks.logits_of(asker.model, part, self.prompt, asker.kind)
+            yield said
 
     def columns(self, states: Tensor, token_ids: Tensor) -> Tensor:
         """Return the logits of some tokens, float32 [rows, tokens], on the CPU."""

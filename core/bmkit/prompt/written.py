@@ -15,6 +15,7 @@ from bmkit import model as models
 from bmkit import report
 from bmkit.data.tabular import Record
 from bmkit.errors import About, InputError, RecipeError
+from bmkit.nn import products
 from bmkit.plan import Job
 from bmkit.prompt import beams
 from bmkit.prompt.kinds import kind_of
@@ -156,7 +157,8 @@ class Writer:
         for numbers in batches(lengths, [1] * len(prompts), BATCH_TOKENS, len(prompts)):
             rows = [prompts[number].ids for number in numbers]
             ids, mask = padded(rows, pad_of(self.model), self.model.device)
-            said = self.model.get_encoder()(input_ids=ids, attention_mask=mask)
+            with products.quick():
+                said = self.model.get_encoder()(input_ids=ids, attention_mask=mask)
             held.append((said, mask, DynamicCache()))
         return held
 
@@ -206,7 +208,8 @@ class Writer:
             places = torch.arange(count, device=device)
             width = ids.shape[1]
             last = torch.full_like(places, width - 1)
-            logits = logits_at(self.model, inputs, width, places, last)
+            with products.quick():
+                logits = logits_at(self.model, inputs, width, places, last)
             found = logits.float().cpu().double().log_softmax(-1).sum(0)
             total = found if total is None else total + found
         if total is None:

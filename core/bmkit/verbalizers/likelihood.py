@@ -17,7 +17,7 @@ from torch import Tensor
 from bmkit.errors import InputError, RecipeError
 from bmkit.model import context
 from bmkit.prompting.encode import Encoded, Kind
-from bmkit.verbalizers import halves, packed, pseudo
+from bmkit.verbalizers import halves, packed, pseudo, unpadded
 from bmkit.verbalizers.continuations import Trie, tries
 from bmkit.verbalizers.positions import inner, most_reads, vocabulary
 from bmkit.verbalizers.pseudo import Order
@@ -129,7 +129,8 @@ def causal(
             lines += packed.apart(own, trie, first)
         first += len(trie.asked)
     reads = most_reads(model)
-    slots, found = packed.answers(model, lines, batch_tokens, reads, prompts[0][:shared])
+    run = unpadded if unpadded.takes(model) else packed
+    slots, found = run.answers(model, lines, batch_tokens, reads, prompts[0][:shared])
     return _gathered(table, grown, slots, found)
 
 

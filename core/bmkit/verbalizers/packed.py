@@ -145,7 +145,9 @@ class Head:
         none = torch.zeros(0, dtype=torch.long, device=model.device)
         inputs = {"input_ids": given, "past_key_values": cache, "use_cache": True}
         if len(ids) > 1:
-            inputs["attention_mask"] = _masks(model, torch.ones_like(given).cumsum(1) - 1, None, 0)
+            inputs["attention_mask"] = line_masks(
+                model, torch.ones_like(given).cumsum(1) - 1, None, 0
+            )
         logits_at(model, inputs, len(ids), none, none)
         self.length = len(ids)
         self.layers = [(layer.keys, layer.values) for layer in cache.layers]
@@ -164,8 +166,8 @@ def _answered(model: Any, part: Sequence[Line], head: Head | None) -> Tensor:
     branches = any(line.trie is not None and line.trie.tokens for line in part)
     if branches or head is not None:
         before = head.length if head is not None else 0
-        positions = _positions(part, ids, before)
-        inputs["attention_mask"] = _masks(model, positions, part, before)
+        positions = line_positions(part, ids, before)
+        inputs["attention_mask"] = line_masks(model, positions, part, before)
         inputs["position_ids"] = positions
     if head is not None:
         inputs |= {"past_key_values": head.cache(len(part)), "use_cache": True}
@@ -173,7 +175,7 @@ def _answered(model: Any, part: Sequence[Line], head: Head | None) -> Tensor:
     return logprobs(logits_at(model, inputs, ids.shape[1], rows, columns), places, tokens)
 
 
-def _positions(part: Sequence[Line], ids: Tensor, before: int) -> Tensor:
+def line_positions(part: Sequence[Line], ids: Tensor, before: int) -> Tensor:
     """Return the position of each token [lines, tokens]; `before` are in the cache."""
     positions = torch.arange(before, before + ids.shape[1]).repeat(len(part), 1)
     for row, line in enumerate(part):
@@ -184,7 +186,7 @@ def _positions(part: Sequence[Line], ids: Tensor, before: int) -> Tensor:
     return positions.to(ids.device)
 
 
-def _masks(model: Any, positions: Tensor, part: Sequence[Line] | None, before: int) -> Any:
+def line_masks(model: Any, positions: Tensor, part: Sequence[Line] | None, before: int) -> Any:
     """Return the masks that a model takes: what is added to attention, [lines, 1, tokens, seen]."""
     config, device = model.config, positions.device
     sees = _sees(part, positions.shape, before, device)

@@ -1,0 +1,92 @@
+"""Products of float32 matrices by oneDNN, where torch takes a slower library.
+
+On the CPU torch multiplies float32 matrices with MKL, which keeps to 256 bits on processors that
+aren't Intel's. oneDNN, which torch has as well, uses all 512 that these have: it is twice as quick
+from some dozen rows on. Both sum in float32; results differ in the last bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+LEAST_ROWS = 16
+"""Of fewer rows, oneDNN's products aren't quicker,"""
+MANY_OUTPUTS = 8192
+"""but for a matrix of so many outputs, which comes from memory: a head."""
+
+
+@cache
+def can() -> bool:
+    """Tell whether oneDNN is there, and the processor has registers of 512 bits."""
+    backends: Any = torch.backends
+    if not backends.mkldnn.is_available() or not backends.mkl.is_available():
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x · Wᵀ + bias [..., out] of x [..., in] and W [out, in], by oneDNN if it can."""
+    if not _takes(x, weight, bias):
+        return functional.linear(x, weight, bias)
+    return _onednn(x, weight, bias)
+
+
+def quick() -> AbstractContextManager[Any]:
+    """Let linear layers go by `linear` while a block runs, in the thread that runs it.
+
+    This holds for any model's own code. Where gradients are recorded all stays as it is.
+    """
+    return _Quick() if can() else nullcontext()
+
+
+class _Quick(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is functional.linear and not kwargs and _takes(*args):
+            return _onednn(*args)
+        if func is torch.addmm and not kwargs and _takes(args[1], args[2].t(), args[0]):
+            return _onednn(args[1], args[2].t(), args[0])  # as GPT-2 writes it
+        return func(*args, **(kwargs or {}))
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return found
+
+
+def _takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Tell whether oneDNN takes a product, and it is worth it."""
+    return (
+        can()
+        and x.numel() > 0
+        and (x.numel() >= LEAST_ROWS * x.shape[-1] or weight.shape[0] >= MANY_OUTPUTS)
+        and not torch.is_grad_enabled()
+        and _plain(x)
+        and _plain(weight)
+        and weight.dim() == 2
+        and (bias is None or (_plain(bias) and bias.shape == weight.shape[:1]))
+    )
+
+
+def _plain(x: Tensor) -> bool:
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and x.dtype is torch.float32
+        and x.device.type == "cpu"
+        and x.layout is torch.strided
+    )

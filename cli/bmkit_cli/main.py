@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bmkit_cli import stopping
-from bmkit_cli.commands import books, infer, prompt, spec_decode, stages, tune
+from bmkit_cli.commands import books, duplex, infer, prompt, spec_decode, stages, tune
 
 app = typer.Typer(
     name="bmkit",
@@ -47,6 +47,7 @@ app.command()(prompt.prompt)
 app.command()(infer.infer)
 app.command()(spec_decode.spec_decode)
 app.command()(spec_decode.phrases)
+app.add_typer(duplex.app, name="duplex")
 app.add_typer(prompt.brought, name="import")
 app.command()(books.run)
 app.command()(books.ls)

@@ -144,6 +144,10 @@ class Artifact:
         return InputEntry(kind=self.kind, digest=self.digest, path=path, name=self.name)
 
 
+NOTHING = Artifact(Path(), "nothing", "")
+"""The model of a stage that takes none."""
+
+
 def open_artifact(path: Path) -> Artifact:
     """Open what lies at `path`, checking its content against its manifest.
 

@@ -53,7 +53,8 @@ class Recipe(Model):
     METRICS: ClassVar[tuple[str, ...]] = ()
     """Names that `gates` may bound."""
     FILES: ClassVar[tuple[str, ...]] = ()
-    """Dotted keys that hold a path: relative to the recipe file, or `builtin:` for bmkit's own."""
+    """Dotted keys that hold a path: relative to the recipe file, or `builtin:` for bmkit's own;
+    `*` stands for each item of a list."""
     MODELS: ClassVar[tuple[str, ...]] = ()
     """Dotted keys that name a further model, as `-m` does; `*` stands for each item of a list."""
 
@@ -292,16 +293,11 @@ def resolve_files(
     with bmkit.
     """
     for dotted in model.FILES:
-        path = tuple(dotted.split("."))
-        holder = doc.data
-        for step in path[:-1]:
-            holder = holder.get(step) if isinstance(holder, dict) else None
-        value = holder.get(path[-1]) if isinstance(holder, dict) else None
-        if not isinstance(holder, dict) or not isinstance(value, str):
-            continue
-        if value.startswith("builtin:"):
-            holder[path[-1]] = str(builtin_folder / value.removeprefix("builtin:"))
-        else:
+        for path, holder in holders(doc.data, dotted):
+            value = holder[path[-1]]
+            if value.startswith("builtin:"):
+                holder[path[-1]] = str(builtin_folder / value.removeprefix("builtin:"))
+                continue
             on_line = any(path[: len(o)] == o for o in doc.overrides)
             base = (said_in or Path.cwd()) if on_line else doc.folder
             holder[path[-1]] = str((base / Path(value).expanduser()).absolute())

@@ -16,7 +16,7 @@ class Stage:
     recipe: str  # "package.module:Class", torch-free
     plan: str  # "package.module:function", torch-free
     run: str  # "package.module:function", imports torch
-    takes: tuple[str, ...]
+    takes: tuple[str, ...]  # kinds of inputs; with "nothing", it also runs without one
     gives: str  # what it writes by default; "text" is written to stdout
     version: int = 1  # raise it when the same recipe would give other bytes
     others: tuple[tuple[str, str, str], ...] = ()
@@ -89,6 +89,15 @@ STAGES = {
             "bmkit.specdec.run:run",
             takes=("model", "delta"),
             gives="text",
+        ),
+        Stage(
+            "duplex",
+            "Make data, of which a model learns to listen while it speaks.",
+            "bmkit.duplex.recipe:DuplexRecipe",
+            "bmkit.duplex.plan:estimate",
+            "bmkit.duplex.build:run",
+            takes=("nothing",),
+            gives="data",
         ),
     )
 }

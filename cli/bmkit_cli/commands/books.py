@@ -176,7 +176,7 @@ def cp(
     if target.exists() and not force:
         raise OutputTaken(f"{target} is there already", hint="name another, or use --force")
     place.write_text(target, text)
-    command = "run" if stage == "pipelines" else stage
+    command = {"pipelines": "run", "duplex": "duplex build"}.get(stage, stage)
     sys.stderr.write(f"{stage}/{short} copied; run it with: bmkit {command} {target}\n")
     stdout().text(str(target))
 
@@ -206,7 +206,9 @@ def validate(
 
 
 def schema(
-    stage: Annotated[str, typer.Argument(help="compress, tune or infer.")],
+    stage: Annotated[
+        str, typer.Argument(help="compress, tune, prompt, infer, spec-decode or duplex.")
+    ],
 ) -> None:
     """Print a recipe's JSON schema, for editors."""
     import json

@@ -51,6 +51,12 @@ class _Prompt(_Stage):
     data: str | None = None
 
 
+class _Duplex(_Stage):
+    duplex: str | dict[str, Any]
+    out: str | None = None
+    data: str | None = None
+
+
 class _Answers(_Stage):
     prompt: str | list[str] | None = None
     input: str | None = None
@@ -77,6 +83,7 @@ WORDS: dict[str, type[Model]] = {
     "prompt": _Prompt,
     "infer": _Infer,
     "spec-decode": _SpecDecode,
+    "duplex": _Duplex,
 }
 
 
@@ -93,6 +100,12 @@ class Item:
     options: Mapping[str, Any]
     where: str
     folder: Path
+
+    @property
+    def makes_data(self) -> bool:
+        """Tell whether it runs without a model: later stages take what it leaves as their data."""
+        takes = () if self.stage == "pull" else registry.STAGES[self.stage].takes
+        return "nothing" in takes and "model" not in self.options
 
     @property
     def shown(self) -> Any:
@@ -117,7 +130,8 @@ def read(name: str) -> list[Item]:
             problems.append(_said(doc, i, item.stage, said))
         if item.stage == "pull" and i > 0:
             problems.append(_said(doc, i, "pull", "`pull` comes first"))
-        if i == 0 and item.stage != "pull" and "model" not in item.options:
+        first = all(before.makes_data for before in items[:i])
+        if first and item.stage != "pull" and not item.makes_data and "model" not in item.options:
             problems.append(_said(doc, i, item.stage, "the first stage needs `pull` or `model`"))
         if answers and ("prompt" in item.options) == ("input" in item.options):
             said = f"`{item.stage}` needs one of `prompt` and `input`"
@@ -189,23 +203,29 @@ def run(
     then None. Raises what the stages raise, GateError included: later stages don't run.
     """
     last: tuple[Path, stage.Result | None, Artifact] | None = None
+    model: str | None = None
+    data: str | None = None
     for item in items:
         options = dict(item.options)
         out = Path(options["out"]) if options.get("out") else None
         if item.stage == "pull":
             found, _ = pulls.pull(str(item.recipe), reporter, out=out, force=force)
-            last = (found.path, None, found)
+            last, model = (found.path, None, found), str(found.path)
             continue
-        model = options.get("model") or (str(last[0]) if last else None)
-        if model is None:
+        given = options.get("model") or model
+        if given is None and not item.makes_data:
             raise InputError(f"{item.where}: no model")
-        request = _request(item, str(model), force=force)
+        request = _request(item, "" if item.makes_data else str(given), force=force, data=data)
         if registry.STAGES[item.stage].gives == "text":
             answer(request, options)
             return None
         result = stage.run_stage(request, reporter)
         stage.require_gates(result)
         last = (result.artifact.path, result, result.artifact)
+        if result.artifact.kind == "data":
+            data = str(last[0].absolute())
+        else:
+            model = str(last[0])
     return last
 
 
@@ -227,6 +247,8 @@ def describe(items: Sequence[Item], reporter: Reporter) -> list[dict[str, Any]]:
     """Return each stage's plan, as far as what comes before it is there already."""
     plans: list[dict[str, Any]] = []
     last: str | None = None
+    data: str | None = None
+    waits = False  # for data that aren't there yet
     for item in items:
         if item.stage == "pull":
             found = pulls.find(str(item.recipe))
@@ -234,17 +256,28 @@ def describe(items: Sequence[Item], reporter: Reporter) -> list[dict[str, Any]]:
             said = {"stage": "pull", "recipe": item.recipe, "path": last, "reused": bool(found)}
             plans.append(said)
             continue
-        model = item.options.get("model") or last
-        if model is None:
+        model = "" if item.makes_data else item.options.get("model") or last
+        if model is None or (waits and _takes_data(item)):
+            last = None
             plans.append({"stage": item.stage, "recipe": item.shown, "path": None, "reused": False})
             continue
-        prepared = stage.prepare(_request(item, str(model)), reporter, bring=False)
+        request = _request(item, str(model), data=data)
+        prepared = stage.prepare(request, reporter, bring=False)
         plans.append(stage.describe_plan(prepared, reporter))
-        last = str(prepared.out) if prepared.done is not None else None
+        left = str(prepared.out.absolute()) if prepared.done is not None else None
+        if item.makes_data:
+            data, waits = left, left is None
+        else:
+            last = left
     return plans
 
 
-def _request(item: Item, model: str, *, force: bool = False) -> Request:
+def _takes_data(item: Item) -> bool:
+    """Tell whether a stage is given what one before it has built, if that is data."""
+    return item.stage in ("tune", "prompt") and "data" not in item.options
+
+
+def _request(item: Item, model: str, *, force: bool = False, data: str | None = None) -> Request:
     options = item.options
     return Request(
         stage=item.stage,
@@ -252,7 +285,7 @@ def _request(item: Item, model: str, *, force: bool = False) -> Request:
         model=model,
         out=Path(options["out"]) if options.get("out") else None,
         assign=tuple(f"{k}={_yaml(v)}" for k, v in (options.get("set") or {}).items()),
-        data=options.get("data"),
+        data=options.get("data") or (data if _takes_data(item) else None),
         device=options.get("device"),
         seed=options.get("seed"),
         adapters=tuple(options.get("adapters") or ()),

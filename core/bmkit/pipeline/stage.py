@@ -14,7 +14,7 @@ from typing import Any
 import bmkit
 from bmkit import artifact, builtin, env, hashes, place, plan, registry
 from bmkit import recipe as recipes
-from bmkit.artifact import Artifact, InputEntry, Step
+from bmkit.artifact import NOTHING, Artifact, InputEntry, Step
 from bmkit.data.tabular import split_files
 from bmkit.errors import BmkitError, GateError, InputError, OutputTaken, UsageError
 from bmkit.pipeline.resolve import find_base, find_model, warn_foreign_base
@@ -29,7 +29,8 @@ class Request:
 
     stage: str
     recipe: str | Document
-    model: str
+    model: str = ""
+    """What `-m` names; empty for a stage that takes nothing."""
     out: Path | None = None
     assign: tuple[str, ...] = ()
     data: str | None = None
@@ -161,9 +162,15 @@ def check(request: Request) -> Request:
 
 
 def _take_data(doc: Document, kind: type[Recipe], data: str) -> None:
-    """Let `--data` take the place of `data.train`, or of every split if it is a directory."""
+    """Let `--data` take the place of `sources`, or of `data.train`, or of every split if it is a
+    directory.
+    """
     if not kind.FILES:
         raise UsageError(f"--data has no meaning in `{doc.source}`")
+    if "sources" in kind.model_fields and isinstance(doc.data, dict):
+        doc.data["sources"] = [{"path": str(Path(data).expanduser().absolute())}]
+        doc.overrides["sources",] = f"--data {data}"
+        return
     if not isinstance(doc.data, dict) or not isinstance(doc.data.setdefault("data", {}), dict):
         return  # validate says what is wrong
     splits = [f.partition(".")[2] for f in kind.FILES if f.startswith("data.")]
@@ -194,7 +201,9 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
     recipe = recipe.model_copy(update={"device": env.resolve_device(recipe.device)})
     stage = registry.STAGES[request.stage]
     files = _files(doc, recipe)
-    model = find_model(request.model, reporter, bring=bring)
+    model = NOTHING
+    if request.model or "nothing" not in stage.takes:
+        model = find_model(request.model, reporter, bring=bring)
     if model.kind not in stage.takes:
         merge = "; merge it into its base first" if model.kind == "delta" else ""
         raise InputError(
@@ -218,8 +227,10 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
     base = find_base(model, reporter, bring=bring) if model.kind == "delta" else None
     for found in adapters:
         warn_foreign_base(found, base or model, reporter)
-    plan.read_headers((base or model).path)
-    inputs = {"model": given.entry()}
+    inputs = {}
+    if model is not NOTHING:
+        plan.read_headers((base or model).path)
+        inputs["model"] = given.entry()
     if prompt is not None and prompt is not given:
         inputs["prompt"] = prompt.entry()
     for i, found in enumerate(adapters):
@@ -240,7 +251,8 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
     key = artifact.stage_key(stage.name, stage.version, _without_paths(recipe), digests)
     out, done = _destination(request, stage, doc.name, key)
     if stage.gives != "text":
-        _refuse_overlap(out, [model, *([base] if base else []), *models.values()])
+        given_models = [found for found in (model, base) if found not in (None, NOTHING)]
+        _refuse_overlap(out, [*given_models, *models.values()])
     return Prepared(
         request,
         stage,
@@ -501,15 +513,13 @@ def _result(found: Artifact, prepared: Prepared, *, reused: bool, start: float) 
 def _files(doc: Document, recipe: Recipe) -> dict[str, Path]:
     """Return the recipe's data files by dotted key. Raises InputError for one that isn't there."""
     found = {}
-    for dotted in recipe.FILES:
-        value: Any = recipe
-        for step in dotted.split("."):
-            value = getattr(value, step, None)
-        if value is not None:
-            path = Path(value)
+    values = recipe.model_dump(mode="json")
+    for pattern in recipe.FILES:
+        for keys, holder in recipes.holders(values, pattern):
+            dotted, path = ".".join(map(str, keys)), Path(holder[keys[-1]])
             if not path.is_file():
                 what = "a directory" if path.is_dir() else "not there"
-                raise InputError(f"{doc.source}: {dotted}: {value} is {what}")
+                raise InputError(f"{doc.source}: {dotted}: {path} is {what}")
             found[dotted] = path
     return found
 
@@ -540,13 +550,9 @@ def _portable(recipe: Recipe) -> dict[str, Any]:
 
 
 def _map_files(recipe: Recipe, values: dict[str, Any], change: Any) -> None:
-    for dotted in recipe.FILES:
-        *folders, last = dotted.split(".")
-        holder: Any = values
-        for step in folders:
-            holder = (holder or {}).get(step)
-        if holder and holder.get(last) is not None:
-            holder[last] = change(holder[last])
+    for pattern in recipe.FILES:
+        for keys, holder in list(recipes.holders(values, pattern)):
+            holder[keys[-1]] = change(holder[keys[-1]])
 
 
 def _destination(

@@ -43,6 +43,7 @@ SIDE_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
     "frequent_tokens.json",  # the rows of its head that a draft uses
+    "duplex.json",  # how a duplex model's slices are marked
     EXPERTS,
 )
 DELTAS = "adapters"

@@ -18,9 +18,11 @@ class Padding:
     """A collator: pad on the right to the longest example of the batch."""
 
     pad_token_id: int
+    keep: tuple[str, ...] = ()
+    """What examples have beside tokens and labels that goes into the batch, padded with 0."""
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Return `input_ids`, `attention_mask` and `labels`, each [batch, time]."""
+        """Return `input_ids`, `attention_mask`, `labels` and `keep`, each [batch, time]."""
         longest = max(len(e["input_ids"]) for e in examples)
         rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
         for e in examples:
@@ -28,7 +30,8 @@ class Padding:
             rows["input_ids"].append(e["input_ids"] + [self.pad_token_id] * gap)
             rows["attention_mask"].append([1] * len(e["input_ids"]) + [0] * gap)
             rows["labels"].append(e["labels"] + [IGNORED] * gap)
-        return {name: torch.tensor(values) for name, values in rows.items()}
+        batch = {name: torch.tensor(values) for name, values in rows.items()}
+        return batch | {name: _padded([e[name] for e in examples], 0) for name in self.keep}
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,6 @@ class Gaps:
         }
 
 
-def _padded(values: Sequence[Sequence[int]], fill: int) -> Tensor:
+def _padded(values: Sequence[Sequence[float]], fill: int) -> Tensor:
     longest = max(len(row) for row in values)
     return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in values])

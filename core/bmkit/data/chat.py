@@ -13,7 +13,8 @@ from bmkit.errors import InputError
 
 IGNORED = -100  # the label of a token that bears no loss
 
-Example = dict[str, list[int]]
+Example = dict[str, list[Any]]
+"""A row by what it has: a number for each token, or one in all."""
 
 
 @dataclass(frozen=True)

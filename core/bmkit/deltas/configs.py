@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from bmkit.deltas.recipe import (
@@ -41,6 +41,8 @@ class Place:
     """One of PEFT's, as `CAUSAL_LM`; None where it has none."""
     modules_to_save: Sequence[str] = ()
     """Modules of the model that are trained and kept with the delta."""
+    rows: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Rows that are trained and kept with the delta, by full names of embeddings or heads."""
     tokenizer: Any = None
     tokenizer_path: str | None = None
     hidden: int = 0
@@ -76,6 +78,7 @@ def lora(spec: Lora, place: Place) -> Any:
         alpha_pattern={name: _whole(value) for name, value in spec.alpha_pattern.items()},
         target_modules=sorted(place.modules),
         target_parameters=sorted(place.parameters) or None,
+        trainable_token_indices={name: list(rows) for name, rows in place.rows.items()} or None,
         **place.common,
     )
 

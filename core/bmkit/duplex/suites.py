@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bmkit.data.slices.dialogue import Dialogue
@@ -16,7 +16,7 @@ from bmkit.duplex.metrics import (
     conversation_metrics,
     decision_metrics,
 )
-from bmkit.duplex.unpunctuated import without_punctuation
+from bmkit.duplex.speech import unpunctuated
 from bmkit.duplex.user import replayed, simulated
 
 CONDITIONS = ("punctuated", "unpunctuated")
@@ -30,6 +30,15 @@ class Found:
     metrics: Metrics
     conversations: list[Conversation] = field(default_factory=list)
     decided: list[Decided] = field(default_factory=list)
+
+
+def without_punctuation(dialogue: Dialogue) -> Dialogue:
+    """Return a dialogue whose user speaks as a recogniser writes; what the agent says stays."""
+    slices = tuple(
+        one if one.user is None else replace(one, user=unpunctuated(one.user))
+        for one in dialogue.slices
+    )
+    return replace(dialogue, slices=slices)
 
 
 def of_condition(dialogues: Sequence[Dialogue], condition: str) -> list[Dialogue]:

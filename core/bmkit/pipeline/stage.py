@@ -164,6 +164,8 @@ def check(request: Request) -> Request:
 def _take_data(doc: Document, kind: type[Recipe], data: str) -> None:
     """Let `--data` take the place of `sources`, or of `data.train`, or of every split if it is a
     directory.
+
+    Rows that are mixed in are no split: they stay, unless the directory has some.
     """
     if not kind.FILES:
         raise UsageError(f"--data has no meaning in `{doc.source}`")
@@ -175,6 +177,10 @@ def _take_data(doc: Document, kind: type[Recipe], data: str) -> None:
         return  # validate says what is wrong
     splits = [f.partition(".")[2] for f in kind.FILES if f.startswith("data.")]
     path = Path(data).expanduser()
+    if (path / artifact.MANIFEST).is_file():
+        given = artifact.open_artifact(path).kind
+        if given != "data":
+            raise InputError(f"--data {data} is a {given}, not data")
     found = {"train": path}
     if path.is_dir() and "test" in splits:
         found = split_files(path)
@@ -188,7 +194,9 @@ def _take_data(doc: Document, kind: type[Recipe], data: str) -> None:
         if split in found:
             doc.data["data"][split] = str(found[split].absolute())
             doc.overrides["data", split] = f"--data {data}"
-        elif path.is_dir() or ours:  # a split of bmkit's own set says nothing about other data
+        elif split != "mix" and (
+            path.is_dir() or ours
+        ):  # a split of bmkit's own set says nothing about other data
             doc.data["data"].pop(split, None)
 
 

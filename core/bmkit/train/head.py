@@ -47,22 +47,45 @@ class Head:
         said: Tensor = self.module(hidden)
         return _adjusted(said, self.scale, self.softcap)
 
-    def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def cross_entropy(
+        self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
         """Return the summed cross-entropy of `targets` [n] behind `hidden` [n, width].
 
-        No logits are kept if the head is linear; else those of all n are.
+        Each counts by its part of `weights` [n]. No logits are kept if the head is linear, also if
+        some of its rows are trained apart; else those of all n are.
         """
-        if isinstance(self.module, nn.Linear) and self.linear:
+        module, own = _rows_apart(self.module) or (self.module, None)
+        if type(module) is nn.Linear:
             return linear_cross_entropy(
                 hidden,
-                self.module.weight,
+                module.weight,
                 targets,
-                bias=self.module.bias,
+                bias=module.bias,
                 scale=self.scale,
                 softcap=self.softcap,
+                weights=weights,
+                own=own,
             )
         logits = self.logits(hidden).float()
-        return functional.cross_entropy(logits, targets, reduction="sum")
+        if weights is None:
+            return functional.cross_entropy(logits, targets, reduction="sum")
+        return functional.cross_entropy(logits, targets, reduction="none") @ weights.float()
+
+
+def _rows_apart(module: Any) -> tuple[nn.Linear, tuple[Tensor, Tensor]] | None:
+    """Return the linear head inside of PEFT's wrapper of trained rows, their tokens and the rows.
+
+    None for any other module, and if no rows, or those of two deltas, are in the head's place.
+    """
+    adapter = getattr(module, "token_adapter", None)
+    if adapter is None or adapter.merged or adapter.disable_adapters:
+        return None
+    base, active = adapter.get_base_layer(), adapter.active_adapters
+    if type(base) is not nn.Linear or base.bias is not None or len(active) != 1:
+        return None
+    rows = adapter.trainable_tokens_delta[active[0]]
+    return base, (torch.tensor(adapter.token_indices[active[0]], device=rows.device), rows)
 
 
 @torch.no_grad()

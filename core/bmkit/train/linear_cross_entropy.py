@@ -24,20 +24,27 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    weights: Tensor | None = None,
+    own: tuple[Tensor, Tensor] | None = None,
     rows: int = ROWS,
 ) -> Tensor:
     """Return the summed cross-entropy of `targets` [n] under the head's logits, a float32 scalar.
 
-    Logits are scale · (`hidden` [n, width] · `weight`ᵀ [vocabulary, width] + `bias`), then capped
-    as softcap · tanh(logits / softcap). They are made `rows` rows at a time, and the
-    gradients in the same pass, so that none are kept: peak memory is two float32 copies of such a
-    part, and a gradient for each argument that needs one (that of a trained weight in float32). It
-    can be differentiated once. On CUDA, Liger's kernel does it where `liger_kernel` is installed
-    (Liger Kernel, arXiv 2410.10989).
+    Each counts by its part of `weights` [n]. Logits are scale · (`hidden` [n, width] · `weight`ᵀ
+    [vocabulary, width] + `bias`), then capped as softcap · tanh(logits / softcap); with `own`,
+    tokens [k] and rows [k, width], these rows stand in the place of those of `weight`. They are
+    made `rows` rows at a time, and the gradients in the same pass, so that none are kept: peak
+    memory is two float32 copies of such a part, and a gradient for each argument that needs one
+    (that of a trained weight in float32). It can be differentiated once. On CUDA, Liger's kernel
+    does it where `liger_kernel` is installed (Liger Kernel, arXiv 2410.10989), without `weights`
+    and `own`.
     """
-    if hidden.is_cuda and importlib.util.find_spec("liger_kernel") is not None:
+    plain = weights is None and own is None
+    if plain and hidden.is_cuda and importlib.util.find_spec("liger_kernel") is not None:
         return _by_liger(hidden, weight, targets, bias, scale, softcap)
-    given = (hidden, weight, bias, targets, scale, softcap, rows, torch.is_grad_enabled())
+    tokens, trained = own or (None, None)
+    how = (weights, tokens, scale, softcap, rows, torch.is_grad_enabled())
+    given = (hidden, weight, bias, trained, targets, *how)
     loss: Tensor = _Chunks.apply(*given)  # type: ignore[no-untyped-call]
     return loss
 
@@ -65,14 +72,17 @@ class _Chunks(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        trained: Tensor | None,
         targets: Tensor,
+        weights: Tensor | None,
+        tokens: Tensor | None,
         scale: float,
         softcap: float | None,
         rows: int,
         wanted: bool,
     ) -> Tensor:
-        given = (hidden, weight, bias)
-        needs = [need and wanted for need in ctx.needs_input_grad[:3]]
+        given = (hidden, weight, bias, trained)
+        needs = [need and wanted for need in ctx.needs_input_grad[:4]]
         grads = [
             torch.zeros_like(of, dtype=torch.float32) if need and of is not None else None
             for of, need in zip(given, needs, strict=True)
@@ -82,13 +92,17 @@ class _Chunks(torch.autograd.Function):
         for i in range(parts):  # all of about the same size
             part = slice(i * len(hidden) // parts, (i + 1) * len(hidden) // parts)
             logits = functional.linear(hidden[part], weight, bias).float()  # [rows, vocabulary]
+            if tokens is not None and trained is not None:
+                said = functional.linear(hidden[part], trained)
+                logits[:, tokens] = (said if bias is None else said + bias[tokens]).float()
             if scale != 1.0:
                 logits = logits * scale
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
             chosen = targets[part, None]
             said = logits.log_softmax(-1)
-            total -= said.gather(1, chosen).sum()
+            right = said.gather(1, chosen).squeeze(1)
+            total -= right.sum() if weights is None else right @ weights[part].float()
             if not any(needs):
                 continue
             error = said.exp_()  # the loss's gradient of the logits
@@ -97,11 +111,20 @@ class _Chunks(torch.autograd.Function):
                 error *= 1 - (logits / softcap).square()
             if scale != 1.0:
                 error *= scale
+            if weights is not None:
+                error *= weights[part, None]
             if grads[2] is not None:
                 grads[2] += error.sum(0)
             error = error.to(weight.dtype)
+            if tokens is not None and trained is not None:
+                apart = error[:, tokens].to(trained.dtype)  # [rows, k]
+                error[:, tokens] = 0
+                if grads[0] is not None:
+                    grads[0][part] = apart @ trained
+                if grads[3] is not None:
+                    grads[3] += apart.T @ hidden[part].to(apart.dtype)
             if grads[0] is not None:
-                grads[0][part] = error @ weight
+                grads[0][part] += error @ weight
             if grads[1] is not None:
                 grads[1] += error.T @ hidden[part]
         kept = [
@@ -115,4 +138,4 @@ class _Chunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         grads = [None if g is None else g * factor.to(g.dtype) for g in ctx.saved_tensors]
-        return (*grads, None, None, None, None, None)
+        return (*grads, *[None] * 7)

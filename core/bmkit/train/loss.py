@@ -13,7 +13,7 @@ from bmkit.data.chat import IGNORED
 from bmkit.train import head as heads
 from bmkit.train.head import Head
 
-BESIDE = frozenset({"labels", "row", "row_tokens"})
+BESIDE = frozenset({"labels", "weights", "decisions", "row", "row_tokens"})
 """What a batch holds beside the model's inputs."""
 
 
@@ -22,7 +22,8 @@ def next_token_loss(
 ) -> tuple[Tensor, int]:
     """Return the summed cross-entropy of `batch["labels"]` [batch, time], and how many there are.
 
-    Position t predicts the label at t + 1. With the model's `head` (`train.head.find`), it runs at
+    Each counts by `batch["weights"]` [batch, time], if there are any. Position t predicts the label
+    at t + 1. With the model's `head` (`train.head.find`), it runs at
     the labelled positions alone, and no logits are kept if it is linear. Without, the model makes
     its own logits, at positions where some row has a label (`logits_to_keep`), if its forward can
     do that.
@@ -31,21 +32,26 @@ def next_token_loss(
     inputs = {name: value for name, value in batch.items() if name not in BESIDE}
     targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)  # [batch, time]
     there = targets != IGNORED
+    weights = batch.get("weights")
+    if weights is not None:
+        weights = functional.pad(weights[:, 1:], (0, 1))
     if head is not None:
         hidden = head.read(model, {**inputs, "use_cache": False})
-        return head.cross_entropy(hidden[there], targets[there]), int(there.sum())
+        weighed = None if weights is None else weights[there]
+        return head.cross_entropy(hidden[there], targets[there], weighed), int(there.sum())
     keep = there.any(0).nonzero().squeeze(-1)  # [kept]
     if keeps_some(model):
         logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
     else:
         logits = model(**inputs, use_cache=False).logits
         logits = logits[:, logits.shape[1] - labels.shape[1] + keep]  # virtual tokens are in front
-    loss = functional.cross_entropy(
+    each = functional.cross_entropy(
         logits.flatten(0, 1).float(),
         targets[:, keep].flatten(),
         ignore_index=IGNORED,
-        reduction="sum",
+        reduction="sum" if weights is None else "none",
     )
+    loss = each if weights is None else (each * weights[:, keep].flatten()).sum()
     return loss, int(there.sum())
 
 

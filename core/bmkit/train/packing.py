@@ -40,11 +40,14 @@ def pack(examples: Sequence[Example], max_length: int) -> list[Example]:
 
 
 def _together(rows: Sequence[Example]) -> Example:
-    return {
+    found: Example = {
         "input_ids": [t for row in rows for t in row["input_ids"]],
         "labels": [t for row in rows for t in (IGNORED, *row["labels"][1:])],
         "position_ids": [p for row in rows for p in range(len(row["input_ids"]))],
     }
+    if "weights" in rows[0]:
+        found["weights"] = [w for row in rows for w in row["weights"]]
+    return found
 
 
 @dataclass(frozen=True)
@@ -55,17 +58,20 @@ class Packing:
     way: Way = "positions"
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Return `input_ids`, `position_ids`, `labels` [batch, time].
+        """Return `input_ids`, `position_ids`, `labels`, and `weights` if there are [batch, time].
 
         By a mask, also `attention_mask` [batch, 1, time, time], True where a token sees another.
         """
         longest = max(len(e["input_ids"]) for e in examples)
-        rows: dict[str, list[list[int]]] = {"input_ids": [], "position_ids": [], "labels": []}
+        rows: dict[str, list[list[Any]]] = {"input_ids": [], "position_ids": [], "labels": []}
+        rows |= {"weights": []} if "weights" in examples[0] else {}
         for e in examples:
             gap = longest - len(e["input_ids"])
             rows["input_ids"].append(e["input_ids"] + [self.pad_token_id] * gap)
             rows["position_ids"].append(e["position_ids"] + list(range(gap)))
             rows["labels"].append(e["labels"] + [IGNORED] * gap)
+            if "weights" in rows:
+                rows["weights"].append(e["weights"] + [0.0] * gap)
         batch = {name: torch.tensor(values) for name, values in rows.items()}
         if self.way == "mask":
             batch["attention_mask"] = block_diagonal(batch["position_ids"])

@@ -44,9 +44,11 @@ class Train(Model):
     load_best_model_at_end: bool = Field(
         default=False, description="Keep the weights that were best on `data.dev`, not the last."
     )
-    metric_for_best_model: Literal["dev_loss", "dev_accuracy", "dev_f1"] | None = Field(
-        default=None,
-        description="The figure that says which are best: `dev_loss`, or one of the task's.",
+    metric_for_best_model: Literal["dev_loss", "dev_accuracy", "dev_f1", "dev_idle_f1"] | None = (
+        Field(
+            default=None,
+            description="The figure that says which are best: `dev_loss`, or one of the task's.",
+        )
     )
     early_stopping_patience: int | None = Field(
         default=None,

@@ -51,6 +51,7 @@ def attach(
         tokenizer_path=job.checkpoint,
         task_type=goal.task_type,
         saved=saved,
+        tokens=() if goal.marks is None else goal.marks.trained,
     )
     if recipe.merge:
         require_mergeable(model)

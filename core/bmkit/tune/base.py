@@ -15,6 +15,7 @@ from bmkit.deltas.modules import modules_of_model
 from bmkit.plan import Job
 from bmkit.runtime import heads
 from bmkit.runtime.budget import room_in_ram
+from bmkit.tune.duplex import grow
 from bmkit.tune.objectives import Objective
 from bmkit.tune.plan import placement
 from bmkit.tune.recipe import TuneRecipe
@@ -51,6 +52,8 @@ def open_base(job: Job, objective: Objective, tokenizer: Any, device: torch.devi
         report["rss_before_bytes"] = env.rss_bytes()
         if objective.head is None:
             model = models.load_model(job.checkpoint, device=device, dtype=recipe.dtype)
+            if objective.marks is not None:
+                grow(model, objective.marks, tokenizer)
             return Base(model, report=report)
         config = heads.config_of(job.checkpoint, objective.head, tokenizer)
         model, fresh = heads.load(job.checkpoint, config, device=device, dtype=recipe.dtype)

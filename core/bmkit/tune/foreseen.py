@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from bmkit.data import rows
+from bmkit.data.slices import dialogue
 from bmkit.errors import InputError, RecipeError
 from bmkit.tune.recipe import Task, TuneRecipe
-from bmkit.tune.task import LABELLED, figures_of
+from bmkit.tune.task import GENERATES, LABELLED, figures_of
 
 DENSE = ("boft", "oft", "p_tuning", "prefix", "prompt", "trainable_tokens")
 """Methods that read the model's weights."""
@@ -30,7 +32,7 @@ def require_measured(recipe: TuneRecipe, task: Task) -> None:
                 f"{key}: `{wanted}` isn't measured, the task is {task}",
                 hint=f"on held-out rows it measures {', '.join(figures)}",
             )
-    if recipe.data.packing and task != "causal_lm":
+    if recipe.data.packing and task not in GENERATES:
         raise RecipeError(
             f"data.packing: rows can't be packed: the task is {task}", hint="leave it out"
         )
@@ -53,18 +55,52 @@ def require_rows(task: Task, files: Mapping[str, Path]) -> None:
     """
     if task in LABELLED:
         return
-    for path in files.values():
+    for key, path in files.items():
         empty = True
+        lacking = _no_dialogue if task == "duplex" and key != "data.mix" else rows.lacking
         with path.open("rb") as stream:
             for row in rows.read(stream):
-                problem = (
-                    row.problem if isinstance(row, rows.BadRow) else rows.lacking(task, row.values)
-                )
+                problem = row.problem if isinstance(row, rows.BadRow) else lacking(task, row.values)
                 if problem:
                     raise InputError(f"{path}:{row.line}: {problem}")
                 empty = False
         if empty:
             rows.read_all(path)
+
+
+def _no_dialogue(_: str, values: dict[str, Any]) -> str | None:
+    try:
+        dialogue.of_values(values)
+    except ValueError as exc:
+        return str(exc)
+    return None
+
+
+def require_duplex(recipe: TuneRecipe, task: Task) -> None:
+    """Raise RecipeError for what only goes with dialogues in slices, or doesn't go with them."""
+    if task != "duplex":
+        if recipe.data.mix is not None:
+            raise RecipeError(
+                f"data.mix: rows are mixed into dialogues in slices; the task is {task}",
+                hint="put them into data.train",
+            )
+        return
+    types = [spec.type for spec in recipe.deltas]
+    if types and "lora" not in types:
+        raise RecipeError(
+            "deltas: the rows of the marks between slices are trained with `lora`",
+            hint="put one beside the others, or `unfreeze: [all]` with `merge: true`",
+        )
+    if not types and "all" not in recipe.unfreeze:
+        raise RecipeError(
+            "unfreeze: the rows of the marks between slices have to be trained as well",
+            hint="take `all`, or a delta of type lora",
+        )
+    if front := [spec.type for spec in recipe.deltas if spec.PROMPT]:
+        raise RecipeError(
+            f"deltas: `{front[0]}` stands in front of what is read, and a session has no front",
+            hint="take deltas inside the model",
+        )
 
 
 def require_once(unfrozen: Collection[str], deltas: Mapping[str, Collection[str]]) -> None:
@@ -85,6 +121,11 @@ def require_placed(recipe: TuneRecipe, task: Task) -> None:
     """Raise RecipeError for what needs dense weights, which a budget doesn't leave."""
     if recipe.unfreeze:
         raise RecipeError("unfreeze: weights in a budget stay as they are", hint="leave one out")
+    if task == "duplex":
+        raise RecipeError(
+            "task: duplex trains rows of the embedding, which is packed or elsewhere in a budget",
+            hint="leave the budget out",
+        )
     if task in LABELLED or task == "masked_lm":
         raise RecipeError(
             f"task: {task} needs a head of its own, which can't be had in a budget",

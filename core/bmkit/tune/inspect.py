@@ -12,6 +12,7 @@ from bmkit.plan import Job
 from bmkit.runtime import heads
 from bmkit.tune.attach import attach
 from bmkit.tune.base import Base
+from bmkit.tune.duplex import grow
 from bmkit.tune.objectives import objective
 from bmkit.tune.recipe import TuneRecipe
 
@@ -25,10 +26,12 @@ def tree(job: Job) -> Any:
     assert isinstance(recipe, TuneRecipe)  # the registry pairs recipe and engine
     tokenizer = models.load_tokenizer(job.checkpoint)
     config = models.load_config(job.checkpoint)
-    goal = objective(recipe, config, job.files["data.train"], tokenizer)
+    goal = objective(recipe, config, job.files["data.train"], tokenizer, job.checkpoint)
     fresh: list[str] = []
     if goal.head is None:
         model: Any = models.empty_model(job.checkpoint)
+        if goal.marks is not None:
+            grow(model, goal.marks, tokenizer)
     else:
         import transformers
 

@@ -20,6 +20,7 @@ from bmkit.train.preference import preference_loss
 from bmkit.train.trainer import Loss, default_loss, steps_of
 from bmkit.tune.objectives import Objective
 from bmkit.tune.recipe import TuneRecipe
+from bmkit.tune.task import GENERATES
 
 SHARE = 0.5
 """Of the disk that is free, what kept states may take."""
@@ -48,14 +49,14 @@ def lean_rows(
     Raises RecipeError for packing, or keeping states, where the model or the task can't.
     """
     collate, loss = goal.collate, goal.loss
-    if goal.task == "causal_lm":
+    if goal.task in GENERATES:
         loss = default_loss(model)
     elif goal.task == "preference":
         loss = partial(preference_loss, beta=recipe.beta, head=heads.find(model))
     if recipe.data.packing:
-        how = way(model) if goal.task == "causal_lm" else None
+        how = way(model) if goal.task in GENERATES else None
         if how is None:
-            reason = packable(model) if goal.task == "causal_lm" else f"the task is {goal.task}"
+            reason = packable(model) if goal.task in GENERATES else f"the task is {goal.task}"
             raise RecipeError(f"data.packing: rows can't be packed: {reason}", hint="leave it out")
         examples = pack(examples, recipe.data.max_length)
         collate = Packing(goal.pad_token_id, how)

@@ -51,14 +51,26 @@ def merged(checkpoint: Path, folders: Mapping[str, Path], out: Path) -> None:
 def write_whole(model: Any, checkpoint: Path, out: Path, head: Head | None) -> None:
     """Write a model that was made of `checkpoint`, with the head that it has by now."""
     models.save(model, checkpoint, out)
-    if head is None:
-        return
     values = plan.read_json(out / "config.json")
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    text = next((v for v in values.values() if isinstance(v, dict) and "vocab_size" in v), values)
+    grown = text.get("vocab_size", rows) < rows
+    if grown:
+        text["vocab_size"] = rows
+    if head is None and not grown:
+        return
+    if head is None:
+        _write(out, values)
+        return
     values["architectures"] = model.config.architectures
     if head.labels:
         values["id2label"] = dict(enumerate(head.labels))
         values["label2id"] = {label: number for number, label in enumerate(head.labels)}
         values["pad_token_id"] = model.config.get_text_config().pad_token_id
+    _write(out, values)
+
+
+def _write(out: Path, values: Mapping[str, Any]) -> None:
     (out / "config.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 

@@ -16,11 +16,14 @@ from bmkit.data import halves, labelled
 from bmkit.data.batch import Gaps, Halves, Labelled, Padding
 from bmkit.data.chat import Encoded, Example, encode_file
 from bmkit.data.pairs import Pairs, encode_pairs
+from bmkit.data.slices.examples import encode_dialogues, weighed
+from bmkit.data.slices.tokens import Marked
 from bmkit.errors import InputError, RecipeError
 from bmkit.runtime.heads import Head, pad_of
 from bmkit.train.heads import label_figures, label_loss
 from bmkit.train.loss import mean_loss, next_token_loss
 from bmkit.train.preference import preference_figures, preference_loss
+from bmkit.tune import duplex
 from bmkit.tune.recipe import Task, TuneRecipe
 from bmkit.tune.task import task_of
 
@@ -32,6 +35,7 @@ PEFT_TASKS: dict[str, str | None] = {
     "token_classification": "TOKEN_CLS",
     "masked_lm": None,
     "preference": "CAUSAL_LM",
+    "duplex": "CAUSAL_LM",
 }
 DEV_SEED = 1
 """Of the gaps in rows that aren't trained on: the same ones each time."""
@@ -53,6 +57,10 @@ class Objective:
     pad_token_id: int = 0
     max_length: int = 0
     """Tokens of a row: what is longer was cut."""
+    marks: Marked | None = None
+    """Of dialogues in slices."""
+    encode_mix: Callable[[Path], Encoded] | None = None
+    """Reads rows that can be mixed in, where some can."""
 
     @property
     def task_type(self) -> str | None:
@@ -60,8 +68,13 @@ class Objective:
         return PEFT_TASKS[self.task]
 
 
-def objective(recipe: TuneRecipe, config: Any, train: Path, tokenizer: Any) -> Objective:
-    """Return what a recipe trains for. Raises InputError for a model that can't do it."""
+def objective(
+    recipe: TuneRecipe, config: Any, train: Path, tokenizer: Any, checkpoint: Path
+) -> Objective:
+    """Return what a recipe trains for; `tokenizer` gets the marks that it lacks for it.
+
+    Raises InputError for a model that can't do it.
+    """
     task = task_of(recipe, config.to_dict(), train)
     data, pad = recipe.data, pad_of(config, tokenizer)
     length = _length(recipe, config)
@@ -125,6 +138,22 @@ def objective(recipe: TuneRecipe, config: Any, train: Path, tokenizer: Any) -> O
     if data.format == "chat" and tokenizer.chat_template is None:
         raise InputError("the model has no chat template", hint="set data.format to raw or auto")
     raw, plain = data.format == "raw", Padding(pad)
+    if task == "duplex":
+        marks = duplex.marked(recipe, checkpoint, tokenizer)
+        form = duplex.form(recipe, marks)
+        return Objective(
+            task,
+            None,
+            lambda path: encode_dialogues(path, tokenizer, form, max_length=length),
+            Padding(pad, ("weights",)),
+            Padding(pad, ("weights", "decisions")),
+            next_token_loss,
+            partial(duplex.measured, marks=marks),
+            pad,
+            length,
+            marks,
+            lambda path: weighed(encode_file(path, tokenizer, max_length=length, raw=raw)),
+        )
     if task == "preference":
         pairs = Pairs(pad)
         return Objective(

@@ -27,6 +27,7 @@ from bmkit.plan import (
 from bmkit.runtime.budget import Placement, Sizes, place_any
 from bmkit.runtime.family import readable
 from bmkit.tune.foreseen import (
+    require_duplex,
     require_front,
     require_measured,
     require_once,
@@ -57,6 +58,7 @@ def estimate(job: Job) -> Estimate:
     task = task_of(recipe, headers.config, job.files["data.train"])
     require_measured(recipe, task)
     require_front(recipe, task)
+    require_duplex(recipe, task)
     require_rows(task, job.files)
     parts, trained = _trained(job, headers)
     _warn_of_ranks(job, headers)

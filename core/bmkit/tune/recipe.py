@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from bmkit.data.slices.dialogue import TAGS
 from bmkit.deltas.recipe import Delta, names
 from bmkit.recipe import Model, Recipe, contradiction
 from bmkit.train.recipe import Train
@@ -18,7 +19,10 @@ Task = Literal[
     "sequence_classification",
     "token_classification",
     "preference",
+    "duplex",
 ]
+DECISIONS = ("idle_precision", "idle_recall", "idle_f1", "false_takeover", "takeover")
+"""What is measured of a duplex model's decisions."""
 
 
 class Data(Model):
@@ -26,10 +30,19 @@ class Data(Model):
 
     train: str = Field(
         description="JSON lines: `messages`, `prompt`/`completion` or `text` to say; `text` (and "
-        "`text_pair`) with a `label`; `tokens` with `tags`; `prompt` with `chosen` and `rejected`."
+        "`text_pair`) with a `label`; `tokens` with `tags`; `prompt` with `chosen` and `rejected`; "
+        "dialogues in `slices`."
     )
     dev: str | None = Field(
         default=None, description="Held-out rows: what is measured before, meanwhile and after."
+    )
+    mix: str | None = Field(
+        default=None,
+        description="Rows of chat or text beside dialogues in slices, so that the model stays able "
+        "to answer ordinary prompts.",
+    )
+    mix_share: float = Field(
+        default=0.2, ge=0, lt=1, description="How many of all rows are of `mix`."
     )
     format: Literal["auto", "chat", "raw"] = Field(
         default="auto",
@@ -56,6 +69,52 @@ class Data(Model):
         return self
 
 
+class Scheme(Model):
+    """Of `task: duplex`: which marks stand between slices, and which tokens they are."""
+
+    name: Literal["idle", "state", "minicpm"] = Field(
+        default="idle",
+        description="`idle`: one token of silence; `state`: the agent says first what the user "
+        "does; `minicpm`: the layout of MiniCPM-duplex.",
+    )
+    tokens: Literal["auto", "spare", "added"] | dict[str, str] = Field(
+        default="auto",
+        description="`spare`: special tokens that nothing uses; `added`: new ones; `auto`: spare "
+        "if there are enough; or the tokens by mark, as `{idle: …, user: …, agent: …}`.",
+    )
+
+
+class SliceOptions(Model):
+    """Of `task: duplex`: what a slice is, and how silence is told."""
+
+    period_ms: int = Field(default=1000, ge=1, description="How long a slice is, in milliseconds.")
+    agent_tokens: int = Field(default=10, ge=1, description="What the agent says in a slice.")
+    collapse_idle: bool = Field(
+        default=True, description="Whether silence takes one pair of slices, however long it is."
+    )
+    threshold: float | Literal["calibrate", "argmax"] = Field(
+        default="calibrate",
+        description="The model speaks where silence is less likely than this; `calibrate` finds it "
+        "on `data.dev`, with `argmax` it speaks where silence isn't the likeliest.",
+    )
+
+    @model_validator(mode="after")
+    def _probability(self) -> SliceOptions:
+        if isinstance(self.threshold, float) and not 0 < self.threshold < 1:
+            raise contradiction("threshold", "a probability is between 0 and 1")
+        return self
+
+
+class Weights(Model):
+    """Of `task: duplex`: what the agent's tokens count in the loss."""
+
+    decision: float = Field(
+        default=2.0, ge=0, description="The first of a slice: silence, or what is said."
+    )
+    text: float = Field(default=1.0, ge=0, description="The others of what is said.")
+    end: float = Field(default=1.0, ge=0, description="The end of a slice.")
+
+
 class TuneTrain(Train):
     """How to train, and what to leave of it."""
 
@@ -76,13 +135,16 @@ class TuneRecipe(Recipe):
         "dev_accuracy_before",
         "dev_f1",
         "dev_f1_before",
+        *(f"dev_{name}{when}" for name in DECISIONS for when in ("", "_before", "_by_threshold")),
+        *(f"dev_right_{tag}{when}" for tag in TAGS for when in ("", "_before")),
+        "threshold",
         "steps",
         "best_step",
         "tokens",
         "trainable_parameters",
         "delta_bytes",
     )
-    FILES: ClassVar = ("data.train", "data.dev")
+    FILES: ClassVar = ("data.train", "data.dev", "data.mix")
 
     kind: Literal["tune"]
     task: Task = Field(
@@ -102,6 +164,9 @@ class TuneRecipe(Recipe):
         gt=0,
         description="Of `task: preference`: how far the model is held to what it said before.",
     )
+    scheme: Scheme = Scheme()
+    slice: SliceOptions = SliceOptions()
+    weights: Weights = Weights()
     data: Data
     train: TuneTrain = TuneTrain()
     cache_states: bool | Literal["auto"] = Field(

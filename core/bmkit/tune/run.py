@@ -28,12 +28,13 @@ from bmkit.train.together import own_device
 from bmkit.train.trainer import steps_of, train
 from bmkit.tune.attach import METHODS, attach
 from bmkit.tune.base import Base, open_base
+from bmkit.tune.duplex import finish, mixed
 from bmkit.tune.lean import lean_rows
 from bmkit.tune.merging import write_whole
 from bmkit.tune.objectives import Batch, Objective, batches_of, objective
 from bmkit.tune.pruned import keep_pruned
 from bmkit.tune.recipe import TuneRecipe
-from bmkit.tune.written import write_events, write_history
+from bmkit.tune.written import write_duplex, write_events, write_history
 
 __all__ = ["METHODS", "run"]
 
@@ -50,9 +51,10 @@ def run(job: Job) -> Outcome:
     device = own_device(models.pick_device(recipe.device))
     tokenizer = models.load_tokenizer(job.checkpoint)
     config = models.load_config(job.checkpoint)
-    goal = objective(recipe, config, job.files["data.train"], tokenizer)
+    goal = objective(recipe, config, job.files["data.train"], tokenizer, job.checkpoint)
     encoded = _encode(job, goal, "data.train")
     assert encoded is not None  # `train` is required
+    encoded = _mixed(job, recipe, goal, encoded)
     dev = _encode(job, goal, "data.dev")
     base = open_base(job, goal, tokenizer, device)
     model, called = attach(job, recipe, goal, base, tokenizer)
@@ -71,13 +73,20 @@ def run(job: Job) -> Outcome:
         "rows_dropped": encoded.dropped,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
+    if goal.marks is not None:
+        known, by_threshold = finish(recipe, goal.marks, model, batches, device)
+        metrics |= by_threshold
     if recipe.merge:
         whole = merge(model)
         masks.apply()
         write_whole(whole, job.checkpoint, job.out, goal.head)
+        if goal.marks is not None:
+            write_duplex(job.out, known, goal.marks, tokenizer)
         return Outcome("model", metrics, ("transformers",), base.report)
     base.close()
     metrics["delta_bytes"] = _write_deltas(job, goal, model, called)
+    if goal.marks is not None:
+        write_duplex(job.out, known, goal.marks, tokenizer)
     ours = any(spec.type in OURS for spec in recipe.deltas)
     loads = ("peft with bmkit.deltas.own",) if ours else ("peft",)
     return Outcome("delta", metrics, loads, base.report)
@@ -91,7 +100,11 @@ def _encode(job: Job, goal: Objective, which: str) -> Encoded | None:
     path: Path | None = job.files.get(which)
     if path is None:
         return None
-    encoded = goal.encode(path)
+    return _said(job, goal, path, goal.encode(path))
+
+
+def _said(job: Job, goal: Objective, path: Path, encoded: Encoded) -> Encoded:
+    """Warn of rows that were cut or dropped; return all."""
     if encoded.truncated or encoded.dropped:
         job.reporter.warn(
             f"{path.name}: {counted(encoded.truncated, 'row', 'rows')} cut at "
@@ -99,6 +112,16 @@ def _encode(job: Job, goal: Objective, which: str) -> Encoded | None:
             f"{encoded.dropped} dropped"
         )
     return encoded
+
+
+def _mixed(job: Job, recipe: TuneRecipe, goal: Objective, encoded: Encoded) -> Encoded:
+    """Return rows with those of `data.mix` among them, if there are any."""
+    path = job.files.get("data.mix")
+    share = recipe.data.mix_share
+    if path is None or goal.encode_mix is None or not share:
+        return encoded
+    others = _said(job, goal, path, goal.encode_mix(path))
+    return mixed(encoded, others, share, recipe.seed)
 
 
 def _referred(

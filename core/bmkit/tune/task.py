@@ -10,13 +10,16 @@ from bmkit import plan
 from bmkit.data import labelled, rows
 from bmkit.plan import Headers
 from bmkit.runtime.budget import Sizes
-from bmkit.tune.recipe import Task, TuneRecipe
+from bmkit.tune.recipe import DECISIONS, Task, TuneRecipe
 
 BY_KEY: dict[str, Task] = {
     "label": "sequence_classification",
     "chosen": "preference",
     "tags": "token_classification",
+    "slices": "duplex",
 }
+GENERATES = ("causal_lm", "duplex")
+"""Tasks of saying the next token, whose rows can be packed."""
 LABELLED = ("sequence_classification", "token_classification")
 
 
@@ -46,6 +49,8 @@ def figures_of(task: Task) -> tuple[str, ...]:
     """Return what is measured on held-out rows of a task."""
     if task in LABELLED:
         return ("dev_loss", "dev_accuracy", "dev_f1")
+    if task == "duplex":
+        return ("dev_loss", *(f"dev_{name}" for name in DECISIONS))
     return ("dev_loss", "dev_accuracy") if task == "preference" else ("dev_loss",)
 
 

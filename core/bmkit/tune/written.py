@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bmkit.artifact import EVENTS
+from bmkit.data.slices import stored
+from bmkit.data.slices.stored import Stored
+from bmkit.data.slices.tokens import Marked
 from bmkit.picture import lines
 
 METRICS = "metrics.jsonl"
@@ -44,6 +48,13 @@ def write_events(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
     writer.close()
     for file in folder.glob(f"{EVENTS}.*"):  # named by the time and the machine
         file.rename(folder / f"{EVENTS}.bmkit")
+
+
+def write_duplex(folder: Path, known: Stored, marks: Marked, tokenizer: Any) -> None:
+    """Write what makes a model a duplex one; and its tokenizer, if that has got tokens."""
+    stored.write(folder, known)
+    if marks.added:
+        tokenizer.save_pretrained(folder)
 
 
 def _rounded(entry: Mapping[str, float]) -> dict[str, float]:

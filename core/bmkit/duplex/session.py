@@ -1,0 +1,369 @@
+"""A running session: slices in, slices out, with a cache that is never encoded anew.
+
+Beyond the Turn-Based Game: Enabling Real-Time Conversations with Duplex Models, arXiv 2406.15718.
+The token log is the truth; the cache holds a prefix of it, and reads the rest with the next slice.
+So what ends a slice costs no forward of its own, and taking something back is a shorter prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from threading import Event, RLock
+from typing import Any
+
+from torch import Tensor
+
+from bmkit.data.slices import tokens
+from bmkit.data.slices.layout import Layout
+from bmkit.data.slices.slicer import Words, joined, pieces
+from bmkit.duplex.agent import AgentSlice
+from bmkit.duplex.places import Place
+from bmkit.duplex.policy import Verdict
+from bmkit.duplex.settings import Settings
+from bmkit.duplex.spelling import Spelling, spell
+from bmkit.duplex.units import Unit, collapsed, kept, log_of
+from bmkit.duplex.voice import Chooser
+
+COUNTERS = ("slices", "epoch", "answers", "waiting", "asked", "rest", "ignored", "evicted")
+"""What a session knows beside its units."""
+
+
+class DuplexSession:
+    """One conversation at one place of a model.
+
+    Calls may come from several threads; they wait for each other, but for `abort`.
+    """
+
+    def __init__(
+        self, place: Place, tokenizer: Any, layout: Layout, settings: Settings | None = None
+    ) -> None:
+        self.place, self.tokenizer, self.layout = place, tokenizer, layout
+        self.settings = settings or Settings()
+        self.chooser = Chooser(layout, self.settings.sampling, tokenizer.all_special_ids)
+        self.units: list[Unit] = []
+        self.log: list[int] = list(layout.opening)
+        self.slices = self.epoch = self.answers = 0
+        self.waiting: int | None = None
+        """Silent slices since the user's last words, if those have no answer yet."""
+        self.rest = 0
+        """Slices of cooldown that are left."""
+        self.asked: float | None = None
+        """How likely the model found silence behind those words."""
+        self.ignored = 0
+        """Revisions that came too late."""
+        self.forwards = self.evicted = 0
+        self._lock = RLock()
+        self._stop = Event()
+        self._busy = False
+        self._spelling: Spelling | None = None
+
+    # What the model has read, and what it says.
+
+    def logits(self) -> Tensor:
+        """Return the logits [vocabulary] behind the log, reading what hasn't been read."""
+        with self._lock:
+            held = len(self.place.ids)
+            if held == len(self.log) and self.place.last is not None:
+                return self.place.last
+            start = min(held, len(self.log) - 1)
+            self.place.cut(start)
+            self.forwards += 1
+            return self.place.append(self.log[start:])
+
+    def _cut(self, length: int) -> None:
+        """Take the log back to `length` tokens."""
+        del self.log[length:]
+        self.place.cut(length)
+
+    def _rewrite(self, units: Sequence[Unit]) -> None:
+        """Let the log be that of `units`; what it shares with the old one needn't be read again."""
+        self.units = list(collapsed(units) if self.settings.collapse_idle else units)
+        new = log_of(self.layout, self.units)
+        pairs = zip(self.place.ids, new, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        self.place.cut(len(new) if same is None else same)
+        self.log = new
+
+    # A slice.
+
+    def step(
+        self,
+        text: str | None = None,
+        *,
+        parts: Sequence[Words] = (),
+        write: Callable[[str], None] | None = None,
+    ) -> AgentSlice:
+        """Take what the user says in a slice, if anything; return what the agent does.
+
+        With `parts`, the words may be revised later. `write` gets the agent's text as it is made:
+        whole characters only.
+        """
+        with self._lock:
+            self._stop.clear()
+            self._busy = True
+            try:
+                return self._step(tuple(parts) or _one(text, self.slices), write)
+            finally:
+                self._busy = False
+
+    def _step(self, parts: tuple[Words, ...], write: Callable[[str], None] | None) -> AgentSlice:
+        number, forwards, evicted = self.slices, self.forwards, self.evicted
+        heard = joined(parts)
+        user = tokens.encode(self.tokenizer, heard, self.layout) if heard else ()
+        cut = max(len(user) - self._room_for_user(), 0)
+        unit = Unit(number, user[cut:] or None, None, parts=parts)
+        self.slices += 1
+        start = self._begin(unit)
+        logits = self.logits()
+        p_idle, likeliest = self.chooser.silence(logits)
+        verdict = self._verdict(unit, p_idle, likeliest=likeliest)
+        rewound = 0
+        text = ""
+        if verdict.speaks:
+            unit, text = self._speak(unit, logits, write)
+        else:
+            unit = replace(unit, state=self.chooser.state(logits, speaks=False))
+        self._finish(unit, start)
+        self._note_waiting(unit, p_idle)
+        if self._is_due(self.waiting) and self.settings.policy.on_max_wait == "rewind":
+            found = self._answer_late(number, write)
+            if found is not None:
+                unit, text, p_idle, rewound = found
+                verdict = Verdict(True, "max_wait")
+        interrupted = self._stop.is_set()
+        if interrupted:
+            self._interrupted()
+        return AgentSlice(
+            number,
+            self.epoch,
+            "speak" if unit.agent else "listen",
+            "abort" if interrupted and not unit.agent else verdict.reason,
+            p_idle,
+            text,
+            unit.agent or (),
+            unit.answer,
+            len(self.place.ids),
+            self.forwards - forwards,
+            heard,
+            rewound,
+            self.evicted - evicted,
+            cut,
+            interrupted,
+        )
+
+    def _room_for_user(self) -> int:
+        marks = len(self.layout.user) + len(self.layout.agent) + len(self.layout.opening) + 2
+        return max(self.settings.low - marks - self.settings.agent_tokens, 1)
+
+    def _begin(self, unit: Unit) -> int:
+        """Let the log end with a unit's user's side; return where that begins."""
+        side = self.layout.user_side(unit.user)
+        incoming = len(side) + self.settings.agent_tokens + 2
+        again = unit.user is None and bool(self.units) and self.units[-1].silent
+        most = self.settings.high
+        if again and self.settings.collapse_idle:
+            tail = len(self.units.pop().agent_side(self.layout))
+            del self.log[-tail:]
+            self.place.cut(len(self.log))  # as a rule that side hasn't been read
+            most = (self.settings.high + self.settings.low) // 2  # now nobody waits
+            if len(self.log) + incoming <= most or not self.units:
+                return len(self.log) - len(side)
+            del self.log[-len(side) :]
+        if len(self.log) + incoming > most and self.units:
+            self._evict(incoming)
+        self.log += side
+        return len(self.log) - len(side)
+
+    def _evict(self, incoming: int) -> None:
+        before = len(self.log)
+        room = self.settings.low - incoming
+        self._rewrite(kept(self.layout, self.units, room=room, sinks=self.settings.sinks))
+        self.evicted += before - len(self.log)
+
+    def _is_due(self, waited: int | None) -> bool:
+        return waited is not None and self.settings.policy.is_due(waited)
+
+    def _verdict(self, unit: Unit, p_idle: float, *, likeliest: bool) -> Verdict:
+        """Decide whether the agent speaks."""
+        policy = self.settings.policy
+        found = policy.decide(p_idle, likeliest=likeliest, rest=self.rest)
+        self.rest = max(self.rest - 1, 0)
+        if self._stop.is_set():
+            return Verdict(False, "abort")
+        due = unit.user is None and self.waiting is not None and self._is_due(self.waiting + 1)
+        due = due and not found.speaks and policy.on_max_wait == "speak"
+        if due and (self.asked is None or policy.forces(self.asked)):
+            return Verdict(True, "max_wait")
+        return found
+
+    def _speak(
+        self, unit: Unit, logits: Tensor, write: Callable[[str], None] | None
+    ) -> tuple[Unit, str]:
+        """Let the agent speak behind the log, up to its tokens of a slice, its end or an abort."""
+        start = len(self.log)
+        state = self.chooser.state(logits, speaks=True)
+        goes_on = bool(self.units) and self.units[-1].answer is not None
+        anew = state is not None and state == dict(self.layout.states)["answer"]
+        if anew or not goes_on or self._spelling is None:
+            self.answers += 1
+            self._spelling = Spelling(self.tokenizer)
+        if state is not None:
+            self.log.append(state)
+            logits = self.logits()
+        said: list[int] = []
+        text = ""
+        while not self._stop.is_set():
+            token = self.chooser.token(logits, said, number=unit.number)
+            if token == self.layout.end:
+                break
+            said.append(token)
+            self.log.append(token)
+            new = self._spelling.add(token)
+            text += new
+            if new and write is not None:
+                write(new)
+            if len(said) == self.settings.agent_tokens:
+                break
+            logits = self.logits()
+        if said:
+            return replace(unit, agent=tuple(said), state=state, answer=self.answers), text
+        self._cut(start)
+        return unit.silenced(self.layout), text
+
+    def _finish(self, unit: Unit, start: int) -> None:
+        """Add a unit, of which the log has the beginning from `start` on."""
+        self.units.append(unit)
+        self.log[start:] = unit.ids(self.layout)
+
+    def _note_waiting(self, unit: Unit, p_idle: float) -> None:
+        if unit.agent is not None:
+            self.waiting = None
+        elif unit.user is not None:
+            self.waiting, self.asked = 0, p_idle
+        elif self.waiting is not None:
+            self.waiting += 1
+
+    def _answer_late(
+        self, number: int, write: Callable[[str], None] | None
+    ) -> tuple[Unit, str, float, int] | None:
+        """Go back to where the user's words ended, and speak there; None if silence was right."""
+        at = next((i for i in reversed(range(len(self.units))) if self.units[i].user), None)
+        if at is None:
+            return None
+        units, asked = list(self.units), self.units[at]
+        self.units = units[:at]
+        start = len(log_of(self.layout, self.units))
+        self._cut(start + len(self.layout.user_side(asked.user)))
+        logits = self.logits()
+        p_idle, _ = self.chooser.silence(logits)
+        spoken, text = asked, ""
+        if self.settings.policy.forces(p_idle) and not self._stop.is_set():
+            spoken, text = self._speak(replace(asked, number=number), logits, write)
+        if spoken.agent is None:
+            self._rewrite(units)
+            return None
+        self._finish(replace(spoken, number=asked.number), start)
+        self.waiting = None
+        self.epoch += 1
+        return self.units[-1], text, p_idle, number - asked.number
+
+    # What is taken back.
+
+    def abort(self) -> bool:
+        """Stop the slice that is being made, before its next token; tell whether there is one.
+
+        Comes from any thread. What was said stays in the log: see `truncate`.
+        """
+        if self._busy:
+            self._stop.set()
+        return self._busy
+
+    def _interrupted(self) -> None:
+        self.epoch += 1
+        self.rest = self.settings.policy.cooldown
+        self._spelling = None
+
+    def truncate(self, answer: int, characters: int) -> int:
+        """Forget what of an answer wasn't delivered: all behind its first `characters`.
+
+        A token stays if all of its characters were. Returns how many tokens went.
+        """
+        with self._lock:
+            ids = [t for unit in self.units if unit.answer == answer for t in unit.agent or ()]
+            _, ends = spell(self.tokenizer, ids)
+            left = next((i for i, end in enumerate(ends) if end > characters), len(ids))
+            if left == len(ids):
+                return 0
+            while left and ends[left - 1] == (ends[left - 2] if left > 1 else 0):
+                left -= 1  # the beginning of a character that wasn't delivered
+            gone = len(ids) - left
+            units = []
+            for unit in self.units:
+                if unit.answer == answer and unit.agent is not None:
+                    said = unit.agent[: max(left, 0)]
+                    left -= len(unit.agent)
+                    unit = replace(unit, agent=said) if said else unit.silenced(self.layout)
+                units.append(unit)
+            self._rewrite(units)
+            self._interrupted()
+            return gone
+
+    def revise(self, key: int, text: str) -> bool:
+        """Let the words of `key` be others; False if they are too old, or unknown.
+
+        They take the places of those they replace, slice by slice; what the agent has said stays.
+        """
+        with self._lock:
+            places = [i for i, u in enumerate(self.units) if any(p.key == key for p in u.parts)]
+            oldest = self.slices - self.settings.revisable
+            if not places or self.units[places[0]].number < oldest:
+                self.ignored += 1
+                return False
+            units, words = list(self.units), pieces(text)
+            for place in places:
+                unit = units[place]
+                own = next(p for p in unit.parts if p.key == key)
+                last = place == places[-1]
+                count = len(words) if last else len(pieces(own.text))
+                new = Words(key, "".join(words[:count]).strip())
+                words = words[count:]
+                parts = tuple(new if p is own else p for p in unit.parts)
+                heard = joined(parts)
+                user = tokens.encode(self.tokenizer, heard, self.layout) if heard else ()
+                units[place] = replace(unit, parts=parts, user=user or None)
+            self._rewrite(units)
+            self.asked = None
+            self.epoch += 1
+            return True
+
+    def fork(self, place: Place) -> DuplexSession:
+        """Return a session that goes on from here at another place, on its own."""
+        with self._lock:
+            found = DuplexSession(place, self.tokenizer, self.layout, self.settings)
+            found.restore(self.units, self.counters())
+            return found
+
+    def counters(self) -> dict[str, float | None]:
+        """Return what is to be known beside the units, to go on from them."""
+        return {name: getattr(self, name) for name in COUNTERS}
+
+    def restore(self, units: Sequence[Unit], counters: Mapping[str, float | None]) -> None:
+        """Go on from units and counters; what they say is read with the next slice."""
+        with self._lock:
+            self.place.cut(0)
+            self.units = list(units)
+            self.log = log_of(self.layout, self.units)
+            for name in COUNTERS:
+                setattr(self, name, counters[name])
+            self._spelling = None
+            last = self.units[-1].answer if self.units else None
+            if last is not None:
+                self._spelling = Spelling(self.tokenizer)
+                for unit in self.units:
+                    for token in (unit.agent or ()) if unit.answer == last else ():
+                        self._spelling.add(token)
+
+
+def _one(text: str | None, key: int) -> tuple[Words, ...]:
+    return (Words(key, text.strip()),) if text and text.strip() else ()

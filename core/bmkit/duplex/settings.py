@@ -1,0 +1,27 @@
+"""How a session runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from bmkit.duplex.policy import Policy
+from bmkit.duplex.voice import Sampling
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a session runs."""
+
+    agent_tokens: int = 10
+    """Most tokens that the agent says in a slice."""
+    high: int = 3000
+    """Tokens at which the oldest slices are forgotten."""
+    low: int = 2000
+    """Tokens that are left then."""
+    sinks: int = 4
+    """Tokens at the beginning whose slices stay."""
+    revisable: int = 8
+    """Slices within which words may turn out to be others."""
+    collapse_idle: bool = True
+    policy: Policy = field(default_factory=Policy)
+    sampling: Sampling = field(default_factory=Sampling)

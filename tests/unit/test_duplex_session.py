@@ -1,0 +1,460 @@
+"""A running session: whatever is done to it, the model says what it says of the whole log."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from threading import Lock
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+
+from bmkit.data.slices.layout import Layout, Pair, parsed, rendered
+from bmkit.data.slices.layout import collapsed as trained
+from bmkit.data.slices.slicer import Words
+from bmkit.duplex.agent import AgentSlice
+from bmkit.duplex.journal import LOG, Journal
+from bmkit.duplex.places import TargetPlace
+from bmkit.duplex.policy import Policy
+from bmkit.duplex.session import DuplexSession
+from bmkit.duplex.settings import Settings
+from bmkit.duplex.voice import Sampling
+from bmkit.errors import InputError
+from bmkit.runtime.cpu.load import load_decoder
+from bmkit.runtime.speculation.targets import DecoderTarget, ModelTarget, Target
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 384,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.3,
+}
+CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig(**SIZES),
+    "gpt2": GPT2Config(
+        vocab_size=384, n_embd=32, n_layer=2, n_head=4, n_positions=2048, initializer_range=0.3
+    ),
+    "qwen2": Qwen2Config(**SIZES),
+}
+WORDS = ["what", "is the", "capital", "of France", "and 4", "<idle>", "<|im_end|>", "🙂", "日本"]
+NEVER = Policy(threshold=0.0, max_wait=None)
+ALWAYS = Policy(threshold=1.1, max_wait=None)
+
+
+class Bench:
+    """A tiny model, its own code to compare with, and sessions on it."""
+
+    def __init__(self, name: str, tokenizer: Any, folder: Path, *, states: bool = False) -> None:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<idle>", "<|u|>", "<|a|>"]})
+        idle, user, agent = tokenizer.convert_tokens_to_ids(["<idle>", "<|u|>", "<|a|>"])
+        named = ("listen", "think", "quiet", "yield", "answer", "continue")
+        pairs = tuple((state, 370 + i) for i, state in enumerate(named)) if states else ()
+        self.layout = Layout((user,), (agent,), idle, tokenizer.eos_token_id, pairs)
+        self.tokenizer = tokenizer
+        torch.manual_seed(3)
+        self.model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).eval()
+        self.target: Target
+        if name == "llama":
+            self.model.save_pretrained(folder)
+            self.target = DecoderTarget(load_decoder(folder, threads=1), rows=4)
+        else:
+            self.target = ModelTarget(self.model)
+        self.lock = Lock()
+        self.count = 0
+
+    def session(self, settings: Settings | None = None) -> DuplexSession:
+        place = TargetPlace(self.target, self.count % 4, self.lock)
+        self.count += 1
+        return DuplexSession(place, self.tokenizer, self.layout, settings)
+
+    def whole(self, ids: list[int]) -> Tensor:
+        """Return the logits behind `ids`, read in one go by the model's own code."""
+        with torch.inference_mode():
+            logits: Tensor = self.model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        return logits.float()
+
+    def check(self, session: DuplexSession) -> None:
+        """Compare what the session says with the model's own code, and its log with its units."""
+        assert session.place.ids == session.log[: len(session.place.ids)]
+        fork = session.fork(TargetPlace(self.target, 3, self.lock))
+        assert fork.log == session.log
+        found, right = session.logits(), self.whole(session.log)
+        assert (found - right).abs().max() <= 1e-4
+        assert int(found.argmax()) == int(right.argmax())
+        assert (fork.logits() - right).abs().max() <= 1e-4
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def bench(tokenizer: Any, tmp_path: Path) -> Callable[..., Bench]:
+    def make(name: str = "llama", **options: Any) -> Bench:
+        return Bench(name, tokenizer, tmp_path / "model", **options)
+
+    return make
+
+
+def chance(random: Random) -> str | None:
+    return (
+        " ".join(random.choices(WORDS, k=random.randint(1, 5))) if random.random() < 0.4 else None
+    )
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("threshold", [None, 0.01, 0.5])
+def test_after_any_operation_it_says_what_the_model_says_of_the_whole_log(
+    bench: Callable[..., Bench], name: str, states: bool, threshold: float | None
+) -> None:
+    made = bench(name, states=states)
+    random = Random(f"{name} {states} {threshold}")
+    policy = Policy(threshold=threshold, max_wait=2, sure=1.0)
+    settings = Settings(agent_tokens=4, high=120, low=70, sinks=4, policy=policy)
+    session = made.session(settings)
+    done: set[str] = set()
+    for number in range(60):
+        parts = (Words(number, text),) if (text := chance(random)) else ()
+        agent = session.step(parts=parts)
+        done |= {agent.decision, agent.reason} | ({"evicted"} if agent.evicted else set())
+        assert len(session.log) <= 120
+        made.check(session)
+        what = random.random()
+        if what < 0.15 and session.units and session.units[-1].answer:
+            answer = session.units[-1].answer
+            if session.truncate(answer, random.randint(0, 9)):
+                done.add("truncate")
+        elif what < 0.3 and session.revise(number - random.randint(0, 3), chance(random) or "so"):
+            done.add("revise")
+        else:
+            continue
+        made.check(session)
+    assert {"evicted", "revise"} <= done
+    assert done & {"speak"}
+
+
+def test_a_session_renders_as_its_model_was_trained(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    session = made.session(Settings(agent_tokens=3, policy=Policy(threshold=0.003, max_wait=None)))
+    random = Random(4)
+    slices: list[Pair] = []
+    for _ in range(60):
+        text = chance(random)
+        agent = session.step(text)
+        user = session.units[-1].user if text else None
+        slices.append(Pair(user, agent.ids or None))
+    assert {bool(pair.agent) for pair in slices} == {True, False}
+    assert session.log == rendered(made.layout, list(trained(slices))).ids
+    assert [p.user for p in parsed(made.layout, session.log)] == [u.user for u in session.units]
+
+
+def test_an_idle_slice_is_one_forward_and_what_ends_it_none(bench: Callable[..., Bench]) -> None:
+    session = bench().session(Settings(agent_tokens=5, policy=NEVER))
+    assert session.step("what is").forwards == 1
+    assert session.step("the capital").forwards == 1
+    session.settings = replace(session.settings, policy=ALWAYS)
+    agent = session.step("of France")
+    assert agent.forwards == len(agent.ids)
+
+
+def test_a_thousand_idle_slices_leave_the_cache_as_it_was(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    session = made.session(Settings(policy=NEVER))
+    session.step("what is it")
+    first = session.step()
+    for _ in range(1000):
+        agent = session.step()
+        assert (agent.kv_length, agent.p_idle) == (first.kv_length, first.p_idle)
+    assert agent.slice == 1001 and len(session.units) == 2 and session.forwards == 2
+    made.check(session)
+    session.step("and then")
+    assert len(session.units) == 3
+    made.check(session)
+
+
+def test_without_collapse_silence_stays_in_the_log(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    session = made.session(Settings(policy=NEVER, collapse_idle=False))
+    for _ in range(5):
+        session.step()
+    made.check(session)
+    assert len(session.units) == 5
+
+
+@pytest.mark.parametrize("after", range(5))
+def test_an_abort_stops_within_one_token(bench: Callable[..., Bench], after: int) -> None:
+    made = bench()
+    session = made.session(Settings(agent_tokens=8, policy=ALWAYS))
+    free = made.session(Settings(agent_tokens=8, policy=ALWAYS)).step("what is it").ids
+    assert len(free) > 5
+    token = session.chooser.token
+
+    def counting(logits: Tensor, said: list[int], *, number: int) -> int:
+        if len(said) == after:
+            thread = threading.Thread(target=session.abort)
+            thread.start()
+            thread.join()
+        return token(logits, said, number=number)
+
+    session.chooser.token = counting  # type: ignore[method-assign,assignment]
+    agent = session.step("what is it")
+    assert agent.interrupted and agent.ids == free[: after + 1]
+    assert agent.epoch == 1
+    made.check(session)
+    assert not session.abort()  # there is nothing to stop
+    session.chooser.token = token  # type: ignore[method-assign]
+    assert not session.step("and then").interrupted
+
+
+def test_an_abort_before_the_first_word_is_silence(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    session = made.session(Settings(policy=replace(ALWAYS, cooldown=2)))
+    read = session.place.append
+
+    def aborting(ids: list[int]) -> Tensor:
+        found = read(ids)
+        session.abort()
+        return found
+
+    session.place.append = aborting  # type: ignore[method-assign,assignment]
+    agent = session.step("what is it")
+    assert (agent.decision, agent.reason, agent.ids) == ("listen", "abort", ())
+    session.place.append = read  # type: ignore[method-assign]
+    assert [session.step(f"{i}").reason for i in range(3)] == ["cooldown", "cooldown", "threshold"]
+    made.check(session)
+
+
+def test_what_was_not_delivered_is_forgotten(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    session = made.session(Settings(agent_tokens=4, policy=ALWAYS))
+    agents = [session.step("what is it"), session.step(), session.step()]
+    whole = "".join(agent.text for agent in agents)
+    assert {agent.answer for agent in agents} == {1}
+    ids = [token for agent in agents for token in agent.ids]
+    delivered = len(agents[0].text) + len(agents[1].text) // 2
+    gone = session.truncate(1, delivered)
+    left = [token for unit in session.units for token in unit.agent or ()]
+    assert gone > 0 and left == ids[: len(ids) - gone]
+    text = made.tokenizer.decode(left)
+    assert whole.startswith(text) and len(text) <= delivered
+    assert len(text) + 8 > delivered  # a token is short
+    made.check(session)
+    assert session.step("and").answer == 2
+
+
+def test_a_missed_query_is_answered_where_it_ended(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    silent = Settings(agent_tokens=4, policy=replace(NEVER, max_wait=2, sure=1.0))
+    session = made.session(silent)
+    session.step("what is")
+    session.step("the capital")
+    assert session.step().decision == "listen"
+    agent = session.step()
+    assert (agent.decision, agent.reason, agent.rewound) == ("speak", "max_wait", 2)
+    right = made.session(replace(silent, policy=NEVER))
+    right.step("what is")
+    right.settings = replace(silent, policy=ALWAYS)
+    assert right.step("the capital").ids == agent.ids
+    assert right.log == session.log
+    made.check(session)
+
+
+def test_an_agent_that_was_sure_of_silence_stays_silent(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    session = made.session(Settings(policy=replace(NEVER, max_wait=2, sure=0.0)))
+    session.step("stop it")
+    agents = [session.step() for _ in range(4)]
+    assert {agent.decision for agent in agents} == {"listen"}
+    made.check(session)
+
+
+def test_max_wait_can_speak_in_the_present_slice(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    policy = Policy(threshold=0.0, max_wait=2, on_max_wait="speak", sure=1.0)
+    session = made.session(Settings(policy=policy))
+    session.step("what is it")
+    assert [session.step().reason for _ in range(2)] == ["threshold", "max_wait"]
+    assert [unit.agent is None for unit in session.units] == [True, False]
+    made.check(session)
+
+
+def test_words_that_turn_out_to_be_others_are_replayed(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    settings = Settings(agent_tokens=3, policy=NEVER, revisable=3)
+    session, right = made.session(settings), made.session(settings)
+    for number, (text, other) in enumerate([("it is", "it is"), ("what", "that"), ("4", "4")]):
+        session.step(parts=(Words(number, text),))
+        right.step(other)
+    assert session.revise(1, "that")
+    assert session.log == right.log
+    made.check(session)
+    assert not session.revise(-1, "never said")
+    for _ in range(3):
+        session.step("and")
+    assert not session.revise(1, "what")
+    assert session.ignored == 2
+
+
+def test_a_revision_keeps_its_words_in_their_slices(bench: Callable[..., Bench]) -> None:
+    session = bench().session(Settings(policy=NEVER))
+    session.step(parts=(Words(0, "what is"),))
+    session.step(parts=(Words(0, "the"), Words(9, "so")))
+    assert session.revise(0, "that was the capital of France")
+    heard = [[part.text for part in unit.parts] for unit in session.units]
+    assert heard == [["that was"], ["the capital of France", "so"]]
+
+
+def test_no_control_token_comes_out_of_either_side(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    session = made.session(Settings(agent_tokens=6, policy=ALWAYS))
+    for _ in range(12):
+        session.step("say <idle> <|a|> <|u|> <|im_end|> 🙂")
+    control = made.layout.control | set(made.tokenizer.all_special_ids)
+    for unit in session.units:
+        assert not control & {*(unit.user or ()), *(unit.agent or ())}
+    assert session.slices == len(parsed(made.layout, session.log)) == 12
+
+
+def test_a_character_of_several_tokens_appears_with_its_last(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    ids = made.tokenizer("it is 🙂 日本 so", add_special_tokens=False)["input_ids"]
+    session = made.session(Settings(agent_tokens=3, policy=ALWAYS))
+    left = list(ids)
+    session.chooser.token = lambda *_, **__: left.pop(0)  # type: ignore[method-assign]
+    deltas: list[str] = []
+    said = []
+    while len(left) >= 3:
+        said.append(session.step(write=deltas.append))
+    assert "".join(deltas) == "".join(agent.text for agent in said)
+    assert "".join(deltas) == made.tokenizer.decode(ids[: 3 * len(said)]).rstrip("\ufffd")
+    assert all("\ufffd" not in delta for delta in deltas)
+
+
+def test_a_long_session_stays_within_its_room(bench: Callable[..., Bench]) -> None:
+    made = bench("gpt2")
+    settings = Settings(agent_tokens=5, high=96, low=64, policy=Policy(threshold=0.004))
+    session = made.session(settings)
+    random = Random(1)
+    longest = 0
+    for _ in range(400):
+        agent = session.step(chance(random))
+        longest = max(longest, len(session.log), agent.kv_length)
+    made.check(session)
+    assert longest <= 96 and session.evicted > 1000
+    assert session.units[0].number == 0  # the beginning stays
+
+
+def test_more_words_than_there_is_room_for_are_cut_to_the_last(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    session = made.session(Settings(agent_tokens=5, high=96, low=64, policy=ALWAYS))
+    session.step("so")
+    agent = session.step(" ".join(["what is it"] * 60))
+    assert agent.cut > 0 and len(session.log) <= 96
+    made.check(session)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_killed_session_goes_on_as_if_nothing_had_happened(
+    bench: Callable[..., Bench], tmp_path: Path, temperature: float
+) -> None:
+    made = bench()
+    policy = Policy(threshold=0.004, max_wait=2, sure=1.0)
+    how = Sampling(temperature=temperature, seed=5)
+    settings = Settings(agent_tokens=4, high=120, low=70, policy=policy, sampling=how)
+    session = made.session(settings)
+    journal = Journal.begin(tmp_path / "kept", session, {"model": "m"})
+    random = Random(2)
+    for number in range(40):
+        journal.note(session.step(parts=(Words(number, chance(random) or ""),)))
+        if number % 9 == 8:
+            session.revise(number - 1, "capital")
+            journal.note()
+    with (tmp_path / "kept" / LOG).open("a") as stream:
+        stream.write('{"keep": [[0, 3')  # the next line, half written
+    again = made.session(settings)
+    Journal.resume(tmp_path / "kept", again, {"model": "m"})
+    assert again.log == session.log and again.counters() == session.counters()
+    made.check(again)
+    for _ in range(20):
+        text = chance(random)
+        one, other = session.step(text), again.step(text)
+        assert one == replace(other, forwards=one.forwards, p_idle=one.p_idle)
+        assert abs(one.p_idle - other.p_idle) < 1e-5
+
+
+def test_a_resumed_session_can_be_killed_again(bench: Callable[..., Bench], tmp_path: Path) -> None:
+    made = bench()
+    session = made.session()
+    Journal.begin(tmp_path / "kept", session, {}).note(session.step("it is"))
+    second = made.session()
+    journal = Journal.resume(tmp_path / "kept", second, {})
+    journal.note(second.step("and then"))
+    third = made.session()
+    Journal.resume(tmp_path / "kept", third, {})
+    assert third.log == second.log
+
+
+def test_a_session_of_another_model_is_not_resumed(
+    bench: Callable[..., Bench], tmp_path: Path
+) -> None:
+    made = bench()
+    Journal.begin(tmp_path / "kept", made.session(), {"model": "one"})
+    with pytest.raises(InputError, match="another `model`"):
+        Journal.resume(tmp_path / "kept", made.session(), {"model": "other"})
+    with pytest.raises(InputError, match="holds a session"):
+        Journal.begin(tmp_path / "kept", made.session(), {"model": "one"})
+    (tmp_path / "kept" / LOG).write_text("{}\n")
+    with pytest.raises(InputError, match="damaged"):
+        Journal.resume(tmp_path / "kept", made.session(), {"model": "one"})
+
+
+def test_sessions_at_one_model_know_nothing_of_each_other(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    settings = Settings(agent_tokens=4, policy=Policy(threshold=0.004))
+    texts = [[chance(Random(f"{who} {i}")) for i in range(25)] for who in range(3)]
+    alone: list[list[AgentSlice]] = []
+    for mine in texts:
+        session = made.session(settings)
+        alone.append([session.step(text) for text in mine])
+        made.count = 0
+    sessions = [made.session(settings) for _ in texts]
+    found: list[list[AgentSlice]] = [[], [], []]
+
+    def run(who: int) -> None:
+        for text in texts[who]:
+            found[who].append(sessions[who].step(text))
+
+    threads = [threading.Thread(target=run, args=(who,)) for who in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for mine, together in zip(alone, found, strict=True):
+        assert [(a.ids, a.text, a.reason) for a in mine] == [
+            (a.ids, a.text, a.reason) for a in together
+        ]
+        assert all(abs(a.p_idle - b.p_idle) < 1e-5 for a, b in zip(mine, together, strict=True))
+    for session in sessions:
+        made.check(session)
+
+
+def test_a_slice_as_json_has_no_time_of_this_machine(bench: Callable[..., Bench]) -> None:
+    agent = bench().session(Settings(policy=ALWAYS)).step("what is it")
+    assert json.loads(json.dumps(agent.values()))["decision"] == "speak"
+    assert not {"seconds", "slice_ms", "ms"} & set(agent.values())

@@ -20,7 +20,10 @@ class Stage:
     gives: str  # what it writes by default; "text" is written to stdout
     version: int = 1  # raise it when the same recipe would give other bytes
     others: tuple[tuple[str, str, str], ...] = ()
-    """A kind of input that another engine answers for: kind, `plan` and `run` as above."""
+    """A kind of input that another engine answers for: kind, `plan` and `run` as above.
+
+    Or, in the place of a kind, the `part` of the stage that a request names.
+    """
 
     def engine(self, kind: str) -> tuple[str, str]:
         """Return the `plan` and `run` of the engine that takes inputs of this kind."""
@@ -96,8 +99,11 @@ STAGES = {
             "bmkit.duplex.recipe:DuplexRecipe",
             "bmkit.duplex.plan:estimate",
             "bmkit.duplex.build:run",
-            takes=("nothing",),
+            takes=("nothing", "model", "delta"),
             gives="data",
+            others=(
+                ("eval", "bmkit.duplex.plan:estimate_evaluation", "bmkit.duplex.evaluation:run"),
+            ),
         ),
     )
 }

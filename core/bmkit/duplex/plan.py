@@ -1,16 +1,21 @@
-"""What building data will do and need. No torch."""
+"""What building data, and measuring a model, will do and need. No torch."""
 
 from __future__ import annotations
 
+from bmkit.duplex import held_out
 from bmkit.duplex.recipe import DuplexRecipe
-from bmkit.errors import InputError
-from bmkit.plan import Estimate, Job, Peak
+from bmkit.duplex.trained import known_of
+from bmkit.errors import InputError, RecipeError
+from bmkit.plan import RUNTIME_BYTES, Estimate, Job, Peak, read_headers
 
 RAM_BYTES = 200 * 2**20
 """The interpreter, the lists and some chats: input is read row by row."""
 DIALOGUE_BYTES = 8_000
 GROWTH = 4
 """Bytes of slices for each of a chat."""
+CACHE_BYTES = 300 * 2**20
+"""Keys and values of a session, its logits, and what is said in all of them."""
+REPORT_BYTES = 32 * 2**20
 
 
 def estimate(job: Job) -> Estimate:
@@ -30,3 +35,33 @@ def estimate(job: Job) -> Estimate:
     mix = ", ".join(f"{name} {share / total:.0%}" for name, share in shares.items())
     step = f"build {count} of {len(files)} file{'s' * (len(files) > 1)}: {mix}"
     return Estimate([step], Peak(RAM_BYTES, 0, need * (2 if recipe.export != "none" else 1)))
+
+
+def estimate_evaluation(job: Job) -> Estimate:
+    """Say what will be measured, and what it needs: the dense model, and one session's cache.
+
+    Raises InputError for a model that isn't a duplex one, or dialogues that can't be read.
+    """
+    recipe = job.recipe
+    assert isinstance(recipe, DuplexRecipe)  # the registry pairs recipe and plan
+    known_of(job)
+    asked = recipe.eval
+    dialogues = held_out.read(held_out.file_of(job.files), asked.limit)
+    steps = [
+        f"{suite}: {len(dialogues)} dialogues, punctuated and not"
+        for suite in dict.fromkeys(asked.suites)
+        if suite != "retain"
+    ]
+    headers = read_headers(job.checkpoint)
+    need = 4 * headers.dense_numel
+    if "retain" in asked.suites:
+        if job.base is None and "eval.before" not in job.models:
+            raise RecipeError(
+                "eval.before: it isn't said which model this one was before",
+                hint="name it: -s eval.before=MODEL; or leave `retain` out",
+            )
+        steps.append("retain: ordinary chats and questions, before and after")
+        need *= 1 + (job.base is None)
+    on_gpu = recipe.device != "cpu"
+    ram = RUNTIME_BYTES + (2**30 if on_gpu else need) + CACHE_BYTES
+    return Estimate(steps, Peak(ram, need + CACHE_BYTES if on_gpu else 0, REPORT_BYTES))

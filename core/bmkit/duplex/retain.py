@@ -1,83 +1,65 @@
-"""What a model has kept of what it could do: ordinary chats, and questions with given answers."""
+"""Ordinary tasks of a job's model and of the one that it was, before it was trained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn import functional
+from bmkit import builtin, report
+from bmkit import model as models
+from bmkit.data.chat import Encoded, encode_file
+from bmkit.deltas import plugged
+from bmkit.duplex.opening import tokenizer_of
+from bmkit.duplex.ordinary import Question, chat_loss, choice_accuracy, read_questions
+from bmkit.plan import Job
+from bmkit.runtime.adapters import adapters_of
 
-from bmkit.data import rows
-from bmkit.data.chat import IGNORED, Encoded
-from bmkit.errors import InputError
-from bmkit.verbalizers import likelihood
-
-
-@dataclass(frozen=True)
-class Question:
-    """A text, and what may come behind it."""
-
-    prompt: str
-    choices: tuple[str, ...]
-    answer: int
-    """The place of the right one."""
+CHATS, QUESTIONS = "data/instructions-dev.jsonl", "data/duplex-questions.jsonl"
+MAX_TOKENS = 1024
 
 
-def read_questions(path: Path) -> list[Question]:
-    """Read rows of `prompt`, `choices` and `answer`, which is one of them.
+def measure(job: Job) -> dict[str, float]:
+    """Return the loss on chats and the accuracy on questions, before, after, and their change.
 
-    Raises InputError naming the first bad line.
+    A delta's base is what was before; a model's is named by `eval.before`. One model is in memory
+    at a time.
     """
-    found = []
-    for row in rows.read_all(path):
-        prompt, choices = row.values.get("prompt"), row.values.get("choices")
-        answer = row.values.get("answer")
-        texts = isinstance(choices, list) and all(isinstance(c, str) and c for c in choices)
-        if not isinstance(prompt, str) or not prompt or not texts or len(choices or ()) < 2:
-            raise InputError(
-                f"{path}:{row.line}: it has no `prompt` and `choices`, two texts or more"
-            )
-        assert isinstance(choices, list)  # as `texts` says
-        if answer not in choices:
-            raise InputError(f"{path}:{row.line}: `answer` is none of the `choices`")
-        found.append(Question(prompt, tuple(choices), choices.index(answer)))
-    return found
+    folder = builtin.directory()
+    tokenizer = tokenizer_of(job)
+    chats = job.files.get("eval.chats") or folder / CHATS
+    encoded = encode_file(chats, tokenizer, max_length=MAX_TOKENS, raw=False)
+    questions = read_questions(job.files.get("eval.questions") or folder / QUESTIONS)
+    before = job.models["eval.before"].path if "eval.before" in job.models else job.checkpoint
+    found: dict[str, float] = {}
+    total = 2 * (len(encoded.examples) + len(questions))
+    with report.task(job.reporter, "ordinary tasks", total, "rows") as bar:
+        for when in ("before", "after"):
+            model = _load(job, before if when == "before" else job.checkpoint, when)
+            found |= _figures(model, tokenizer, encoded, questions, when, bar)
+            del model
+    loss = found["retain_loss_after"] / found["retain_loss_before"] - 1
+    gained = found["retain_accuracy_after"] - found["retain_accuracy_before"]
+    return found | {"retain_loss_change": loss, "retain_accuracy_change": gained}
 
 
-@torch.inference_mode()
-def chat_loss(
-    model: Any, encoded: Encoded, advance: Callable[[float], None] = lambda _: None
-) -> float:
-    """Return the mean cross-entropy, in nats, of the tokens that the model is to say.
-
-    Peak memory beside the model: the logits of one row.
-    """
-    total, count = 0.0, 0
-    for example in encoded.examples:
-        ids = torch.tensor([example["input_ids"]], device=model.device)
-        labels = torch.tensor(example["labels"][1:], device=model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        total += float(
-            functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-        )
-        count += int((labels != IGNORED).sum())
-        advance(1)
-    return total / max(count, 1)
+def _load(job: Job, path: Path, when: str) -> Any:
+    device = models.pick_device(job.recipe.device)
+    model = models.load_model(path, device=device, dtype=job.recipe.dtype)
+    if when == "after":
+        asked_for = adapters_of(job)
+        model = plugged.load(model, asked_for.folders, asked_for.wholes)
+    return model.eval()
 
 
-@torch.inference_mode()
-def choice_accuracy(model: Any, tokenizer: Any, questions: Sequence[Question]) -> float:
-    """Return the share of questions whose right answer is the likeliest, by token on average.
-
-    Nothing is trained, and no example is shown.
-    """
-    right = 0
-    for one in questions:
-        prompt = tokenizer(one.prompt)["input_ids"]
-        choices = [tokenizer(c, add_special_tokens=False)["input_ids"] for c in one.choices]
-        scores = likelihood.causal(model, [prompt], choices).means
-        right += int(scores[0].argmax()) == one.answer
-    return right / len(questions)
+def _figures(
+    model: Any,
+    tokenizer: Any,
+    encoded: Encoded,
+    questions: list[Question],
+    when: str,
+    bar: report.Task,
+) -> dict[str, float]:
+    loss = chat_loss(model, encoded, bar.advance)
+    accuracy = choice_accuracy(model, tokenizer, questions)
+    bar.advance(len(questions))
+    return {f"retain_loss_{when}": loss, f"retain_accuracy_{when}": accuracy}

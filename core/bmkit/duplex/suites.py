@@ -9,6 +9,7 @@ from typing import Any
 
 from bmkit.data.slices.dialogue import Dialogue
 from bmkit.duplex.agents import Agent, Decided
+from bmkit.duplex.figures import CONDITIONS
 from bmkit.duplex.metrics import (
     WORDED,
     Conversation,
@@ -19,7 +20,6 @@ from bmkit.duplex.metrics import (
 from bmkit.duplex.speech import unpunctuated
 from bmkit.duplex.user import replayed, simulated
 
-CONDITIONS = ("punctuated", "unpunctuated")
 TAUS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
 
 
@@ -43,7 +43,7 @@ def without_punctuation(dialogue: Dialogue) -> Dialogue:
 
 def of_condition(dialogues: Sequence[Dialogue], condition: str) -> list[Dialogue]:
     """Return the dialogues with what the user says as one of CONDITIONS has it."""
-    if condition == "punctuated":
+    if condition == CONDITIONS[0]:
         return list(dialogues)
     return [without_punctuation(one) for one in dialogues]
 

@@ -90,6 +90,7 @@ def _said(x: int, y: int, said: str | None, most: int) -> str:
 
 def _text(x: float, y: float, text: str, *, size: int = 10, colour: str = "#222") -> str:
     font = TEXT.replace("'10'", f"'{size}'")
+    text = "".join(sign if sign.isprintable() else "·" for sign in text)  # XML has no control signs
     return f'<text x="{x:g}" y="{y:g}" {font} fill="{colour}">{escape(text)}</text>'
 
 

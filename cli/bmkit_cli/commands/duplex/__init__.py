@@ -2,9 +2,10 @@
 
 import typer
 
-from bmkit_cli.commands.duplex import build
+from bmkit_cli.commands.duplex import build, eval
 
 app = typer.Typer(
     help="A model that listens while it speaks.", no_args_is_help=True, rich_markup_mode=None
 )
 app.command()(build.build)
+app.command("eval")(eval.evaluate)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from bmkit.deltas import folders as saved
 from bmkit.deltas import own, ranks
+from bmkit.deltas.grown import grow
 from bmkit.deltas.held import Held, base_of, held_by, is_prompt, switches
 from bmkit.deltas.residual import as_plain, takes_part
 from bmkit.deltas.tuners.beside import Beside
@@ -70,11 +71,13 @@ def attach(model: Any, configs: Mapping[str, PeftConfig]) -> Any:
 def load(model: Any, folders: Mapping[str, Path]) -> Any:
     """Put saved deltas into `model` by their names, in the order of `attach`, all active, frozen.
 
-    Raises InputError for a folder that holds no delta, one of an unknown type, a damaged file, and
-    tensors that are missing or have no place in the model.
+    It gets rows for tokens that were added, if there are some. Raises InputError for a folder that
+    holds no delta, one of an unknown type, a damaged file, and tensors that are missing or have no
+    place in the model.
     """
     configs = {name: saved.config(folder) for name, folder in folders.items()}
     tensors = {name: saved.tensors(folder) for name, folder in folders.items()}
+    grow(base_of(model), configs.values())
     hint = "was it trained on another base?"
     for name in sorted(configs, key=lambda n: _rank(configs[n])):
         where = f"{folders[name]} doesn't fit this model"

@@ -532,7 +532,8 @@ def _files(doc: Document, recipe: Recipe) -> dict[str, Path]:
             dotted, path = ".".join(map(str, keys)), Path(holder[keys[-1]])
             if not path.is_file():
                 what = "a directory" if path.is_dir() else "not there"
-                raise InputError(f"{doc.source}: {dotted}: {path} is {what}")
+                hint = "name yours by `--data`" if dotted == "data.train" else None
+                raise InputError(f"{doc.source}: {dotted}: {path} is {what}", hint=hint)
             found[dotted] = path
     return found
 

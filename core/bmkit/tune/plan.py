@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from bmkit.artifact import QUANTO
+from bmkit.data.slices.tokens import marks
 from bmkit.deltas import address
 from bmkit.deltas.modules import Module
 from bmkit.deltas.recipe import LowRankAdapter, Vera, names
@@ -139,6 +140,11 @@ def _trained(job: Job, headers: Headers) -> tuple[list[str], int]:
         where = f" on {' and '.join(told)}" if told else ""
         steps.append(f"train {name}{where} ({count} parameters)")
         whole += count
+    if task_of(recipe, headers.config, job.files["data.train"]) == "duplex":
+        tied = not any(tensor.name.endswith(HEADS) for tensor in headers.tensors)
+        count = len(marks(recipe.scheme.name)) * sizes.hidden * (1 if tied else 2)
+        steps.append(f"train the rows of the marks between slices ({count} parameters)")
+        whole += count
     unfrozen = _unfrozen(modules, recipe)
     require_once(unfrozen, goes)
     own = sum(
@@ -149,6 +155,10 @@ def _trained(job: Job, headers: Headers) -> tuple[list[str], int]:
     if own:
         steps.append(f"train {', '.join(recipe.unfreeze)} ({own} parameters)")
     return [*steps, *new], whole + own + head
+
+
+HEADS = ("lm_head.weight", "embed_out.weight")
+"""Of a model whose head isn't its embedding."""
 
 
 def _warn_of_ranks(job: Job, headers: Headers) -> None:

@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -19,8 +19,8 @@ from bmkit.registry import Method, Stage
 ROOT = Path(__file__).parents[2]
 STAGES = list(registry.STAGES.values())
 TAGS = ("method", "type")
-OTHERS = ("learning_setting", "tune")
-"""Keys of a prompt recipe whose `type` says how much is learned, or is a method of `tune`."""
+OTHERS = ("learning_setting", "tune", "policy")
+"""Keys whose `type` says how much is learned, or when to speak, or is a method of `tune`."""
 
 each_stage = pytest.mark.parametrize("stage", STAGES, ids=lambda s: s.name)
 each_method = pytest.mark.parametrize(
@@ -32,10 +32,10 @@ def tags_in_recipe(stage: Stage) -> set[str]:
     """Return the words that `method:` and `type:` may take in a stage's recipe, by its schema."""
     schema = registry.load(stage.recipe).model_json_schema()
     found: set[str] = set()
-    apart = set()
+    apart = {"Policy"}  # when a duplex model speaks is no method
     if stage.name == "prompt":
         deltas = registry.load("bmkit.tune.recipe:TuneRecipe").model_json_schema()["$defs"]
-        apart = {"LearningSetting", *deltas}
+        apart |= {"LearningSetting", *deltas}
     for name, model in (("", schema), *schema.get("$defs", {}).items()):
         for key, value in model.get("properties", {}).items():
             if key in TAGS and name not in apart:
@@ -68,7 +68,8 @@ def test_a_stage_names_code_that_is_there(stage: Stage) -> None:
     assert recipe.model_fields["kind"].annotation.__args__ == (stage.name,)
     for spec in (stage.plan, stage.run):
         assert len(inspect.signature(registry.load(spec)).parameters) == 1
-    assert set(stage.takes) <= {"model", "delta", "prompt", "data", "phrases", "transcript"}
+    kinds = {"model", "delta", "prompt", "data", "phrases", "transcript", "nothing"}
+    assert set(stage.takes) <= kinds
     assert stage.summary.endswith(".")
 
 
@@ -97,6 +98,9 @@ def test_the_metrics_and_files_of_a_recipe_are_told_once(stage: Stage) -> None:
     for dotted in recipe.FILES:
         model: Any = recipe
         for step in dotted.split("."):
+            if step == "*":
+                (model,) = get_args(model)
+                continue
             assert step in model.model_fields, dotted
             model = model.model_fields[step].annotation
 

@@ -16,7 +16,8 @@ def by_words(text: str, sizes: Sequence[int], draw: random.Random) -> list[str]:
     """Return a user's text in slices of `sizes[0]` to `sizes[1]` words, as it is drawn.
 
     The words are all there, in their order, a space between them. The last slice may be shorter;
-    one word that would be left over is said with those before it in half of the cases.
+    one word that would be left over is said with those before it in half of the cases, if there
+    is room.
     """
     words = text.split()
     fewest, most = sizes[0], sizes[1]
@@ -24,7 +25,7 @@ def by_words(text: str, sizes: Sequence[int], draw: random.Random) -> list[str]:
     at = 0
     while at < len(words):
         size = draw.randint(fewest, most)
-        if len(words) - at - size == 1 and fewest > 1 and draw.random() < 0.5:
+        if len(words) - at - size == 1 and fewest > 1 and size < most and draw.random() < 0.5:
             size += 1
         found.append(" ".join(words[at : at + size]))
         at += size

@@ -95,13 +95,15 @@ STAGES = {
         ),
         Stage(
             "duplex",
-            "Make data, of which a model learns to listen while it speaks.",
+            "Let a model listen while it speaks, or make the data of which it learns to.",
             "bmkit.duplex.recipe:DuplexRecipe",
             "bmkit.duplex.plan:estimate",
             "bmkit.duplex.build:run",
             takes=("nothing", "model", "delta"),
             gives="data",
             others=(
+                ("model", "bmkit.duplex.plan:estimate_sessions", "bmkit.duplex.opening:run"),
+                ("delta", "bmkit.duplex.plan:estimate_sessions", "bmkit.duplex.opening:run"),
                 ("eval", "bmkit.duplex.plan:estimate_evaluation", "bmkit.duplex.evaluation:run"),
             ),
         ),

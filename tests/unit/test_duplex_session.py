@@ -28,6 +28,7 @@ from bmkit.duplex.settings import Settings
 from bmkit.duplex.voice import Sampling
 from bmkit.errors import InputError
 from bmkit.runtime.cpu.load import load_decoder
+from bmkit.runtime.speculation.static import StaticTarget
 from bmkit.runtime.speculation.targets import DecoderTarget, ModelTarget, Target
 
 SIZES: dict[str, Any] = {
@@ -46,6 +47,7 @@ CONFIGS: dict[str, Any] = {
         vocab_size=384, n_embd=32, n_layer=2, n_head=4, n_positions=2048, initializer_range=0.3
     ),
     "qwen2": Qwen2Config(**SIZES),
+    "static": LlamaConfig(**SIZES),
 }
 WORDS = ["what", "is the", "capital", "of France", "and 4", "<idle>", "<|im_end|>", "🙂", "日本"]
 NEVER = Policy(threshold=0.0, max_wait=None)
@@ -68,6 +70,8 @@ class Bench:
         if name == "llama":
             self.model.save_pretrained(folder)
             self.target = DecoderTarget(load_decoder(folder, threads=1), rows=4)
+        elif name == "static":
+            self.target = StaticTarget(self.model, 4)
         else:
             self.target = ModelTarget(self.model)
         self.lock = Lock()

@@ -11,12 +11,11 @@ import torch
 
 from bmkit import hashes, report
 from bmkit.data.slices.dialogue import Dialogue
-from bmkit.duplex import account, figures, held_out, retain, timeline
+from bmkit.duplex import account, figures, held_out, opening, retain, timeline
 from bmkit.duplex.agents import Agent
 from bmkit.duplex.baselines import baselines
 from bmkit.duplex.figures import CONDITIONS
 from bmkit.duplex.metrics import Conversation, Metrics, speed
-from bmkit.duplex.opening import run as opened_by
 from bmkit.duplex.recipe import DuplexRecipe
 from bmkit.duplex.subject import Subject
 from bmkit.duplex.suites import Found, answer_length, measure, of_condition, sweep
@@ -40,16 +39,17 @@ def run(job: Job) -> Outcome:
     file = held_out.file_of(job.files)
     dialogues = held_out.read(file, recipe.eval.limit)
     known, _ = known_of(job)
+    slice_ms = opening.period_of(recipe, known)
     suites = [suite for suite in dict.fromkeys(recipe.eval.suites) if suite != "retain"]
     found: dict[str, dict[str, dict[str, Found]]] = {}
     if suites:
-        opened = opened_by(job)
+        opened = opening.run(job)
         found = measured(
             Subject(opened.session()),
             dialogues,
             suites,
             window=recipe.eval.window_slices,
-            slice_ms=known.slice_ms,
+            slice_ms=slice_ms,
             reporter=job.reporter,
         )
         opened.close()
@@ -71,7 +71,7 @@ def run(job: Job) -> Outcome:
         "version": VERSION,
         "model": job.model.digest,
         "dialogues": {"sha256": hashes.hash_file(file), **_counts(dialogues)},
-        "slice_ms": known.slice_ms,
+        "slice_ms": slice_ms,
         "window_slices": recipe.eval.window_slices,
         "policy": recipe.policy.model_dump(mode="json") | {"calibrated": known.threshold},
         "suites": tables,
@@ -79,11 +79,11 @@ def run(job: Job) -> Outcome:
         "retain": _rounded(kept),
     }
     _write(job.out / JSON, json.dumps(values, indent=1) + "\n")
-    title = f"{len(dialogues)} dialogues, slices of {known.slice_ms} ms"
+    title = f"{len(dialogues)} dialogues, slices of {slice_ms} ms"
     text = account.markdown(title, tables, sweeps=sweeps, kept=_rounded(kept))
     _write(job.out / MARKDOWN, text)
-    _conversations(job.out, found, dialogues, known.slice_ms)
-    return Outcome("report", chosen(tables) | _rounded(kept), report=_report(found, known.slice_ms))
+    _conversations(job.out, found, dialogues, slice_ms)
+    return Outcome("report", chosen(tables) | _rounded(kept), report=_report(found, slice_ms))
 
 
 def measured(

@@ -1,20 +1,23 @@
-"""What building data, and measuring a model, will do and need. No torch."""
+"""What building data, what a session, and what measuring a model will do and need. No torch."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from bmkit.duplex import held_out
 from bmkit.duplex.recipe import DuplexRecipe
 from bmkit.duplex.trained import known_of
 from bmkit.errors import InputError, RecipeError
 from bmkit.plan import RUNTIME_BYTES, Estimate, Job, Peak, read_headers
+from bmkit.runtime.estimate import estimate as estimate_answers
 
 RAM_BYTES = 200 * 2**20
 """The interpreter, the lists and some chats: input is read row by row."""
 DIALOGUE_BYTES = 8_000
 GROWTH = 4
 """Bytes of slices for each of a chat."""
-CACHE_BYTES = 300 * 2**20
-"""Keys and values of a session, its logits, and what is said in all of them."""
+LOGITS_BYTES = 600 * 2**20
+"""Of the longest chat: they are made at once."""
 REPORT_BYTES = 32 * 2**20
 
 
@@ -37,8 +40,15 @@ def estimate(job: Job) -> Estimate:
     return Estimate([step], Peak(RAM_BYTES, 0, need * (2 if recipe.export != "none" else 1)))
 
 
+def estimate_sessions(job: Job) -> Estimate:
+    """Return what a model and the caches of its sessions take: as many as `job.rows`, else one."""
+    recipe = job.recipe
+    assert isinstance(recipe, DuplexRecipe)  # the registry pairs recipe and plan
+    return estimate_answers(replace(job, recipe=recipe.generating(job.rows or 1)))
+
+
 def estimate_evaluation(job: Job) -> Estimate:
-    """Say what will be measured, and what it needs: the dense model, and one session's cache.
+    """Say what will be measured, and what it needs: a session, and for `retain` the dense model.
 
     Raises InputError for a model that isn't a duplex one, or dialogues that can't be read.
     """
@@ -52,8 +62,7 @@ def estimate_evaluation(job: Job) -> Estimate:
         for suite in dict.fromkeys(asked.suites)
         if suite != "retain"
     ]
-    headers = read_headers(job.checkpoint)
-    need = 4 * headers.dense_numel
+    peak = estimate_sessions(job).peak
     if "retain" in asked.suites:
         if job.base is None and "eval.before" not in job.models:
             raise RecipeError(
@@ -61,7 +70,8 @@ def estimate_evaluation(job: Job) -> Estimate:
                 hint="name it: -s eval.before=MODEL; or leave `retain` out",
             )
         steps.append("retain: ordinary chats and questions, before and after")
-        need *= 1 + (job.base is None)
-    on_gpu = recipe.device != "cpu"
-    ram = RUNTIME_BYTES + (2**30 if on_gpu else need) + CACHE_BYTES
-    return Estimate(steps, Peak(ram, need + CACHE_BYTES if on_gpu else 0, REPORT_BYTES))
+        dense = 4 * read_headers(job.checkpoint).dense_numel + LOGITS_BYTES
+        on_gpu = recipe.device != "cpu"
+        ram = RUNTIME_BYTES + (2**30 if on_gpu else dense)
+        peak = Peak(max(peak.ram_bytes, ram), max(peak.gpu_bytes, dense * on_gpu), 0)
+    return Estimate(steps, Peak(peak.ram_bytes, peak.gpu_bytes, REPORT_BYTES))

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 Decision = Literal["speak", "listen"]
-Reason = Literal["argmax", "threshold", "max_wait", "cooldown", "abort"]
-"""`argmax` and `threshold`: what the model finds; `max_wait`: the user has waited for an answer;
-`cooldown`: the agent was interrupted just now; `abort`: it was stopped in this slice."""
+Reason = Literal["argmax", "threshold", "drawn", "max_wait", "cooldown", "abort"]
+"""`argmax` and `threshold`: what the model finds; `drawn`: as often as it finds; `max_wait`: the
+user has waited for an answer; `cooldown`: the agent was interrupted just now; `abort`: it was
+stopped in this slice."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,17 @@ class Policy:
     cooldown: int = 0
     """Slices that the agent stays silent after it was interrupted."""
 
-    def decide(self, p_idle: float, *, likeliest: bool, rest: int = 0) -> Verdict:
-        """Decide. `likeliest`: whether silence is; `rest`: slices of cooldown that are left."""
+    def decide(
+        self, p_idle: float, *, likeliest: bool, rest: int = 0, draw: float | None = None
+    ) -> Verdict:
+        """Decide. `likeliest`: whether silence is; `rest`: slices of cooldown that are left.
+
+        With `draw`, from [0, 1), it is silent as often as the model finds.
+        """
         if rest > 0:
             return Verdict(False, "cooldown")
+        if draw is not None:
+            return Verdict(draw >= p_idle, "drawn")
         if self.threshold is None:
             return Verdict(not likeliest, "argmax")
         return Verdict(p_idle < self.threshold, "threshold")

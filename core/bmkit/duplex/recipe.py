@@ -11,6 +11,7 @@ from bmkit.duplex import figures
 from bmkit.duplex.kinds import MIX
 from bmkit.errors import did_you_mean
 from bmkit.recipe import Model, Recipe, contradiction
+from bmkit.runtime.recipe import GenerateRecipe
 
 Format = Literal["auto", "messages", "conversations", "duplex_ultrachat"]
 
@@ -91,6 +92,13 @@ class Policy(Model):
         description="`rewind`: go back to the slice that ended the query, and answer there; "
         "`speak`: answer in the present one.",
     )
+    sure: float = Field(
+        default=0.98,
+        ge=0,
+        le=1,
+        description="It never has to where it found silence likelier than this: it was told to be "
+        "silent, or the user goes on.",
+    )
     cooldown_slices: int = Field(
         default=0, ge=0, description="Slices of silence after an interruption."
     )
@@ -105,18 +113,17 @@ class Kv(Model):
 
     eviction: Literal["window", "none"] = Field(
         default="window",
-        description="`window`: whole slices are forgotten from `high` tokens on, down to `low`; "
-        "`none`: the session ends there.",
+        description="`window`: whole slices are forgotten from `high` tokens on, down to `low`, "
+        "and what is left is read anew; `none`: the session ends there.",
     )
-    mode: Literal["sink", "reprefill", "context"] = Field(
-        default="reprefill",
-        description="`reprefill`: what is left is read anew; `sink`: the first tokens stay, and "
-        "keys are turned to their new places; `context`: what was said stays, silence goes.",
+    sink_tokens: int = Field(
+        default=4, ge=0, description="Tokens at the beginning whose slices stay."
     )
-    sink_tokens: int = Field(default=4, ge=0, description="Tokens that stay at the beginning.")
     high: int = Field(default=3000, ge=16, description="Tokens at which something has to go.")
     low: int = Field(default=2000, ge=8, description="Tokens that are left then.")
-    keep_system: bool = Field(default=True, description="The system prompt stays.")
+    revisable_slices: int = Field(
+        default=8, ge=1, description="Slices within which words may turn out to be others."
+    )
 
     @model_validator(mode="after")
     def _low_is_lower(self) -> Kv:
@@ -253,6 +260,30 @@ class DuplexRecipe(Recipe):
     sampling: SamplingSpec = SamplingSpec()
     eval: EvalSpec = EvalSpec()
     serve: Serve = Serve()
+    quant: Literal["int8", "int4", "w8a8"] | None = Field(
+        default=None, description="Round weights while they are loaded, for this run."
+    )
+    gpu_memory: str | None = Field(
+        default=None, description="A budget on the GPU for everything, as 6GiB."
+    )
+    cpu_memory: str | None = Field(
+        default=None, description="A budget in RAM for what comes on top of the libraries."
+    )
+    adapters: list[str] = Field(default=[], description="Deltas to put on the model.")
+
+    def generating(self, sessions: int) -> GenerateRecipe:
+        """Return how a model for so many sessions is opened."""
+        return GenerateRecipe(
+            kind=self.kind,
+            seed=self.seed,
+            device=self.device,
+            dtype=self.dtype,
+            max_new_tokens=self.kv.high,
+            batch_size=sessions,
+            quant=self.quant,
+            gpu_memory=self.gpu_memory,
+            cpu_memory=self.cpu_memory,
+        )
 
     @model_validator(mode="before")
     @classmethod

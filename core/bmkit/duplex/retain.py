@@ -9,8 +9,9 @@ from bmkit import builtin, report
 from bmkit import model as models
 from bmkit.data.chat import Encoded, encode_file
 from bmkit.deltas import plugged
-from bmkit.duplex.opening import tokenizer_of
+from bmkit.duplex.opening import with_tokenizer
 from bmkit.duplex.ordinary import Question, chat_loss, choice_accuracy, read_questions
+from bmkit.duplex.trained import known_of
 from bmkit.plan import Job
 from bmkit.runtime.adapters import adapters_of
 
@@ -25,7 +26,8 @@ def measure(job: Job) -> dict[str, float]:
     at a time.
     """
     folder = builtin.directory()
-    tokenizer = tokenizer_of(job)
+    _, trained = known_of(job)
+    tokenizer = models.load_tokenizer(with_tokenizer(trained, job.checkpoint))
     chats = job.files.get("eval.chats") or folder / CHATS
     encoded = encode_file(chats, tokenizer, max_length=MAX_TOKENS, raw=False)
     questions = read_questions(job.files.get("eval.questions") or folder / QUESTIONS)

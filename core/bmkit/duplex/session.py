@@ -24,6 +24,7 @@ from bmkit.duplex.settings import Settings
 from bmkit.duplex.spelling import Spelling, spell
 from bmkit.duplex.units import Unit, collapsed, kept, log_of
 from bmkit.duplex.voice import Chooser
+from bmkit.errors import ResourceError
 
 COUNTERS = ("slices", "epoch", "answers", "waiting", "asked", "rest", "ignored", "evicted")
 """What a session knows beside its units."""
@@ -167,7 +168,7 @@ class DuplexSession:
             del self.log[-tail:]
             self.place.cut(len(self.log))  # as a rule that side hasn't been read
             most = (self.settings.high + self.settings.low) // 2  # now nobody waits
-            if len(self.log) + incoming <= most or not self.units:
+            if len(self.log) + incoming <= most or not self.units or not self.settings.evicts:
                 return len(self.log) - len(side)
             del self.log[-len(side) :]
         if len(self.log) + incoming > most and self.units:
@@ -176,6 +177,11 @@ class DuplexSession:
         return len(self.log) - len(side)
 
     def _evict(self, incoming: int) -> None:
+        if not self.settings.evicts:
+            raise ResourceError(
+                f"the session is full: it has {len(self.log)} tokens of {self.settings.high}",
+                hint="kv.eviction: window forgets the oldest slices",
+            )
         before = len(self.log)
         room = self.settings.low - incoming
         self._rewrite(kept(self.layout, self.units, room=room, sinks=self.settings.sinks))
@@ -187,7 +193,8 @@ class DuplexSession:
     def _verdict(self, unit: Unit, p_idle: float, *, likeliest: bool) -> Verdict:
         """Decide whether the agent speaks."""
         policy = self.settings.policy
-        found = policy.decide(p_idle, likeliest=likeliest, rest=self.rest)
+        draw = self.chooser.draw(unit.number) if self.settings.draws else None
+        found = policy.decide(p_idle, likeliest=likeliest, rest=self.rest, draw=draw)
         self.rest = max(self.rest - 1, 0)
         if self._stop.is_set():
             return Verdict(False, "abort")

@@ -23,5 +23,9 @@ class Settings:
     revisable: int = 8
     """Slices within which words may turn out to be others."""
     collapse_idle: bool = True
+    evicts: bool = True
+    """Whether anything is forgotten; else a session ends that is full."""
+    draws: bool = False
+    """Whether the decision to speak is drawn, as words are."""
     policy: Policy = field(default_factory=Policy)
     sampling: Sampling = field(default_factory=Sampling)

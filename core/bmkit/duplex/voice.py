@@ -90,3 +90,7 @@ class Chooser:
             none = torch.empty((1, 0), dtype=torch.long)
             found = self.steps(none, found[None])[0]
         return int(found.argmax())
+
+    def draw(self, number: int) -> float:
+        """Return a number from [0, 1) for a slice's decision."""
+        return sampling.row_seed(self.how.seed, 2 * number + 1) / 2**63

@@ -27,10 +27,11 @@ from bmkit.runtime.prompts import Bad, Prompt, Reader
 from bmkit.runtime.speculation import calibrate, pool
 from bmkit.runtime.speculation.draft import Draft
 from bmkit.runtime.speculation.engine import ALONE, Settings, Speculator, Stats
+from bmkit.runtime.speculation.opened import may_be_static, target_of
 from bmkit.runtime.speculation.phrases import Phrases
 from bmkit.runtime.speculation.retokenised import Retokenised
-from bmkit.runtime.speculation.static import StaticTarget, suits
-from bmkit.runtime.speculation.targets import DecoderTarget, ModelTarget, Target
+from bmkit.runtime.speculation.static import StaticTarget
+from bmkit.runtime.speculation.targets import DecoderTarget, Target
 from bmkit.specdec.compare import Comparison, Rival, Transformers
 from bmkit.specdec.exact import Exactness
 from bmkit.specdec.recipe import SpecDecodeRecipe
@@ -104,13 +105,13 @@ class Session:
         self.rss_before_bytes = self.engine.rss_before_bytes
         self.generation = models.load_generation_config(job.checkpoint)
         self.eos = eos_ids(self.generation, self.tokenizer)
-        if recipe.cache == "static" and not _may_be_static(self.engine):
+        if recipe.cache == "static" and not may_be_static(self.engine):
             raise ResourceError(
                 "cache: static can't be had with this model, its dtype or its weights' place",
                 hint="leave it at auto",
             )
         name = f"{(job.base or job.model).digest} {recipe.dtype} {self.engine.device}"
-        self.target = _target(self.engine, name, recipe.cache)
+        self.target = target_of(self.engine, name, recipe.cache)
         if not (self.target.trees or config.is_encoder_decoder):
             job.reporter.warn(
                 f"{type(self.engine.model).__name__} takes no mask of ours: guesses are "
@@ -156,7 +157,7 @@ class Session:
         if job.draft.path != job.checkpoint and _size(opened) > _size(self.engine):
             job.reporter.warn(f"the draft {where} is larger than its target")
         name = f"{job.draft.digest} draft {recipe.of_draft().quant} {opened.device}"
-        model = _target(opened, name, recipe.cache)
+        model = target_of(opened, name, recipe.cache)
         if isinstance(model, DecoderTarget) and same:
             model.least = self.engine.most_tokens or 0  # a budget has no room for two caches
             model.rows = self.engine.rows
@@ -385,34 +386,11 @@ def _alone(speculator: Speculator) -> Rival:
     return Rival(answer, speculator.stats.forwards)
 
 
-def _target(engine: Engine, name: str, cache: str) -> Target:
-    """Return what verifies: the fused decoder, or any model that can take guesses back.
-
-    `name` says which model, dtype and device: whether it takes masks is remembered by it; `cache`
-    is the recipe's.
-    """
-    if engine.decoder is not None:
-        return DecoderTarget(engine.decoder, engine.rows, engine.most_tokens)
-    fixed = cache == "static" or (cache == "auto" and engine.device.type == "cuda")
-    if fixed and _may_be_static(engine):
-        static = StaticTarget(engine.model, engine.rows)
-        if calibrate.reads_trees(static, f"{name} static"):
-            return static
-    found = ModelTarget(engine.model, chunk=engine.chunk)
-    if not found.encoder_decoder:
-        calibrate.reads_trees(found, name)
-    return found
-
-
 def _cache(target: Target) -> str:
     """Say where keys and values are: in the fused decoder's arrays, or in a cache of which kind."""
     if isinstance(target, DecoderTarget):
         return "fused"
     return "static" if isinstance(target, StaticTarget) else "dynamic"
-
-
-def _may_be_static(engine: Engine) -> bool:
-    return engine.decoder is None and engine.placed is None and suits(engine.model)
 
 
 def _size(engine: Engine) -> int:

@@ -2,10 +2,11 @@
 
 import typer
 
-from bmkit_cli.commands.duplex import build, eval
+from bmkit_cli.commands.duplex import build, eval, replay
 
 app = typer.Typer(
     help="A model that listens while it speaks.", no_args_is_help=True, rich_markup_mode=None
 )
 app.command()(build.build)
+app.command()(replay.replay)
 app.command("eval")(eval.evaluate)

@@ -1,11 +1,10 @@
-"""What a user says, cut into slices: by words, by tokens, or by the time when it is heard."""
+"""What a user says, cut into slices by the time when it is heard."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from random import Random
 
 from bmkit.data.slices.transcript import Said
 
@@ -53,26 +52,6 @@ def joined(parts: Sequence[Words]) -> str | None:
 def pieces(text: str) -> list[str]:
     """Return the words of a text, each with the space before it; without the space behind all."""
     return _PIECE.findall(text)
-
-
-def by_words(text: str, low: int, high: int, random: Random) -> list[str]:
-    """Cut a text into slices of `low` to `high` words, drawn from `random`; the last may be short.
-
-    Duplex models, arXiv 2406.15718, take 4 to 6.
-    """
-    words = pieces(text)
-    found = []
-    at = 0
-    while at < len(words):
-        count = random.randint(low, high)
-        found.append("".join(words[at : at + count]).strip())
-        at += count
-    return found
-
-
-def by_tokens(ids: Sequence[int], count: int) -> list[tuple[int, ...]]:
-    """Cut tokens into slices of `count`; the last may be short."""
-    return [tuple(ids[at : at + count]) for at in range(0, len(ids), count)]
 
 
 def by_time(said: Sequence[Said], period_ms: int) -> list[Heard]:

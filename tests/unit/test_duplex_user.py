@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -218,9 +220,11 @@ def test_what_is_not_meant_for_the_agent_stays_within_the_query_it_is_in() -> No
             Slice("is it", "It", "end"),
             Slice(None, None, "quiet"),
             Slice("come here", None, "noise"),
+            Slice("at once", None, "noise"),
         ),
     )
     first, second = script(rows)
+    assert [user for user, _ in second.slices] == ["come here", "at once"]
     assert [tag for _, tag in first.slices] == ["mid", "noise", "end"]
     assert (second.kind, second.interrupts, second.silent) == ("aside", False, 1)
 
@@ -324,6 +328,27 @@ def test_the_dialogues_that_ship_are_many_and_balanced() -> None:
     assert min(counts["side"], counts["backchannel"]) >= 20
     said = [" ".join(s.user for s in row.slices if s.user) for row in rows]
     assert len(set(said)) == len(rows)
+
+
+def test_no_query_of_them_is_in_what_bmkit_trains_on() -> None:
+    def plain(text: str) -> str:
+        return " ".join(re.findall(r"[a-z0-9']+", text.lower()))
+
+    seen: set[str] = set()
+    for file in sorted(WRITTEN.parent.glob("*.jsonl")):
+        if file.name not in (WRITTEN.name, "duplex-questions.jsonl"):
+            for line in file.read_text().splitlines():
+                for message in json.loads(line).get("messages", []):
+                    seen.add(plain(message["content"]))
+    assert len(seen) > 1000
+    asked = {
+        plain(" ".join(user for user, _ in act.slices if user))
+        for row in written()
+        for act in script(row)
+        if act.kind == "turn"
+    }
+    same = {text for text in asked & seen if len(text.split()) > 3}
+    assert not same
 
 
 def test_the_dialogues_that_ship_are_what_their_source_says() -> None:

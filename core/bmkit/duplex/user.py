@@ -44,6 +44,8 @@ def script(dialogue: Dialogue) -> list[Act]:
         end = at + 1
         if one.tag in (*SPOKEN, "pause"):
             end = _end_of_turn(slices, at)
+        while one.tag == "noise" and end < len(slices) and slices[end].tag == "noise":
+            end += 1  # heard in one go
         if one.tag in (*SPOKEN, "pause") or one.user is not None:
             part = slices[at:end]
             kind = _kind(part[-1])

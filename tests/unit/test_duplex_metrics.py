@@ -230,6 +230,9 @@ def test_words_that_are_not_meant_for_the_agent_stay_unanswered() -> None:
     assert figures(soon, window=1)["noise_takeover_rate"] == 0
     within = talk(("what", None, "mid"), ("not now", None, "noise"), ("is it", "It is", "end"))
     assert "noise_takeover_rate" not in figures(within)
+    assert figures(within)["false_takeover_rate"] == 0
+    early = talk(("what", None, "mid"), ("not now", " Now", "noise"), ("is it", " it", "end"))
+    assert figures(early)["false_takeover_rate"] == 0.5
 
 
 def test_turns_go_over_pauses_and_foreign_words() -> None:

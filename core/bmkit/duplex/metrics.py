@@ -155,19 +155,19 @@ def conversation_metrics(found: Sequence[Conversation], *, window: int, slice_ms
     """Return figures of conversations that ran by themselves.
 
     `false_takeover_rate`: share of the slices in which the user has not finished that the agent
-    spoke in. `takeover_rate`: share of finished turns behind which it said four words, or for a
-    second, within `window` slices. `unanswered_rate`: share of them behind which it said nothing.
-    `response_latency_…`: from the end of a turn to the first word, in slices, and in milliseconds
-    of the virtual clock. `stop_latency_…`: slices in which it went on after an interruption.
-    `interrupt_success`: share of interruptions that stopped it within a slice and, if it was a
-    query, were answered with words of the new request or of the answer that was written for it; a
-    request for silence has to be kept until the user's next words.
-    `stopped_rate`: the same, whatever is answered. `noise_takeover_rate`: share of the times when
-    words weren't meant for it that it spoke up, within `window` slices behind them.
+    spoke in, words to somebody else in between included. `takeover_rate`: share of finished turns
+    behind which it said four words, or for a second, within `window` slices. `unanswered_rate`:
+    share of them behind which it said nothing. `response_latency_…`: from the end of a turn to the
+    first word, in slices, and in milliseconds of the virtual clock. `stop_latency_…`: slices in
+    which it went on after an interruption. `interrupt_success`: share of interruptions that stopped
+    it within a slice and, if it was a query, were answered with words of the new request or of the
+    answer that was written for it; a request for silence has to be kept until the user's next
+    words. `stopped_rate`: the same, whatever is answered. `noise_takeover_rate`: share of the times
+    when words weren't meant for it that it spoke up, within `window` slices behind them.
     `backchannel_resume`: share of the `I see` in mid-sentence behind which it went on.
     `resume_coherence`: ROUGE-L (longest common subsequence, F1) of what it says to a question in
-    between against what is written. `overlap_ratio`: share of the slices with a word of either
-    in which both are heard. `talk_share`: of the slices with words, those of the agent.
+    between against what is written. `overlap_ratio`: share of the slices with a word of either in
+    which both are heard. `talk_share`: of the slices with words, those of the agent.
     `non_idle_rate`: share of all slices it speaks in.
     """
     tally: dict[str, list[float]] = defaultdict(list)
@@ -212,12 +212,13 @@ _SHARES = (
 def _tally(one: Conversation, window: int, slice_ms: int, tally: dict[str, list[float]]) -> None:
     """Add what a conversation says to each figure: a value for each thing that it is a share of."""
     moments = one.moments
+    owned = _within_turns(moments)
     references = iter(one.references)
     for at, moment in enumerate(moments):
         spoke = moment.agent is not None
         tally["non_idle_rate"].append(spoke)
         tally["user"].append(moment.user is not None)
-        if moment.tag in UNFINISHED:
+        if moment.tag in UNFINISHED or (moment.tag == "noise" and at in owned):
             tally["false_takeover_rate"].append(spoke)
         before = moments[at - 1].agent if at else None  # heard while this slice is spoken
         if before is not None or moment.user is not None:
@@ -259,6 +260,10 @@ def _tally_interruption(
     tally["interrupt_success"].append(right)
 
 
+def _within_turns(moments: Sequence[Moment]) -> set[int]:
+    return {at for turn in turns(moments) for at in range(turn.start, turn.end + 1)}
+
+
 def noise_answered(moments: Sequence[Moment], window: int) -> list[bool]:
     """Tell of each time when words aren't meant for the agent whether it speaks up.
 
@@ -266,7 +271,7 @@ def noise_answered(moments: Sequence[Moment], window: int) -> list[bool]:
     when it speaks already are left out, and those within a query.
     """
     found = []
-    owned = {at for turn in turns(moments) for at in range(turn.start, turn.end + 1)}
+    owned = _within_turns(moments)
     for at, moment in enumerate(moments):
         before = moments[at - 1] if at else None
         begins = moment.tag == "noise" and (before is None or before.tag != "noise")

@@ -47,6 +47,7 @@ def test_it_prints_the_report_s_path_alone(
     assert done.stdout == "r\n"
     files = {p.name for p in (tmp_path / "r").iterdir()}
     wanted = {"bmkit.json", "report.json", "report.md", "timeline.svg", "conversations.jsonl"}
+    wanted.add("decisions.jsonl")
     assert files == wanted
     again = bmkit("duplex", "eval", "-m", "tiny", "--data", "talk.jsonl", "-o", "r", "--json")
     told = json.loads(again.stdout)

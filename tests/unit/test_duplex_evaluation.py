@@ -188,11 +188,18 @@ def test_the_report_in_markdown_has_the_rules_beside_the_model(
     text = (tmp_path / "r/report.md").read_text()
     assert "|  | better | model | punctuation | vad_1 | vad_2 | always_idle |" in text
     assert re.search(r"\| idle_f1 \| ↑ \| [\d.]+ \| [\d.]+ \|", text)
-    assert "| `pause` |" in text
+    assert "| `pause` | 2 |" in text
+    rows = [json.loads(line) for line in (tmp_path / "r/decisions.jsonl").open()]
+    first = next(r for r in rows if r["condition"] == "unpunctuated" and r["tag"] == "end")
+    assert (first["id"], first["u"], first["wanted"]) == ("cats", "cats eat", True)
+    right = sum(r["wanted"] == r["speaks"] for r in rows if r["condition"] == "punctuated")
+    half = len(rows) // 2
     assert "### thresholds, unpunctuated" in text
     assert not (tmp_path / "r/timeline.svg").exists()  # no conversation was held
     values = json.loads((tmp_path / "r/report.json").read_text())
     assert list(values["suites"]) == ["decision"]
+    own = values["suites"]["decision"]["punctuated"]["model"]
+    assert own["accuracy"] == pytest.approx(right / half, abs=1e-6)
 
 
 def test_a_gate_that_is_not_met_ends_with_its_error(

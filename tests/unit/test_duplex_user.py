@@ -24,7 +24,7 @@ from bmkit.duplex.suites import (
     sweep,
     without_punctuation,
 )
-from bmkit.duplex.user import MOST_TALK, script, simulated
+from bmkit.duplex.user import MOST_TALK, replayed, script, simulated
 
 WRITTEN = builtin.directory() / "data/duplex-eval.jsonl"
 
@@ -210,6 +210,28 @@ def test_the_user_waits_for_the_end_of_an_answer_but_not_for_ever() -> None:
     assert heard.index("and dogs") == 1 + MOST_TALK
 
 
+def test_silence_follows_what_is_replayed_so_that_its_end_can_be_answered() -> None:
+    row = Dialogue(
+        "d",
+        "basic",
+        (Slice("mum", None, "noise"), Slice(None, None, "pause"), Slice("hello", "Hi.", "end")),
+    )
+    found = replayed(Reading([None, None, None, None, None, " Hi."]), row, 3)
+    assert [m.tag for m in found.moments] == ["noise", "pause", "end", None, None, None]
+    assert found.moments[-1].agent == " Hi."
+    assert found.references == ("Hi.",)
+
+
+def test_a_slice_of_silence_is_in_front_of_a_query_at_least() -> None:
+    rows: list[tuple[str | None, str | None, Tag]] = [
+        ("shut the door", None, "noise"),
+        ("tell me", "Cats", "end"),
+    ]
+    session = Reading([])
+    converse(rows, session)
+    assert session.heard[:3] == ["shut the door", None, "tell me"]
+
+
 def test_what_is_not_meant_for_the_agent_stays_within_the_query_it_is_in() -> None:
     rows = Dialogue(
         "d",
@@ -237,20 +259,27 @@ def test_rules_decide_as_they_are_described() -> None:
             Slice("What is", None, "mid"),
             Slice("it?", "It is", "end"),
             Slice(None, " this.", "cont"),
+            Slice("Sure.", " And that.", "backchannel"),
             Slice(None, None, "quiet"),
             Slice("And", None, "mid"),
             Slice(None, None, "pause"),
+            Slice(None, None, "pause"),
             Slice("so", "So.", "end"),
+            Slice("Stop!", None, "stop"),
+            Slice(None, None, "quiet"),
         ),
     )
     speaks = {
         rule.name: [d.speaks for d in rule.judge(rows)]
         for rule in (Punctuation(), VoiceActivity(1), VoiceActivity(2), AlwaysIdle())
     }
-    assert speaks["punctuation"] == [False, True, True, False, False, False, False]
-    assert speaks["vad_1"] == [False, False, True, False, False, True, False]
-    assert speaks["vad_2"] == [False, False, True, False, False, False, False]
-    assert speaks["always_idle"] == [False] * 7
+    at = {name: [n for n, said in enumerate(own) if said] for name, own in speaks.items()}
+    assert at == {
+        "punctuation": [1, 2, 3, 9],
+        "vad_1": [2, 6, 10],
+        "vad_2": [2, 7],
+        "always_idle": [],
+    }
 
 
 @pytest.mark.parametrize("slices", [1, 2])
@@ -299,6 +328,9 @@ def test_thresholds_are_tried_on_how_likely_silence_was() -> None:
         }
     )
     assert table[0.97]["false_takeover_rate"] == 1
+    assert (
+        sweep(decided, (0.7,))[0]["answered_at_once"] == 0
+    )  # silence is as likely as it has to be
     assert sweep([replace(one, p_idle=None) for one in decided]) == []
 
 
@@ -365,6 +397,7 @@ def test_the_rule_that_reads_marks_is_deaf_without_them() -> None:
     rule = Punctuation(3)
     heard = measure("replay", rule, of_condition(rows, "unpunctuated"), window=3, slice_ms=1000)
     assert heard.metrics["unanswered_rate"] == 1
-    assert "interrupt_success" not in heard.metrics  # its words mean nothing
     marked = measure("replay", rule, of_condition(rows, "punctuated"), window=3, slice_ms=1000)
+    assert marked.metrics["interruptions"] > 0
+    assert "interrupt_success" not in marked.metrics
     assert marked.metrics["unanswered_rate"] == 0

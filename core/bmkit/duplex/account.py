@@ -53,7 +53,7 @@ def markdown(
 def _figures(agents: Mapping[str, Mapping[str, float | int]]) -> Iterator[str]:
     """Yield a table with a row a figure and a column an agent."""
     names = list(dict.fromkeys(name for found in agents.values() for name in found))
-    shown = [n for n in names if not n.startswith("accuracy_") and "_ms_" not in n]
+    shown = [n for n in names if not n.startswith(("accuracy_", "count_")) and "_ms_" not in n]
     yield from _table(
         ("", "better", *agents),
         [
@@ -66,10 +66,15 @@ def _figures(agents: Mapping[str, Mapping[str, float | int]]) -> Iterator[str]:
 def _tags(agents: Mapping[str, Mapping[str, float | int]]) -> Iterator[str]:
     """Yield a table of how often decisions are right, by what the user does."""
     names = [tag for tag in TAGS if any(f"accuracy_{tag}" in found for found in agents.values())]
+    first = next(iter(agents.values()))
     yield from _table(
-        ("right at", *agents),
+        ("right at", "slices", *agents),
         [
-            (f"`{tag}`", *(_cell(found.get(f"accuracy_{tag}")) for found in agents.values()))
+            (
+                f"`{tag}`",
+                _cell(first.get(f"count_{tag}")),
+                *(_cell(found.get(f"accuracy_{tag}")) for found in agents.values()),
+            )
             for tag in names
         ],
     )

@@ -33,6 +33,10 @@ class Decided:
     """Whether the agent is to speak."""
     speaks: bool
     p_idle: float | None = None
+    dialogue: str = ""
+    """The id of the dialogue that it is in."""
+    heard: str | None = None
+    """What the user says in the slice, if the agent tells."""
 
 
 class Session(Protocol):

@@ -22,7 +22,8 @@ from bmkit.duplex.suites import Found, answer_length, measure, of_condition, swe
 from bmkit.duplex.trained import known_of
 from bmkit.plan import Job, Outcome
 
-JSON, MARKDOWN, PICTURE, TALKS = "report.json", "report.md", "timeline.svg", "conversations.jsonl"
+JSON, MARKDOWN, PICTURE = "report.json", "report.md", "timeline.svg"
+TALKS, DECISIONS = "conversations.jsonl", "decisions.jsonl"
 VERSION = 1
 
 
@@ -82,6 +83,7 @@ def run(job: Job) -> Outcome:
     title = f"{len(dialogues)} dialogues, slices of {slice_ms} ms"
     text = account.markdown(title, tables, sweeps=sweeps, kept=_rounded(kept))
     _write(job.out / MARKDOWN, text)
+    _decisions(job.out, found)
     _conversations(job.out, found, dialogues, slice_ms)
     return Outcome("report", chosen(tables) | _rounded(kept), report=_report(found, slice_ms))
 
@@ -158,6 +160,24 @@ def _report(found: dict[str, dict[str, dict[str, Found]]], slice_ms: int) -> dic
         if moment.seconds is not None
     ]
     return {"slices": len(seconds), **speed(seconds, slice_ms)}
+
+
+def _decisions(out: Path, found: dict[str, dict[str, dict[str, Found]]]) -> None:
+    """Write each decision of the model, beside the right one."""
+    lines = []
+    for condition, agents in found.get("decision", {}).items():
+        for one in agents[Subject.name].decided:
+            values: dict[str, Any] = {
+                "condition": condition,
+                "id": one.dialogue,
+                "tag": one.tag,
+                "u": one.heard,
+            }
+            values |= {"wanted": one.wanted, "speaks": one.speaks}
+            values["p_idle"] = None if one.p_idle is None else round(one.p_idle, 4)
+            lines.append(json.dumps(values, ensure_ascii=False))
+    if lines:
+        _write(out / DECISIONS, "\n".join(lines) + "\n")
 
 
 def _conversations(

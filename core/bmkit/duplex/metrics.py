@@ -23,7 +23,8 @@ def decision_metrics(found: Sequence[Decided]) -> Metrics:
     """Return figures of decisions, each made where a dialogue has gone as it is written.
 
     `idle_precision`, `idle_recall`, `idle_f1`: of silence. `idle_f1_macro`: the same where each
-    tag has the same weight, however many slices it has. `accuracy`, `accuracy_TAG`: right ones.
+    tag has the same weight, however many slices it has. `accuracy`, `accuracy_TAG`: right ones, of
+    `count_TAG`.
     `false_takeover_rate`: spoke while the user had not finished. `backchannel_resume`: went on
     while the user said no more than `I see`.
     """
@@ -44,6 +45,7 @@ def decision_metrics(found: Sequence[Decided]) -> Metrics:
     values["accuracy"] = _share(sum(d.wanted == d.speaks for d in found), len(found))
     for tag in counts:
         own = [d for d in found if d.tag == tag]
+        values[f"count_{tag}"] = len(own)
         values[f"accuracy_{tag}"] = sum(d.wanted == d.speaks for d in own) / len(own)
     if early := [d for d in found if d.tag in UNFINISHED]:
         values["false_takeover_rate"] = sum(d.speaks for d in early) / len(early)

@@ -48,7 +48,9 @@ class Subject:
             p_idle, likeliest = silence
             speaks = self.settings.policy.decide(p_idle, likeliest=likeliest).speaks
             if pair.weight and pair.tag is not None:
-                found.append(Decided(pair.tag, pair.agent is not None, speaks, p_idle))
+                heard = None if pair.user is None else self.tokenizer.decode(pair.user)
+                wanted = pair.agent is not None
+                found.append(Decided(pair.tag, wanted, speaks, p_idle, dialogue.id, heard))
             unread = self.layout.agent_side(pair.agent, pair.tag)
             before = pair
         return found

@@ -118,8 +118,6 @@ class User:
                 act = replace(act, slices=tuple((u, CALM.get(t, t)) for u, t in act.slices))
         else:
             self._hear_out(max(act.silent, 1) if self.moments else 0)
-        if act.kind in ("turn", "stop"):
-            self.spoken = 0
         for user, tag in act.slices:
             self._say(user, tag)
         if act.kind != "turn":

@@ -19,8 +19,13 @@ HEADS: Mapping[str, str] = {
     "accuracy": "accuracy",
     "dev_accuracy": "on dev",
     "train_loss": "train loss",
+    "train": "train",
+    "dev": "dev",
+    "test": "test",
+    "slices": "slices",
+    "idle": "silent",
 }
-SHARES = ("perplexity", "decode", "prefill", "f1", "accuracy", "dev_accuracy", "train_loss")
+SHARES = ("perplexity", "decode", "prefill", "f1", "accuracy", "dev_accuracy", "train_loss", "idle")
 
 
 def lines(rows: Sequence[Mapping[str, float | int | str]]) -> list[str]:

@@ -102,7 +102,7 @@ class Audit:
         """Return a line for each interaction."""
         return [
             {
-                "interaction": kind,
+                "step": kind,
                 **{split: self.splits[split].kinds[kind] for split in SPLITS},
                 "slices": counted["slices"],
                 "idle": _share(counted["idle"], counted["slices"]),

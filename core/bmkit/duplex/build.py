@@ -72,6 +72,8 @@ def run(job: Job) -> Outcome:
     text = json.dumps(builder.audit.values(), indent=1, ensure_ascii=False) + "\n"
     (job.out / "audit.json").write_text(text, encoding="utf-8")
     metrics = builder.audit.metrics()
+    if builder.left_over:
+        job.reporter.info(f"there are more than {recipe.limit} chats; `-s limit=null` takes all")
     if not metrics["train_dialogues"]:
         job.reporter.warn("no dialogue is in train: there are few chats, and all are held out")
     return Outcome("data", metrics, table=builder.audit.table())
@@ -89,6 +91,8 @@ class Builder:
         self.paths = [files[f"sources.{number}.path"] for number in range(len(recipe.sources))]
         self.transitions = transitions.read(files["transitions"], _share(recipe.held_out))
         self.audit = Audit()
+        self.left_over = False
+        """Whether there are chats that the limit has kept out."""
         self._recent: dict[str, deque[Chat]] = {split: deque(maxlen=REMEMBERED) for split in SPLITS}
         self._kinds = [kind for kind, share in recipe.mix.items() if share > 0]
         self._shares = [recipe.mix[kind] for kind in self._kinds]
@@ -107,38 +111,48 @@ class Builder:
         for again in itertools.count():
             before = count
             for found in self._rows(first=not again):
+                if count == self.recipe.limit:
+                    self.left_over = not again
+                    self.audit.read -= self.left_over
+                    return
                 split, dialogue, queries = self._made(found, count)
                 self.audit.add(split, dialogue, queries)
                 yield split, dialogue
                 count += 1
-                if count == self.recipe.limit:
-                    return
             if not count:
                 names = ", ".join(map(str, self.paths))
                 raise InputError(
                     f"no row of {names} holds a query with its answer",
                     hint="a chat has a message of the user, and one of the assistant behind it",
                 )
-            if self.recipe.limit is None or count == before:
+            if self.recipe.limit in (None, count) or count == before:
                 return
 
     def _rows(self, *, first: bool) -> Iterator[Chat | Dialogue]:
-        """Yield what the sources hold; dialogues that are in slices already in the first pass."""
-        for source, path in zip(self.recipe.sources, self.paths, strict=True):
-            for found in chats.read(path, source.format, source.limit):
+        """Yield what the sources hold, a row of each in turn.
+
+        Dialogues that are in slices already come in the first pass only.
+        """
+        waiting = deque(
+            chats.read(path, source.format, source.limit, kind=source.kind)
+            for source, path in zip(self.recipe.sources, self.paths, strict=True)
+        )
+        while waiting:
+            reader = waiting.popleft()
+            for found in reader:
                 self.audit.read += first
                 self.audit.skipped += first and found is None
+                waiting.append(reader)
                 if isinstance(found, Chat) or (first and found is not None):
                     yield found
+                break
 
     def _made(self, found: Chat | Dialogue, number: int) -> tuple[str, Dialogue, list[str]]:
         if isinstance(found, Dialogue):
             text = "\0".join(f"{one.user}\0{one.agent}" for one in found.slices)
             key = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
             kept = found.slices[: self.recipe.max_slices]
-            imported = replace(
-                found, slices=kept, meta={"source": "duplex_ultrachat", "chats": [key]}
-            )
+            imported = replace(found, slices=kept, meta={"chats": [key]})
             return split_of(key, self.recipe.held_out), imported, []
         split = split_of(found.id, self.recipe.held_out)
         recent = self._recent[split]
@@ -175,7 +189,6 @@ class Builder:
             break
         used = [chat, *scene.used]
         meta: dict[str, Any] = {
-            "source": chat.source,
             "chats": [one.id for one in used],
             "punctuated": punctuated,
         }

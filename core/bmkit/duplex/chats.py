@@ -37,13 +37,15 @@ class Chat:
     """Turns of one conversation. `id` is a hash of what is said in it."""
 
     id: str
-    source: str
     turns: tuple[Turn, ...]
 
 
-def read(path: Path, format: str, limit: int | None = None) -> Iterator[Chat | Dialogue | None]:
+def read(
+    path: Path, format: str, limit: int | None = None, *, kind: str = "imported"
+) -> Iterator[Chat | Dialogue | None]:
     """Yield a file's chats, dialogues that are in slices already, and None for a row without turns.
 
+    Dialogues are of `kind`, and called by their line.
     Raises InputError naming the first row that can't be read, or if there is none.
     """
     count = 0
@@ -55,7 +57,7 @@ def read(path: Path, format: str, limit: int | None = None) -> Iterator[Chat | D
             if isinstance(row, rows.BadRow):
                 raise InputError(f"{path}:{row.line}: {row.problem}")
             try:
-                found = _read(row.values, format, path.stem, row.line)
+                found = _read(row.values, format, kind, row.line)
             except ValueError as exc:
                 raise InputError(f"{path}:{row.line}: {exc}") from None
             yield found
@@ -63,20 +65,20 @@ def read(path: Path, format: str, limit: int | None = None) -> Iterator[Chat | D
         raise InputError(f"{path} holds no rows", hint="it takes one chat a line")
 
 
-def _read(values: Mapping[str, Any], format: str, source: str, line: int) -> Chat | Dialogue | None:
+def _read(values: Mapping[str, Any], format: str, kind: str, line: int) -> Chat | Dialogue | None:
     shapes = SHAPES if format == "auto" else {format: SHAPES[format]}
     shape = next((name for name, key in shapes.items() if key in values), None)
     if shape is None:
         keys = " or ".join(f"`{key}`" for key in shapes.values())
         raise ValueError(rows.unknown_shape(dict(values), keys))
     if shape == "duplex_ultrachat":
-        return ultrachat.of_row(values, id=f"{source}-{line}", source=source)
+        return ultrachat.of_row(values, id=f"{kind}-{line}", kind=kind)
     said = messages(values) if shape == "messages" else conversations(values)
     turns = paired(said)
     if not turns:
         return None
     whole = "\0".join(text for turn in turns for text in (turn.user, turn.agent))
-    return Chat(hashlib.blake2b(whole.encode(), digest_size=8).hexdigest(), source, turns)
+    return Chat(hashlib.blake2b(whole.encode(), digest_size=8).hexdigest(), turns)
 
 
 def messages(values: Mapping[str, Any]) -> list[tuple[str, str]]:

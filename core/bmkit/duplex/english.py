@@ -42,3 +42,14 @@ NOT_THINGS = _words("""
     help
     """)
 """A query's last word that is none of these is often a thing, for which another may be heard."""
+
+ASKS = _words("""
+    what what's who who's whose which when where where's why how how's is isn't are aren't was were
+    do does did don't didn't can could can't couldn't will would won't wouldn't should shouldn't has
+    have had may must shall tell explain give show name write make help find list describe suggest
+    recommend
+    """)
+"""A question or a request begins with one of these."""
+
+COURTESIES = ("please", "thanks", "thank you", "then", "though", "now", "too", "again", "right")
+"""A last slice that holds nothing but these is said with the one before it."""

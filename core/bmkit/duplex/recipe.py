@@ -52,6 +52,10 @@ class Source(Model):
         "slices, taken as they are; `auto` looks at each row.",
     )
     limit: int | None = Field(default=None, ge=1, description="Rows that are read of it.")
+    kind: str = Field(
+        default="imported",
+        description="Of `duplex_ultrachat`: what its dialogues are said to show.",
+    )
 
 
 class HeldOut(Model):
@@ -240,7 +244,11 @@ class DuplexRecipe(Recipe):
         default=0.5, ge=0, le=1, description="Share of dialogues whose user has no punctuation."
     )
     disfluent: float = Field(
-        default=0.2, ge=0, le=1, description="Share of queries with fillers and repetitions."
+        default=0.2,
+        ge=0,
+        le=1,
+        description="Share of queries with fillers or repetitions; fewer have words ahead of "
+        "them, or a courtesy behind.",
     )
     limit: int | None = Field(
         default=None,

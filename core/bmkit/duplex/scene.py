@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 from bmkit.data.slices import cut
 from bmkit.data.slices.dialogue import Slice, Tag
 from bmkit.duplex.chats import Chat, Turn
-from bmkit.duplex.speech import Voice
+from bmkit.duplex.english import ASKS, COURTESIES
+from bmkit.duplex.speech import ENDS, Voice, unpunctuated
 from bmkit.duplex.transitions import Transitions
 
+LEADS, TAILS = 0.6, 0.4
+"""How often a question is led up to, and followed by a courtesy, where a voice is disfluent."""
 GAPS = ((0, 1, 2, 3), (20, 45, 20, 15))
 """Silent slices between an answer and the next query, and how often."""
 
@@ -38,8 +41,18 @@ class Scene:
     """Whether an answer stands behind another query than it was written for."""
 
     def heard(self, text: str) -> list[str]:
-        """Return a user's text in slices."""
-        return cut.by_words(text, self.user_words, self.draw)
+        """Return a user's text in slices; a courtesy at the end is in none of its own."""
+        parts = cut.by_words(text, self.user_words, self.draw)
+        if len(parts) > 1 and unpunctuated(parts[-1]) in COURTESIES:
+            parts[-2:] = [" ".join(parts[-2:])]
+        return parts
+
+    def query(self, turn: Turn) -> str:
+        """Return what is asked in a turn, as this user says it: at times with a few words ahead."""
+        text = self.voice.query(turn.user)
+        if asks(turn.user) and self.draw.random() < self.voice.disfluent * LEADS:
+            return self.voice.said(self.voice.joined(self.words("lead"), text))
+        return text
 
     def said(self, text: str) -> list[str]:
         """Return an agent's text in slices; all but the first of an answer begin with a space."""
@@ -76,8 +89,23 @@ class Scene:
         self.go_on(pieces[1:])
 
     def plain(self, turn: Turn) -> None:
-        """Lay a query and its answer."""
-        self.answer(self.ask(self.voice.query(turn.user)), self.said(turn.agent))
+        """Lay a query and its answer.
+
+        At times a courtesy comes behind the query, when it is being answered: the agent goes on.
+        """
+        last, pieces = self.ask(self.query(turn)), self.said(turn.agent)
+        polite = asks(turn.user) and self.draw.random() < self.voice.disfluent * TAILS
+        if not polite or unpunctuated(last).endswith(COURTESIES):
+            self.answer(last, pieces)
+        elif len(pieces) > 1 and self.draw.random() < 0.5:
+            self.lay(last, pieces[0], "end")
+            self.lay(self.words("tail"), pieces[1], "backchannel")
+            self.go_on(pieces[2:])
+        else:
+            end = last[-1] if last.endswith(ENDS) else ""
+            tail = self.words("tail").rstrip("".join(ENDS))
+            comma = "," if self.voice.punctuated else ""
+            self.answer(f"{last.removesuffix(end)}{comma} {tail}{end}", pieces)
 
     def plainly(self, turns: Sequence[Turn]) -> None:
         """Lay turns with silence behind each."""
@@ -94,7 +122,7 @@ class Scene:
         if len(pieces) < 2:
             raise UnfitError
         at = self.draw.randrange(1, len(pieces))
-        self.answer(self.ask(self.voice.query(turn.user)), pieces[:at])
+        self.answer(self.ask(self.query(turn)), pieces[:at])
         return pieces[:at], pieces[at:]
 
     def place(self, first: int = 0, behind: int = 0) -> int:
@@ -122,3 +150,10 @@ class Scene:
     def words(self, kind: str) -> str:
         """Return a transition as this user says it."""
         return self.voice.said(self.transitions.choice(kind, self.draw))
+
+
+def asks(text: str) -> bool:
+    """Tell whether a query is a question or a request of one sentence."""
+    plain = unpunctuated(text)
+    one = not any(mark in text[:-1] for mark in (". ", "? ", "! "))
+    return one and len(plain.split()) > 3 and plain.split()[0] in ASKS

@@ -6,9 +6,9 @@ import random
 import re
 from dataclasses import dataclass
 
-from bmkit.duplex.english import STARTS
+from bmkit.duplex.english import OPEN, STARTS
 
-FILLERS = ("um", "uh", "well", "like", "you know", "I mean", "so", "let's see", "er", "kind of")
+FILLERS = ("um", "um", "uh", "uh", "er", "like", "you know", "I mean", "well", "hm")
 OPENERS = (
     "um",
     "so",
@@ -52,6 +52,8 @@ def disfluent(text: str, draw: random.Random) -> str:
         return text
     if way == "filler":
         return " ".join((*words[:at], f"{draw.choice(FILLERS)},", *words[at:]))
+    if way == "repeat" and words[at].lower() not in OPEN:
+        return text
     first = 0 if way == "restart" else at
     again = words[first : first + (2 if way == "restart" else 1)]
     if any(word.endswith((*ENDS, ",")) for word in again):

@@ -24,6 +24,8 @@ LISTS = (
     "hesitation",
     "correction",
     "opener",
+    "lead",
+    "tail",
 )
 """What there has to be: all are texts, those of `side` have an answer behind `=>`."""
 

@@ -13,21 +13,10 @@ from bmkit.data import rows
 from bmkit.data.slices.dialogue import Dialogue, Slice, Tag
 
 IDLE = "<idle>"
-KINDS = {
-    "uninterrupted": "basic",
-    "basic": "basic",
-    "topic_interweaving": "interweave",
-    "generation_termination": "termination",
-    "regeneration": "regeneration",
-    "dialogue_reset": "reset",
-    "back_on_topic": "back_on_topic",
-}
-"""What the data set's files are named after, and what we call it."""
-
 Pair = tuple[str | None, str | None]
 
 
-def of_row(values: Mapping[str, Any], *, id: str, source: str = "") -> Dialogue:
+def of_row(values: Mapping[str, Any], *, id: str, kind: str = "imported") -> Dialogue:
     """Return the dialogue of a row. Raises ValueError saying what is wrong with it.
 
     A row that ends with the user has a silent agent there.
@@ -50,8 +39,7 @@ def of_row(values: Mapping[str, Any], *, id: str, source: str = "") -> Dialogue:
     slices = tuple(
         Slice(user, agent, tag) for (user, agent), tag in zip(pairs, tags(pairs), strict=True)
     )
-    kind = next((ours for name, ours in KINDS.items() if name in source), "basic")
-    return Dialogue(id, kind, slices, "zh" if source.endswith("chn") else "en")
+    return Dialogue(id, kind, slices)
 
 
 def to_row(dialogue: Dialogue) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def reset(scene: Scene) -> None:
 def anew(scene: Scene, kind: str, turn: Turn) -> None:
     """Lay an interrupting query with a transition in front, seldom without, and its answer."""
     said = "" if scene.draw.random() < 0.1 else scene.words(kind)
-    query = scene.voice.query(turn.user)
+    query = scene.query(turn)
     last = scene.ask(scene.voice.joined(said, query), "barge")
     scene.answer(last, scene.said(turn.agent), "end")
 
@@ -121,7 +121,7 @@ def _side(scene: Scene) -> tuple[str, str]:
     if scene.draw.random() < 0.4:
         chat = scene.other()
         if len(scene.said(chat.turns[0].agent)) < 4:
-            return scene.voice.query(chat.turns[0].user), chat.turns[0].agent
+            return scene.query(chat.turns[0]), chat.turns[0].agent
         scene.used.remove(chat)
     question, _, answer = scene.transitions.choice("side", scene.draw).partition("=>")
     return scene.voice.said(question.strip()), answer.strip()

@@ -14,7 +14,7 @@ def backchannel(scene: Scene) -> None:
     at = scene.place()
     scene.plainly(turns[:at])
     pieces = scene.said(turns[at].agent)
-    scene.lay(scene.ask(scene.voice.query(turns[at].user)), pieces[0], "end")
+    scene.lay(scene.ask(scene.query(turns[at])), pieces[0], "end")
     spoken = range(1, len(pieces))
     chosen = set(scene.draw.sample(spoken, min(len(spoken), scene.draw.choice((1, 1, 2)))))
     for number in spoken:
@@ -42,7 +42,7 @@ def noise(scene: Scene) -> None:
         if not parts or not meanwhile:
             scene.plain(turn)
         else:
-            scene.lay(scene.ask(scene.voice.query(turn.user)), pieces[0], "end")
+            scene.lay(scene.ask(scene.query(turn)), pieces[0], "end")
             start = scene.draw.randint(1, len(pieces) - len(parts))
             scene.go_on(pieces[1:start])
             for part, piece in zip(parts, pieces[start:], strict=False):

@@ -15,7 +15,7 @@ def pause(scene: Scene) -> None:
     chosen = set(scene.draw.sample(long, min(len(long), scene.draw.choice((1, 1, 2)))))
     for number, turn in enumerate(turns):
         if number in chosen:
-            last = _hesitating(scene, scene.voice.query(turn.user))
+            last = _hesitating(scene, scene.query(turn))
             scene.answer(last, scene.said(turn.agent))
         else:
             scene.plain(turn)
@@ -50,7 +50,7 @@ def late_answer(scene: Scene) -> None:
     chosen = scene.draw.randrange(len(turns))
     for number, turn in enumerate(turns):
         if number == chosen:
-            scene.lay(scene.ask(scene.voice.query(turn.user)), None, "mid", 0.0)
+            scene.lay(scene.ask(scene.query(turn)), None, "mid", 0.0)
             if scene.draw.random() < 0.3:
                 scene.lay(None, None, "pause", 0.0)
             scene.answer(None, scene.said(turn.agent), "late")

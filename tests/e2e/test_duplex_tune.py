@@ -91,12 +91,33 @@ def test_a_delta_brings_its_tokens_along(
     assert done["metrics"]["rows"] == 192  # as many ordinary rows as dialogues
     known = stored.read(tmp_path / "d")
     assert known is not None and (known.layout.idle, known.layout.end) == (259, 2)
-    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "d")
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "d", dtype=torch.float32)
     assert model(torch.tensor([[260, 5, 261]])).logits.shape[-1] == 262
     said = bmkit("infer", "-m", "d", "-p", "Hello", "-s", "max_new_tokens=4", "--json")
     assert len(json.loads(said.stdout)["token_ids"]) <= 4, said.stderr
-    base = result(bmkit("infer", "-m", tiny, "-p", "Hello", "-s", "max_new_tokens=4", "--json"))
-    assert base["prompt"] == "Hello"
+    # Merged afterwards it is a duplex model, too, that plain transformers loads.
+    result(bmkit("merge", "-m", "d", "-o", "whole", "--json"))
+    assert stored.read(tmp_path / "whole") == known
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+    ids = torch.tensor([[260, 5, 261]])
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "whole")) == 262
+    wanted = model(ids).logits
+    assert (whole(ids).logits - wanted).abs().max() < 0.1 * wanted.abs().max()  # it is bfloat16
+
+
+def test_two_deltas_carry_the_tokens_both(
+    bmkit: Run, tiny: Path, data: Path, tmp_path: Path
+) -> None:
+    both = "deltas=[{type: ia3}, {type: lora, r: 4}]"
+    words = ("-s", "merge=false", "-s", both, *FEW)
+    result(bmkit("tune", "duplex", "-m", tiny, "--data", data, "-o", "d", *words))
+    assert stored.read(tmp_path / "d") is not None
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "d" / "adapters" / "lora")
+    assert model(torch.tensor([[260, 5, 261]])).logits.shape[-1] == 262
+    result(bmkit("merge", "-m", "d", "-o", "whole", "--json"))
+    assert stored.read(tmp_path / "whole") == stored.read(tmp_path / "d")
+    said = bmkit("infer", "-m", "d", "-p", "Hello", "-s", "max_new_tokens=2", "--json")
+    assert said.returncode == 0, said.stderr
 
 
 @pytest.mark.parametrize("scheme", ["state", "minicpm"])
@@ -118,6 +139,10 @@ def test_a_compressed_duplex_model_is_one_still_and_answers(
     result(bmkit("tune", "duplex", "-m", tiny, "--data", data, "-o", "m", *FEW))
     result(bmkit("compress", "int8", "-m", "m", "-o", "small", "--json"))
     assert stored.read(tmp_path / "small") == stored.read(tmp_path / "m")
+    words = ("-p", "Hello", "-s", "max_new_tokens=4", "--json")
+    guessed = bmkit("spec-decode", "-m", "m", "-d", "small", *words)
+    plain = bmkit("infer", "-m", "m", *words)
+    assert json.loads(guessed.stdout)["token_ids"] == json.loads(plain.stdout)["token_ids"]
     for model in ("m", "small"):
         done = bmkit("infer", "-m", model, "-p", "Hello", "-s", "max_new_tokens=4", "--json")
         assert json.loads(done.stdout)["token_ids"], done.stderr

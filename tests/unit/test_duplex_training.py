@@ -18,6 +18,7 @@ from bmkit.data.slices.examples import code
 from bmkit.deltas import attachment, compose
 from bmkit.deltas.merge import merge
 from bmkit.deltas.recipe import Lora
+from bmkit.errors import RecipeError
 from bmkit.train import decisions, packing
 from bmkit.train import head as heads
 from bmkit.train.decisions import Decided, calibrate, figures
@@ -242,3 +243,8 @@ def test_the_threshold_has_the_fewest_errors_of_all() -> None:
 
 def test_nothing_is_calibrated_where_all_is_silence() -> None:
     assert calibrate(Decided(0.0, [0.5], [True], [False], ["mid"])) is None
+
+
+def test_a_head_with_a_bias_is_refused_not_trained_without_it(architecture: Any) -> None:
+    with pytest.raises(RecipeError, match="bias"):
+        prepared(architecture, "phi")

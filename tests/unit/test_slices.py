@@ -56,6 +56,12 @@ def test_with_states_the_first_token_says_why() -> None:
     assert [found.ids[d.position] for d in found.decisions] == [5, 9, 10, 7]
 
 
+def test_an_end_without_an_answer_is_silence_in_every_state() -> None:
+    missed = rendered(STATE, [Pair((20,), None, "end", 0.0), Pair(None, (30,), "late")])
+    assert [missed.ids[d.position] for d in missed.decisions] == [7, 9]
+    assert [p.agent for p in parsed(STATE, missed.ids)] == [None, (30,)]
+
+
 @pytest.mark.parametrize("cut", [1, 2, 4])
 def test_a_session_that_is_cut_off_is_refused(cut: int) -> None:
     ids = rendered(IDLE, TALK).ids

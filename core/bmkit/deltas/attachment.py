@@ -86,7 +86,8 @@ def attach(
 def rows_of(model: Any, tokens: Sequence[int]) -> dict[str, list[int]]:
     """Return where the rows of `tokens` are: in the embedding, and in a head that isn't tied to it.
 
-    Raises RecipeError for a model that has none by transformers' names.
+    Raises RecipeError for a model that has none by transformers' names, and for a head with a bias,
+    which PEFT's trained rows would leave out.
     """
     if not tokens:
         return {}
@@ -94,6 +95,11 @@ def rows_of(model: Any, tokens: Sequence[int]) -> dict[str, list[int]]:
     names = {id(module): name for name, module in model.named_modules()}
     if inputs is None or head is None or not {id(inputs), id(head)} <= names.keys():
         raise RecipeError("the model has no embedding and head whose rows could be trained")
+    if getattr(head, "bias", None) is not None:
+        raise RecipeError(
+            f"a {model.config.model_type} has a bias in its head, beside which no rows are trained",
+            hint="`unfreeze: [all]` with `merge: true` trains it whole",
+        )
     tied = model.config.get_text_config().tie_word_embeddings
     modules = (inputs,) if tied else (inputs, head)
     return {names[id(module)]: sorted(tokens) for module in modules}

@@ -53,6 +53,8 @@ def merge(
         if weights is None:
             names = {f"{i}-{folder.name}": folder for i, folder in enumerate(folders)}
             registry.load("bmkit.tune.merging:merged")(base.path, names, scratch)
+            for delta in deltas:
+                registry.load("bmkit.model:copy_side_files")(delta.path, scratch)
         else:
             registry.load("bmkit.tune.merging:summed")(folders, weights, scratch)
         inputs = {"base": base.entry()} | {f"delta.{i}": d.entry() for i, d in enumerate(deltas)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,12 @@ from torch import Tensor
 from bmkit.data.chat import Encoded
 from bmkit.data.slices import stored
 from bmkit.data.slices.examples import Form
+from bmkit.data.slices.layout import Layout
 from bmkit.data.slices.stored import Stored
 from bmkit.data.slices.tokens import Marked, mark
 from bmkit.errors import RecipeError
-from bmkit.train.decisions import calibrate, decide, figures
-from bmkit.tune.recipe import TuneRecipe
-
-PER_TAG = "dev_right_"
+from bmkit.train.decisions import Decided, calibrate, decide, figures
+from bmkit.tune.recipe import DECISIONS, TuneRecipe
 
 
 def marked(recipe: TuneRecipe, checkpoint: Path, tokenizer: Any) -> Marked:
@@ -46,13 +45,22 @@ def form(recipe: TuneRecipe, marks: Marked) -> Form:
     )
 
 
-def measured(
-    model: Any, batches: Sequence[Mapping[str, Tensor]], device: torch.device, *, marks: Marked
-) -> dict[str, float]:
-    """Return the figures of a model's decisions on held-out dialogues, each by its own choice."""
-    decided = decide(model, batches, marks.layout.silent, device)
-    found = {f"dev_{name}": value for name, value in figures(decided).items()}
-    return {"dev_loss": decided.loss, **found}
+@dataclass
+class Measured:
+    """Figures of a model's decisions on held-out dialogues, each by its likeliest token."""
+
+    silent: Sequence[int]
+    """The tokens of silence."""
+    last: Decided | None = None
+    """What was decided the last time."""
+
+    def __call__(
+        self, model: Any, batches: Sequence[Mapping[str, Tensor]], device: torch.device
+    ) -> dict[str, float]:
+        """Return `dev_loss` and the others."""
+        self.last = decide(model, batches, self.silent, device)
+        found = {f"dev_{name}": value for name, value in figures(self.last).items()}
+        return {"dev_loss": self.last.loss, **found}
 
 
 def mixed(encoded: Encoded, others: Encoded, share: float, seed: int) -> Encoded:
@@ -70,32 +78,25 @@ def mixed(encoded: Encoded, others: Encoded, share: float, seed: int) -> Encoded
 
 
 def finish(
-    recipe: TuneRecipe,
-    marks: Marked,
-    model: Any,
-    batches: Sequence[Mapping[str, Tensor]],
-    device: torch.device,
+    recipe: TuneRecipe, layout: Layout, decided: Decided | None
 ) -> tuple[Stored, dict[str, float]]:
     """Return what is to be known of the trained model, and what its threshold gives.
 
-    The threshold is calibrated on the held-out dialogues, where the recipe doesn't say one.
+    The threshold is calibrated on what was `decided` on held-out dialogues, where the recipe
+    doesn't say one.
     """
     asked = recipe.slice.threshold
     threshold = asked if isinstance(asked, float) else None
+    if asked == "calibrate" and decided is not None:
+        threshold = calibrate(decided)
     found: dict[str, float] = {}
-    if batches and asked != "argmax":
-        decided = decide(model.eval(), batches, marks.layout.silent, device)
-        if asked == "calibrate":
-            threshold = calibrate(decided)
-        if threshold is not None:
-            names = ("idle_f1", "false_takeover", "takeover")
-            by = figures(decided, threshold)
-            found = {f"dev_{n}_by_threshold": round(by[n], 6) for n in names if n in by}
     if threshold is not None:
         found["threshold"] = threshold
+        by = figures(decided, threshold) if decided is not None else {}
+        found |= {f"dev_{n}_by_threshold": round(by[n], 6) for n in DECISIONS if n in by}
     known = Stored(
         recipe.scheme.name,
-        marks.layout,
+        layout,
         recipe.slice.period_ms,
         recipe.slice.agent_tokens,
         recipe.slice.collapse_idle,

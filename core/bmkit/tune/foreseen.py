@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ def require_measured(recipe: TuneRecipe, task: Task) -> None:
     name = spec.metric_for_best_model or "dev_loss"
     best = spec.load_best_model_at_end or spec.early_stopping_patience is not None
     asked: dict[str, str] = {"train.metric_for_best_model": name} if best else {}
-    asked |= {f"gates.{gate}": gate.removesuffix("_before") for gate in recipe.gates}
+    asked |= {f"gates.{gate}": re.sub("_(before|by_threshold)$", "", gate) for gate in recipe.gates}
     for key, wanted in asked.items():
-        if wanted.startswith("dev_") and wanted not in figures:
+        by_tag = task == "duplex" and wanted.startswith("dev_right_")
+        if wanted.startswith("dev_") and wanted not in figures and not by_tag:
             raise RecipeError(
                 f"{key}: `{wanted}` isn't measured, the task is {task}",
                 hint=f"on held-out rows it measures {', '.join(figures)}",

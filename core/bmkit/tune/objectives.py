@@ -148,7 +148,7 @@ def objective(
             Padding(pad, ("weights",)),
             Padding(pad, ("weights", "decisions")),
             next_token_loss,
-            partial(duplex.measured, marks=marks),
+            duplex.Measured(marks.layout.silent),
             pad,
             length,
             marks,

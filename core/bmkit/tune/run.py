@@ -34,6 +34,7 @@ from bmkit.tune.merging import write_whole
 from bmkit.tune.objectives import Batch, Objective, batches_of, objective
 from bmkit.tune.pruned import keep_pruned
 from bmkit.tune.recipe import TuneRecipe
+from bmkit.tune.task import figures_of
 from bmkit.tune.written import write_duplex, write_events, write_history
 
 __all__ = ["METHODS", "run"]
@@ -73,20 +74,19 @@ def run(job: Job) -> Outcome:
         "rows_dropped": encoded.dropped,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
+    known = None
     if goal.marks is not None:
-        known, by_threshold = finish(recipe, goal.marks, model, batches, device)
-        metrics |= by_threshold
+        known, figures = finish(recipe, goal.marks.layout, getattr(goal.figures, "last", None))
+        metrics |= figures
     if recipe.merge:
         whole = merge(model)
         masks.apply()
         write_whole(whole, job.checkpoint, job.out, goal.head)
-        if goal.marks is not None:
-            write_duplex(job.out, known, goal.marks, tokenizer)
+        write_duplex(job.out, known, goal.marks, tokenizer)
         return Outcome("model", metrics, ("transformers",), base.report)
     base.close()
-    metrics["delta_bytes"] = _write_deltas(job, goal, model, called)
-    if goal.marks is not None:
-        write_duplex(job.out, known, goal.marks, tokenizer)
+    metrics["delta_bytes"] = _write_deltas(job, goal, model, called, tokenizer)
+    write_duplex(job.out, known, goal.marks, tokenizer)
     ours = any(spec.type in OURS for spec in recipe.deltas)
     loads = ("peft with bmkit.deltas.own",) if ours else ("peft",)
     return Outcome("delta", metrics, loads, base.report)
@@ -198,7 +198,8 @@ def _train(
     if batches:
         after = goal.figures(model.eval(), batches, device)
         metrics |= {name: round(value, 6) for name, value in after.items()}
-        told = [f"{n} {before[n]:.3f} before, {after[n]:.3f} after" for n in after]
+        shown = [name for name in figures_of(goal.task) if name in after]
+        told = [f"{n} {before[n]:.3f} before, {after[n]:.3f} after" for n in shown]
         job.reporter.info("held out: " + "; ".join(told).replace("dev_", ""))
     write_history(job.out, trained.history)
     if spec.tensorboard:
@@ -219,8 +220,14 @@ def _dev(
     if not batches or not (best or spec.eval_steps):
         return None
     name = spec.metric_for_best_model or "dev_loss"
+    shown = figures_of(goal.task)
+
+    def measure() -> dict[str, float]:
+        found = goal.figures(model, batches, device)
+        return {name: value for name, value in found.items() if name in shown}
+
     return Dev(
-        lambda: goal.figures(model, batches, device),
+        measure,
         spec.eval_steps,
         name if best else None,
         greater_is_better=name != "dev_loss",
@@ -228,7 +235,9 @@ def _dev(
     )
 
 
-def _write_deltas(job: Job, goal: Objective, model: Any, called: Sequence[str]) -> int:
+def _write_deltas(
+    job: Job, goal: Objective, model: Any, called: Sequence[str], tokenizer: Any
+) -> int:
     """Write each delta as a PEFT directory of its own; return the bytes of their weights.
 
     A single one lies in `job.out` itself.
@@ -240,6 +249,8 @@ def _write_deltas(job: Job, goal: Objective, model: Any, called: Sequence[str]) 
         compose.save(model, name, folder)
         _name_base(folder / "adapter_config.json", job.checkpoint.absolute())
         size += (folder / "adapter_model.safetensors").stat().st_size
+        if goal.marks is not None and goal.marks.added:
+            tokenizer.save_pretrained(folder)  # by which PEFT knows how many rows there are
     if len(called) > 1:
         artifact.write_order(job.out, called)
     if goal.head is not None:

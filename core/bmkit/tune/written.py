@@ -50,10 +50,11 @@ def write_events(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
         file.rename(folder / f"{EVENTS}.bmkit")
 
 
-def write_duplex(folder: Path, known: Stored, marks: Marked, tokenizer: Any) -> None:
-    """Write what makes a model a duplex one; and its tokenizer, if that has got tokens."""
-    stored.write(folder, known)
-    if marks.added:
+def write_duplex(folder: Path, known: Stored | None, marks: Marked | None, tokenizer: Any) -> None:
+    """Write what makes a model a duplex one, if it is, and a tokenizer that has got tokens."""
+    if known is not None:
+        stored.write(folder, known)
+    if marks is not None and marks.added:
         tokenizer.save_pretrained(folder)
 
 

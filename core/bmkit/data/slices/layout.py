@@ -66,7 +66,9 @@ class Layout:
         """Return an agent's side with its end. With `state`, `tag` says which."""
         said = [self.idle] if ids is None else list(ids)
         if self.states:
-            state = STATE_OF[tag] if tag is not None else "quiet" if ids is None else "answer"
+            state = STATE_OF.get(tag) if tag is not None else None
+            if state is None or (state in SPEAKS) != (ids is not None):
+                state = "quiet" if ids is None else "answer"  # an end that was missed, as one
             said = [dict(self.states)[state], *(ids or ())]
         return [*said, self.end]
 

@@ -161,3 +161,24 @@ def test_what_is_not_there_or_not_known_is_refused(
     assert done.returncode == 2
     done = bmkit("duplex", "eval", "evil", "-m", "tiny")
     assert (done.returncode, "did you mean `eval`" in done.stderr) == (2, True)
+
+
+def test_a_pipeline_measures_what_the_stage_before_it_has_left(
+    bmkit: Run, duplex: Path, rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows("talk.jsonl", ROW)
+    (tmp_path / "p.yaml").write_text(
+        "- pull: tiny\n- duplex-eval: eval\n  data: talk.jsonl\n  out: r\n"
+        "  set: {eval.suites: [decision]}\n- infer: greedy\n  prompt: Hi\n  max_new_tokens: 2\n"
+    )
+    planned = bmkit("run", "p.yaml", "--plan")
+    assert planned.returncode == 0, planned.stderr
+    done = bmkit("run", "p.yaml")
+    assert done.returncode == 0, done.stderr
+    values = json.loads((tmp_path / "r/report.json").read_text())
+    assert values["dialogues"]["count"] == 1
+    told = bmkit("log", "r", "--format", "yaml")
+    assert told.returncode == 0, told.stderr
+    assert "duplex-eval:" in told.stdout
+    (tmp_path / "again.yaml").write_text(told.stdout)
+    assert bmkit("validate", "again.yaml").returncode == 0

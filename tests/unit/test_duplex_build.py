@@ -407,6 +407,17 @@ def test_slices_of_others_are_taken_as_they_are_and_once(tmp_path: Path) -> None
     assert builder.audit.read == 1
 
 
+def test_what_a_dialogue_is_to_show_is_within_its_bounds(tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    sides = [("user", "Tell me all about that, will you?"), ("assistant", "There is much. " * 90)]
+    messages = [{"role": side, "content": f"{text} {n}"} for n in range(20) for side, text in sides]
+    path.write_text(json.dumps({"messages": messages}))
+    said = {"sources": [{"path": str(path)}], "limit": 40, "mix": {"termination": 1.0}}
+    found = built(recipe(**said, max_slices=60))[0]
+    assert all(len(one.slices) <= 60 for _, one in found)
+    assert all(any(s.tag == "stop" for s in one.slices) for _, one in found)
+
+
 def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
     def peak(rows: int) -> int:
         path = tmp_path / f"{rows}.jsonl"

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from bmkit import report
-from bmkit.data.slices import ultrachat
+from bmkit.data.slices import cut, ultrachat
 from bmkit.data.slices.dialogue import Dialogue
 from bmkit.duplex import chats, transitions
 from bmkit.duplex.audit import Audit
-from bmkit.duplex.chats import Chat
+from bmkit.duplex.chats import Chat, Turn
 from bmkit.duplex.interactions import INTERACTIONS
 from bmkit.duplex.recipe import DuplexRecipe, HeldOut
 from bmkit.duplex.scene import Scene, UnfitError
@@ -157,10 +157,21 @@ class Builder:
         split = split_of(found.id, self.recipe.held_out)
         recent = self._recent[split]
         draw = random.Random(f"{self.recipe.seed}:{number}")
+        found = replace(found, turns=tuple(self._that_fit(found)))
         dialogue, used = self._drawn(found, recent, self.transitions[split], draw, number)
         if found not in recent:
             recent.append(found)
         return split, dialogue, [turn.user for chat in used for turn in chat.turns]
+
+    def _that_fit(self, chat: Chat) -> Iterator[Turn]:
+        """Yield the first turns, as many as have about `max_slices`, and one at least."""
+        slices = 0.0
+        words, tokens = self.recipe.slice.user_words, self.recipe.slice.agent_tokens
+        for number, turn in enumerate(chat.turns):
+            slices += 2 * len(turn.user.split()) / sum(words) + cut.about(turn.agent) / tokens + 2
+            if number and slices > self.recipe.max_slices:
+                return
+            yield turn
 
     def _drawn(
         self,

@@ -15,6 +15,8 @@ from bmkit.duplex.transitions import Transitions
 
 LEADS, TAILS = 0.6, 0.4
 """How often a question is led up to, and followed by a courtesy, where a voice is disfluent."""
+PATIENCE = 12
+"""Most slices that a user listens to before interrupting."""
 GAPS = ((0, 1, 2, 3), (20, 45, 20, 15))
 """Silent slices between an answer and the next query, and how often."""
 
@@ -121,7 +123,7 @@ class Scene:
         pieces = self.said(turn.agent)
         if len(pieces) < 2:
             raise UnfitError
-        at = self.draw.randrange(1, len(pieces))
+        at = self.draw.randrange(1, min(len(pieces), PATIENCE + 1))
         self.answer(self.ask(self.query(turn)), pieces[:at])
         return pieces[:at], pieces[at:]
 

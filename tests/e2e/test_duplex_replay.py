@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -220,3 +221,37 @@ def test_ctrl_c_ends_it_with_130(listener: Path, talk: Callable[..., Path], tmp_
     rest, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "stopped" in said
     assert all(json.loads(line) for line in rest.splitlines())
+
+
+def dialogue(draw: random.Random, number: int) -> dict[str, Any]:
+    """Return a dialogue whose answers begin where the user's slice ends with a question mark."""
+    before = [(draw.choice(["so", "well", "and"]), None, "mid") for _ in range(draw.randint(0, 2))]
+    asked = (f"{draw.choice('abc')}?", "yes", "end")
+    slices = [*before, asked, (None, None, "quiet")]
+    rows = [{"u": u, "a": a, "tag": tag} for u, a, tag in slices]
+    return {"id": str(number), "kind": "basic", "lang": "en", "slices": rows}
+
+
+def test_a_delta_that_was_trained_answers_when_it_is_asked(
+    bmkit: Run, tiny: Path, talk: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    for name, count in (("train", 96), ("dev", 24)):
+        draw = random.Random(name)
+        lines = [json.dumps(dialogue(draw, i)) + "\n" for i in range(count)]
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(lines))
+    words = ("-s", "train.max_steps=150", "-s", "train.learning_rate=0.01", "-s", "data.mix=null")
+    words = (*words, "-s", "data.max_length=256", "-s", "merge=false", "-o", "d")
+    made = bmkit("tune", "duplex", "-m", tiny, "--data", tmp_path / "data", *words)
+    assert made.returncode == 0, made.stderr
+    said = [Said(1000 * i, 1000 * i + 900, text) for i, text in ((0, "so"), (1, "b?"), (5, "and"))]
+    words = ("duplex", "replay", talk(*said), "--json")
+    found = bmkit(*words, "-m", "d")
+    assert found.returncode == 0, found.stderr
+    agents = [row for row in rows(found.stdout) if row["type"] == "agent"]
+    assert [row["decision"] for row in agents[:6]] == ["listen", "speak", *["listen"] * 4]
+    assert agents[1]["text"] == "yes"
+    assert bmkit("merge", "-m", "d", "-o", "whole").returncode == 0
+    merged = bmkit(*words, "-m", "whole").stdout
+    agents_too = [row for row in rows(merged) if row["type"] == "agent"]
+    assert [row["ids"] for row in agents] == [row["ids"] for row in agents_too]

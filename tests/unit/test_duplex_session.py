@@ -26,7 +26,7 @@ from bmkit.duplex.policy import Policy
 from bmkit.duplex.session import DuplexSession
 from bmkit.duplex.settings import Settings
 from bmkit.duplex.voice import Sampling
-from bmkit.errors import InputError
+from bmkit.errors import InputError, ResourceError
 from bmkit.runtime.cpu.load import load_decoder
 from bmkit.runtime.speculation.static import StaticTarget
 from bmkit.runtime.speculation.targets import DecoderTarget, ModelTarget, Target
@@ -57,12 +57,16 @@ ALWAYS = Policy(threshold=1.1, max_wait=None)
 class Bench:
     """A tiny model, its own code to compare with, and sessions on it."""
 
-    def __init__(self, name: str, tokenizer: Any, folder: Path, *, states: bool = False) -> None:
+    def __init__(self, name: str, tokenizer: Any, folder: Path, *, scheme: str = "idle") -> None:
         tokenizer.add_special_tokens({"additional_special_tokens": ["<idle>", "<|u|>", "<|a|>"]})
         idle, user, agent = tokenizer.convert_tokens_to_ids(["<idle>", "<|u|>", "<|a|>"])
         named = ("listen", "think", "quiet", "yield", "answer", "continue")
-        pairs = tuple((state, 370 + i) for i, state in enumerate(named)) if states else ()
-        self.layout = Layout((user,), (agent,), idle, tokenizer.eos_token_id, pairs)
+        pairs = tuple((state, 370 + i) for i, state in enumerate(named))
+        self.layout = Layout((user,), (agent,), idle, tokenizer.eos_token_id)
+        if scheme == "state":
+            self.layout = replace(self.layout, states=pairs)
+        elif scheme == "minicpm":  # marks of several tokens that are text, and a beginning
+            self.layout = Layout((30, 31, 32), (30, 33), idle, tokenizer.eos_token_id, (), (1,))
         self.tokenizer = tokenizer
         torch.manual_seed(3)
         self.model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).eval()
@@ -122,13 +126,13 @@ def chance(random: Random) -> str | None:
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
-@pytest.mark.parametrize("states", [False, True])
-@pytest.mark.parametrize("threshold", [None, 0.01, 0.5])
+@pytest.mark.parametrize("scheme", ["idle", "state", "minicpm"])
+@pytest.mark.parametrize("threshold", [None, 0.01])
 def test_after_any_operation_it_says_what_the_model_says_of_the_whole_log(
-    bench: Callable[..., Bench], name: str, states: bool, threshold: float | None
+    bench: Callable[..., Bench], name: str, scheme: str, threshold: float | None
 ) -> None:
-    made = bench(name, states=states)
-    random = Random(f"{name} {states} {threshold}")
+    made = bench(name, scheme=scheme)
+    random = Random(f"{name} {scheme} {threshold}")
     policy = Policy(threshold=threshold, max_wait=2, sure=1.0)
     settings = Settings(agent_tokens=4, high=120, low=70, sinks=4, policy=policy)
     session = made.session(settings)
@@ -462,3 +466,70 @@ def test_a_slice_as_json_has_no_time_of_this_machine(bench: Callable[..., Bench]
     agent = bench().session(Settings(policy=ALWAYS)).step("what is it")
     assert json.loads(json.dumps(agent.values()))["decision"] == "speak"
     assert not {"seconds", "slice_ms", "ms"} & set(agent.values())
+
+
+def test_going_back_keeps_what_the_cache_shares(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    session = made.session(Settings(agent_tokens=4, policy=ALWAYS))
+    for text in ("what is", "the capital", "of France"):
+        session.step(text)
+    units, counters = list(session.units), session.counters()
+    log, held = list(session.log), len(session.place.ids)
+    agents = [session.step(text) for text in ("and 4", None)]
+    session.restore(units, counters)
+    assert session.log == log and len(session.place.ids) >= held
+    made.check(session)
+    session.restore(units, counters)
+    again = [session.step(text) for text in ("and 4", None)]
+    assert [(a.ids, a.text, a.epoch) for a in again] == [(a.ids, a.text, a.epoch) for a in agents]
+
+
+def test_a_slice_that_fails_has_not_begun(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    session = made.session(Settings(agent_tokens=6, policy=ALWAYS))
+    session.step("what is")
+    log, counters = list(session.log), session.counters()
+    token, calls = session.chooser.token, [0]
+
+    def failing(logits: Tensor, said: list[int], *, number: int) -> int:
+        calls[0] += 1
+        if calls[0] == 4:
+            raise KeyboardInterrupt
+        return token(logits, said, number=number)
+
+    session.chooser.token = failing  # type: ignore[method-assign,assignment]
+    with pytest.raises(KeyboardInterrupt):
+        session.step("the capital")
+    assert session.log == log and session.counters() == counters
+    made.check(session)
+    right = made.session(session.settings)
+    right.step("what is")
+    assert session.step("the capital") == replace(right.step("the capital"), forwards=6)
+
+
+def test_what_was_delivered_counts_from_the_beginning_of_an_answer(
+    bench: Callable[..., Bench],
+) -> None:
+    made = bench()
+    settings = Settings(agent_tokens=5, high=70, low=40, sinks=0, policy=ALWAYS)
+    session = made.session(settings)
+    whole = "".join(session.step().text for _ in range(12))
+    assert session.evicted and session.units[0].before
+    last = session.units[-1]
+    session.truncate(1, last.before + 2)
+    left = [token for unit in session.units for token in unit.agent or ()]
+    kept_text = made.tokenizer.decode(left)
+    delivered = whole[: last.before + 2]
+    assert kept_text in delivered[-len(kept_text) - 8 :]  # all but a part of a token
+    assert len(kept_text) >= last.before - session.units[0].before
+    made.check(session)
+
+
+def test_a_session_that_may_not_forget_ends_when_it_is_full(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    session = made.session(Settings(high=60, low=40, evicts=False, policy=NEVER))
+    with pytest.raises(ResourceError, match="full"):
+        for _ in range(30):
+            session.step("what is it")
+    assert len(session.log) <= 60
+    made.check(session)

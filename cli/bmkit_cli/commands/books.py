@@ -176,7 +176,8 @@ def cp(
     if target.exists() and not force:
         raise OutputTaken(f"{target} is there already", hint="name another, or use --force")
     place.write_text(target, text)
-    command = {"pipelines": "run", "duplex": "duplex build"}.get(stage, stage)
+    duplex = "duplex replay TRANSCRIPT.jsonl" if short == "talk" else "duplex build"
+    command = {"pipelines": "run", "duplex": duplex}.get(stage, stage)
     sys.stderr.write(f"{stage}/{short} copied; run it with: bmkit {command} {target}\n")
     stdout().text(str(target))
 

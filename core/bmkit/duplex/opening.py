@@ -123,6 +123,11 @@ def run(job: Job) -> Opened:
     engine = open_engine(replace(job, recipe=given, rows=sessions), config)
     if plugged.in_front(engine.model) is not None:
         raise InputError("a delta stands in front of what the model reads: a session has no front")
+    if engine.rows < sessions:
+        raise ResourceError(
+            f"there is room for {engine.rows} sessions in the budget, {sessions} were asked for",
+            hint="lower kv.high, or raise the budget",
+        )
     digest = (job.base or job.model).digest
     name = f"{digest} {recipe.dtype} {engine.device}"
     target = target_of(engine, name, "auto")

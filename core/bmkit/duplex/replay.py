@@ -95,13 +95,16 @@ def head(opened: Opened, given: Transcript) -> dict[str, Any]:
 
 WIDTH = 36
 """Columns of the user's side."""
+SILENCE = "·"
 
 
 def lines(found: Replayed) -> Iterator[str]:
     """Yield a slice for people: its end in seconds, the user, the agent; `·` is silence."""
     user = _wrapped(_plain(found.heard.text), WIDTH)
     agent = found.agent
-    said = _plain(agent.text.strip() or None)
+    said = _plain(agent.text)
+    if said == SILENCE and agent.decision == "speak":
+        said = "…"  # nothing that can be seen
     if agent.rewound:
         said = f"↶ {said}"
     if agent.interrupted:
@@ -114,7 +117,7 @@ def lines(found: Replayed) -> Iterator[str]:
 def _plain(text: str | None) -> str:
     """Return text on one line, without what would move a terminal's cursor."""
     whole = "".join(c if c.isprintable() else " " for c in text or "")
-    return " ".join(whole.split()) or "·"
+    return " ".join(whole.split()) or SILENCE
 
 
 def _wrapped(text: str, width: int) -> list[str]:

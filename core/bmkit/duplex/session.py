@@ -101,10 +101,14 @@ class DuplexSession:
         whole characters only.
         """
         with self._lock:
+            units, counters = list(self.units), self.counters()
             self._stop.clear()
             self._busy = True
             try:
                 return self._step(tuple(parts) or _one(text, self.slices), write)
+            except BaseException:  # it is as if the slice hadn't begun
+                self.restore(units, counters)
+                raise
             finally:
                 self._busy = False
 
@@ -215,6 +219,7 @@ class DuplexSession:
         if anew or not goes_on or self._spelling is None:
             self.answers += 1
             self._spelling = Spelling(self.tokenizer)
+        before = self._spelling.length
         if state is not None:
             self.log.append(state)
             logits = self.logits()
@@ -234,7 +239,8 @@ class DuplexSession:
                 break
             logits = self.logits()
         if said:
-            return replace(unit, agent=tuple(said), state=state, answer=self.answers), text
+            spoken = replace(unit, agent=tuple(said), state=state)
+            return replace(spoken, answer=self.answers, before=before), text
         self._cut(start)
         return unit.silenced(self.layout), text
 
@@ -297,8 +303,10 @@ class DuplexSession:
         A token stays if all of its characters were. Returns how many tokens went.
         """
         with self._lock:
-            ids = [t for unit in self.units if unit.answer == answer for t in unit.agent or ()]
+            mine = [unit for unit in self.units if unit.answer == answer]
+            ids = [token for unit in mine for token in unit.agent or ()]
             _, ends = spell(self.tokenizer, ids)
+            characters -= mine[0].before if mine else 0
             left = next((i for i, end in enumerate(ends) if end > characters), len(ids))
             if left == len(ids):
                 return 0
@@ -356,11 +364,12 @@ class DuplexSession:
         return {name: getattr(self, name) for name in COUNTERS}
 
     def restore(self, units: Sequence[Unit], counters: Mapping[str, float | None]) -> None:
-        """Go on from units and counters; what they say is read with the next slice."""
+        """Go on from units and counters, as they were here before or in another session.
+
+        What they say, and the cache doesn't hold, is read with the next slice.
+        """
         with self._lock:
-            self.place.cut(0)
-            self.units = list(units)
-            self.log = log_of(self.layout, self.units)
+            self._rewrite(units)
             for name in COUNTERS:
                 setattr(self, name, counters[name])
             self._spelling = None

@@ -18,12 +18,17 @@ class Spelling:
         self.ends: list[int] = []
         """Of each token, how many characters are there once it is."""
 
+    @property
+    def length(self) -> int:
+        """Return how many characters are there."""
+        return self.ends[-1] if self.ends else 0
+
     def add(self, token: int) -> str:
         """Take a token; return the text that is new."""
         self._ids.append(token)
         before = self._text(self._from, self._shown)
         text = self._text(self._from, len(self._ids))
-        length = self.ends[-1] if self.ends else 0
+        length = self.length
         if text.endswith(BROKEN) or len(text) <= len(before):
             self.ends.append(length)
             return ""

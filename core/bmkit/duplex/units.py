@@ -24,6 +24,8 @@ class Unit:
     """The user's words, by what they are revised by."""
     answer: int | None = None
     """Which of the agent's answers it belongs to."""
+    before: int = 0
+    """Characters of that answer that came before."""
 
     @property
     def silent(self) -> bool:
@@ -48,8 +50,9 @@ class Unit:
 
     def values(self) -> dict[str, Any]:
         """Return it as JSON."""
-        found = {name: getattr(self, name) for name in ("number", "user", "agent", "state")}
-        return {**found, "parts": [[p.key, p.text] for p in self.parts], "answer": self.answer}
+        names = ("number", "user", "agent", "state", "answer", "before")
+        found = {name: getattr(self, name) for name in names}
+        return {**found, "parts": [[p.key, p.text] for p in self.parts]}
 
 
 def of_values(values: Mapping[str, Any]) -> Unit:
@@ -63,6 +66,7 @@ def of_values(values: Mapping[str, Any]) -> Unit:
         values["state"],
         tuple(Words(int(key), str(text)) for key, text in values["parts"]),
         values["answer"],
+        int(values["before"]),
     )
 
 

@@ -146,12 +146,12 @@ def read(name: str) -> list[Item]:
             problems.append(_said(doc, i, item.stage, said))
         if item.stage == "pull" and i > 0:
             problems.append(_said(doc, i, "pull", "`pull` comes first"))
+        if item.makes_data and "model" in item.options:
+            said = "`duplex` builds data here, and takes no model; `duplex-eval` measures one"
+            problems.append(_said(doc, i, "duplex", said))
         first = all(before.makes_data for before in items[:i])
         if first and item.stage != "pull" and not item.makes_data and "model" not in item.options:
             problems.append(_said(doc, i, item.word, "the first stage needs `pull` or `model`"))
-        if item.makes_data and "model" in item.options:
-            said = f"`{item.stage}` makes data, of no model; `duplex-eval` measures one"
-            problems.append(_said(doc, i, "model", said))
         if answers and ("prompt" in item.options) == ("input" in item.options):
             said = f"`{item.stage}` needs one of `prompt` and `input`"
             problems.append(_said(doc, i, item.stage, said))

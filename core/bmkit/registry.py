@@ -417,6 +417,22 @@ METHODS = (
     ),
     Method(
         "prompt",
+        "ptr",
+        "bmkit.prompt.rules:Rules",
+        "rules",
+        "A word for each label at each of several masks, which labels may share.",
+        "PTR, arXiv 2105.11259",
+    ),
+    Method(
+        "prompt",
+        "generation",
+        "bmkit.prompt.rules:Rules",
+        "causes",
+        "Texts of each row's own for its labels, made by rules.",
+        "OpenPrompt, arXiv 2111.01998",
+    ),
+    Method(
+        "prompt",
         "content_free",
         "bmkit.verbalizers.calibration:prior",
         "sentiment",

@@ -60,3 +60,56 @@ def bert(with_tokenizer: Callable[[Path], None], tmp_path: Path) -> Path:
     values = json.loads(file.read_text())
     file.write_text(json.dumps({**values, "mask_token": "<|im_start|>"}))
     return tmp_path / "bert"
+
+
+WORDS = (
+    *("person", "city", "place", "parent", "child", "lives", "born", "of", "in", "nothing", "the"),
+    *("Ann", "Bob", "Rome", "Oslo", "visits", "near", "is", "was", "it", "x", ",", "."),
+)
+SENTINELS = ("<extra_id_0>", "<extra_id_1>", "<extra_id_2>")
+SPECIAL = ("<pad>", "</s>", "<s>", "<unk>", "<mask>", *SENTINELS)
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+
+
+def _tokenizer(kind: str) -> Any:
+    """A tokenizer with one token for each word of WORDS."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: number for number, word in enumerate((*SPECIAL, *WORDS))}
+    bare = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ends = {"masked": "<s> $A </s>", "t5": "$A </s>", "causal": "$A"}[kind]
+    bare.post_processor = processors.TemplateProcessing(
+        single=ends, special_tokens=[("</s>", 1), ("<s>", 2)]
+    )
+    given = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "bos_token": "<s>"}
+    given |= {"mask_token": "<mask>"} if kind == "masked" else {}
+    more = list(SENTINELS) if kind == "t5" else []
+    return PreTrainedTokenizerFast(tokenizer_object=bare, **given, extra_special_tokens=more)
+
+
+@pytest.fixture
+def promptable(tmp_path: Path) -> Callable[[str], Path]:
+    """Make a random model of a kind (masked, causal, t5), whose tokens are words."""
+    return lambda kind: _promptable(kind, tmp_path / "asked")
+
+
+def _promptable(kind: str, path: Path) -> Path:
+    import transformers
+
+    torch.manual_seed(3)
+    known = _tokenizer(kind)
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "vocab_size": len(known)}
+    if kind == "t5":
+        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+        config: Any = transformers.T5Config(**sizes, **ids, decoder_start_token_id=0)
+        made: Any = transformers.T5ForConditionalGeneration
+    else:
+        wide = {"num_attention_heads": 4, "initializer_range": 0.3}
+        built = "Llama" if kind == "causal" else "Bert"
+        config = getattr(transformers, f"{built}Config")(**SIZES, **ids, **wide)
+        made = getattr(transformers, f"{built}For{'CausalLM' if kind == 'causal' else 'MaskedLM'}")
+    made(config).save_pretrained(path)
+    known.save_pretrained(path)
+    return path

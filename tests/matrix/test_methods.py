@@ -34,6 +34,8 @@ class Line:
     """Whether what comes out is another model, not one that does nearly the same."""
     needs: str = ""
     """A library that not everybody has; without it the line is skipped."""
+    row: tuple[tuple[str, str], ...] = (("prompt", "Say 1."),)
+    """What `infer` is asked."""
 
 
 DRAFT = Line(
@@ -52,6 +54,10 @@ TUNED = Line(
     "delta",
     ("train.max_steps=2", "train.per_device_train_batch_size=4", "data.max_length=64"),
     data=True,
+)
+CHOICES = (
+    *(("premise", "It fell."), ("asks", "so")),
+    *(("choice1", "It broke."), ("choice2", "It grew.")),
 )
 WORDS = "{negative: [<!>b, <!>c], positive: [<!>g, <!>h]}"
 PROMPT = Line("prompt", ("verbalizer.label_words={negative: <!>b, positive: <!>g}",))
@@ -102,6 +108,10 @@ MATRIX = {
     ("prompt", "automatic"): LEARNED,
     ("prompt", "soft"): Line("prompt", (*PROMPT.assign, *LEARNED.assign, "train.max_steps=2")),
     ("prompt", "prototypical"): LEARNED,
+    ("prompt", "ptr"): Line(
+        "prompt", ("verbalizer.label_words={negative: [<!>b, <!>h], positive: [<!>g, <!>l]}",)
+    ),
+    ("prompt", "generation"): Line("prompt", row=CHOICES),
     ("prompt", "content_free"): PROMPT,
     ("prompt", "contextual"): PROMPT,
 }
@@ -324,7 +334,9 @@ def test_the_result_answers_through_infer(method: Method, make: Make) -> None:
         threads=1,
         flags={"max_new_tokens": 4},
     )
-    answers = list(open_answers(request, [Row(1, {"prompt": "Say 1."})], Silent()))
+    answers = list(
+        open_answers(request, [Row(1, dict(MATRIX[method.stage, method.name].row))], Silent())
+    )
     (found,) = (a.values() for a in answers)
     if result.artifact.kind == "prompt":
         assert found["probabilities"][found["label"]] >= 0.5

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bmkit.data.tabular import Record
 from bmkit.errors import InputError, RecipeError
-from bmkit.prompting.generation import Piece, choices, parse_rule, parse_rules, targets
+from bmkit.prompting.generation import choices, parse_rule, parse_rules, targets
 from bmkit.prompting.labelwords import LabelWords, Word
 from bmkit.verbalizers import manual as verbalizer
 from bmkit.verbalizers import prototypes
@@ -151,44 +152,41 @@ ROW: dict[str, Any] = {
 }
 
 
+RECORD = Record("x.jsonl:4", 4, ROW)
+
+
 def test_rules_make_the_text_of_a_label_from_a_row() -> None:
     rules = parse_rules({"0": '{"meta": "choice1"}', "1": '{"meta": "choice2"}'}, ["0", "1"])
-    assert choices(rules, ROW, "x.jsonl:1") == [["His stubble grew."], ["His stubble disappeared."]]
+    assert choices(rules, RECORD) == [["His stubble grew."], ["His stubble disappeared."]]
     rule = parse_rule('It is {"placeholder": "text_a"} so {"meta": "answer"} {"text": "{}"}.')
-    assert targets([parse_rule('{"meta": "sure"}')], ROW, "") == ["true"]
-    assert targets([rule], ROW, "") == ["It is The man slid the razor across his chin. so 7 {}."]
+    assert targets([parse_rule('{"meta": "sure"}')], RECORD) == ["true"]
+    assert targets([rule], RECORD) == ["It is The man slid the razor across his chin. so 7 {}."]
 
 
 def test_a_label_says_something_at_every_mask() -> None:
     spec = {"no": ["no", "{'meta':'choice1'}"], "yes": ["yes", 'because {"meta":"choice2"}']}
     rules = parse_rules(spec, ["yes", "no"], masks=2)
-    assert targets(rules[0], ROW, "") == ["yes", "because His stubble disappeared."]
-    assert targets(rules[1], ROW, "") == ["no", "His stubble grew."]
+    assert targets(rules[0], RECORD) == ["yes", "because His stubble disappeared."]
+    assert targets(rules[1], RECORD) == ["no", "His stubble grew."]
     for masks in (1, 3):
         with pytest.raises(RecipeError, match=f"`yes` has 2 texts for {masks} masks"):
             parse_rules(spec, ["yes", "no"], masks=masks)
+    with pytest.raises(RecipeError, match="`no` has 1 texts for 2 masks"):
+        parse_rules({**spec, "no": "no"}, ["yes", "no"])
     with pytest.raises(RecipeError, match="`yess` has none") as caught:
         parse_rules(spec, ["yess"], masks=2)
     assert caught.value.hint == "did you mean `yes`?"
 
 
-def test_text_in_quotes_may_hold_braces() -> None:
-    assert parse_rule('{"text": "a } b { \\" c"}') == (Piece("text", 'a } b { " c'),)
-    assert parse_rule("plain") == (Piece("text", "plain"),)
-
-
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ('so {"meta": "a"', "`{` at 3 isn't closed"),
-        ('so } {"meta": "a"}', "`}` at 3 closes nothing"),
-        ('{"mask"}', "takes one key"),
-        ("{}", "takes one key"),
-        ("{meta: a}", "at 0 is no piece"),
-        ("{__import__('os')}", "at 0 is no piece"),
-        ('x {"soft": "a"}', "`soft` at 2 is no piece of a target"),
-        ('{"meta": 3}', "`meta` at 0 takes text"),
-        ('{"meta": "a", "text": "b"}', "takes one key"),
+        ('so {"meta": "a"', "column 4: this { is never closed"),
+        ('so } {"meta": "a"}', "column 4: this } closes nothing"),
+        ('{"mask"}', "`mask` is no piece of a target"),
+        ('x {"soft": "a"}', "`soft` is no piece of a target"),
+        ("{__import__('os')}", "column 2: a key is text in quotes"),
+        ('{"meta": 3}', "column 1"),
     ],
 )
 def test_what_is_wrong_with_a_rule_is_told_with_its_position(text: str, told: str) -> None:
@@ -198,8 +196,11 @@ def test_what_is_wrong_with_a_rule_is_told_with_its_position(text: str, told: st
 
 
 def test_a_row_without_what_a_rule_names_is_told() -> None:
-    with pytest.raises(InputError, match=r"x.jsonl:4: it has no `choice3`") as caught:
-        targets([parse_rule('{"meta": "choice3"}')], ROW, "x.jsonl:4")
+    with pytest.raises(InputError, match=r"x.jsonl:4: .* has no `choice3`") as caught:
+        targets([parse_rule('{"meta": "choice3"}')], RECORD)
     assert caught.value.hint == "did you mean `choice2`?"
-    with pytest.raises(InputError, match="`meta` is not text"):
-        targets([parse_rule('{"placeholder": "meta"}')], ROW, "x.jsonl:4")
+    with pytest.raises(InputError, match=r"x.jsonl:4: .*`meta`: it is an object"):
+        targets([parse_rule('{"placeholder": "meta"}')], RECORD)
+    empty = Record("x.jsonl:5", 5, {"choice": " "})
+    with pytest.raises(InputError, match=r"x.jsonl:5: a label's text is empty"):
+        targets([parse_rule('{"meta": "choice"}')], empty)

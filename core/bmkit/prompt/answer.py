@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,15 +22,28 @@ from bmkit.errors import BmkitError, InputError, RecipeError
 from bmkit.plan import Job
 from bmkit.prompt import states, stored
 from bmkit.prompt.kinds import kind_of
-from bmkit.prompt.labels import Verbalizer
+from bmkit.prompt.labels import FILE, Verbalizer
 from bmkit.prompt.opening import context, open_model
 from bmkit.prompt.prompts import make
+from bmkit.prompt.ready import SEVERAL
+from bmkit.prompt.rows import ANSWERS
+from bmkit.prompt.rules import Rules
 from bmkit.prompt.states import States
 from bmkit.prompt.stored import SOFT, KeptPrompt
+from bmkit.prompt.tasks import longest
 from bmkit.prompting.encode import Encoded
+from bmkit.prompting.generation import parse_rules
+from bmkit.registry import load
 from bmkit.runtime.opening import peak_gpu_bytes
 from bmkit.runtime.recipe import GenerateRecipe
+from bmkit.verbalizers import wordweights
 
+SESSIONS = {
+    "tagging": "bmkit.prompt.answertags:TagSession",
+    "probing": "bmkit.prompt.answerwords:ProbeSession",
+    "generation": "bmkit.prompt.answertexts:TextSession",
+}
+"""By task, where rows are answered by more than a label."""
 WINDOW_BATCHES = 8
 """Rows of this many batches are sorted by length together: less padding, answers still flow."""
 
@@ -66,16 +79,22 @@ class Told:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class Asked:
     """A row that can be asked about."""
 
     id: Any
-    encoded: Encoded
+    encoded: list[Encoded]
+    """One, or of `task: tagging` one for each run of words."""
+    record: Record
 
 
 def run(job: Job) -> Session:
     """Open the job's prompt and what it was made on."""
-    return Session(job)
+    assert job.prompt is not None  # the pipeline sends prompts here
+    if (way := SESSIONS.get(stored.read(job.prompt.path).task)) is None:
+        return Session(job)
+    made: Session = load(way)(job)
+    return made
 
 
 class Session:
@@ -101,15 +120,18 @@ class Session:
             self.tokenizer,
             kind,
             words=kept.words if kept.multi_token_handler == "likelihood" else None,
-            context=context(config, job, adapters),
+            masks=kept.masks,
+            texts=parse_rules(kept.rules, kept.labels) if kept.rules else (),
+            prefix=kept.prefix,
+            context=_context(context(config, job, adapters), kept),
             max_seq_length=kept.max_seq_length,
             truncate_method=kept.truncate_method,
             decoder_start=getattr(config, "decoder_start_token_id", None),
             soft_start=soft_start,
         )
         self.verbalizer = _verbalizer(kept, folder)
-        size, most = recipe.batch_size, kept.max_seq_length
-        self.opened = open_model(job, kind, self.tokenizer, size, most, adapters)
+        most = longest(kept.task, kept.max_seq_length, kept.generate)
+        self.opened = open_model(job, kind, self.tokenizer, recipe.batch_size, most, adapters)
         if kept.soft:
             soft_files.load(self.opened.asker.model, folder / SOFT)
         self.rss_before_bytes = self.opened.rss_before_bytes
@@ -123,7 +145,7 @@ class Session:
         *,
         write: Callable[[str], None] | None = None,
         done: int = 0,
-    ) -> Iterator[Told | BadRow]:
+    ) -> Iterator[Any]:
         """Tell the labels of rows, in the order they came.
 
         Rows have a recipe's own column names, or the template's; one of `prompt` alone fills a
@@ -133,16 +155,16 @@ class Session:
         read = self._rest(given, done)
         size = 1 if write else self.batch_size * WINDOW_BATCHES
         while taken := list(itertools.islice(read, size)):
-            good = [found for found in taken if isinstance(found, _Asked)]
+            good = [found for found in taken if isinstance(found, Asked)]
             start = time.perf_counter()
             answers = iter(self._tell(good) if good else ())
             self.seconds += time.perf_counter() - start
-            self.tokens += sum(len(found.encoded.ids) for found in good)
+            self.tokens += sum(len(p.ids) for found in good for p in found.encoded)
             for found in taken:
                 yield found if isinstance(found, BadRow) else next(answers)
 
-    def _tell(self, asked: list[_Asked]) -> list[Told]:
-        prompts = [found.encoded for found in asked]
+    def _tell(self, asked: list[Asked]) -> Sequence[Any]:
+        prompts = [prompt for found in asked for prompt in found.encoded]
         said = self.verbalizer.ask(self.opened.asker, prompts)
         labels = self.verbalizer.label_logprobs(said)
         names = self.kept.labels
@@ -156,30 +178,34 @@ class Session:
             for found, row, own in zip(asked, labels.exp().tolist(), chosen, strict=True)
         ]
 
-    def _rest(self, given: Iterable[Row | BadRow], done: int) -> Iterator[_Asked | BadRow]:
+    def _rest(self, given: Iterable[Row | BadRow], done: int) -> Iterator[Asked | BadRow]:
         for number, row in enumerate(given):
             found = row if isinstance(row, BadRow) else self._read(number, row)
-            if done and isinstance(found, _Asked):
+            if done and isinstance(found, Asked):
                 done -= 1
             else:
                 yield found
 
-    def _read(self, number: int, row: Row) -> _Asked | BadRow:
+    def _read(self, number: int, row: Row) -> Asked | BadRow:
         """Turn a row into a prompt in tokens, or say what is wrong with it."""
         fields = self.prompts.fields
         values = row.values
         if set(values) - {"id"} == {"prompt"} and len(fields) == 1 and "prompt" not in fields:
             values = {**values, fields[0]: values["prompt"]}
         record = Record(f"line {row.line}", row.line, values)
-        columns = {k: v for k, v in self.kept.columns.items() if k != "label"}
+        columns = {k: v for k, v in self.kept.columns.items() if k not in ANSWERS}
         try:
             found = list(map_columns(record, columns, ours_too=True))
             if len(found) != 1:
                 return BadRow(row.line, f"it becomes {len(found)} rows by the prompt's columns")
-            (encoded,) = self.prompts.encode(found)
+            encoded = self._encoded(found[0])
         except (InputError, RecipeError) as exc:
             return BadRow(row.line, _plain(exc, record.where))
-        return _Asked(values.get("id", number), encoded)
+        return Asked(values.get("id", number), encoded, found[0])
+
+    def _encoded(self, record: Record) -> list[Encoded]:
+        """Return the prompts of a row."""
+        return self.prompts.encode([record])
 
     def figures(self) -> dict[str, Any]:
         """Return what a report says besides time and memory."""
@@ -194,15 +220,29 @@ class Session:
         self.opened.close()
 
 
+def _context(most: int | None, kept: KeptPrompt) -> int | None:
+    """Return how many tokens a prompt can have, with room for what is said behind it."""
+    if most is None or kept.task != "generation" or kept.model_kind != "causal":
+        return most
+    return most - kept.generate.max_new_tokens
+
+
 def _verbalizer(kept: KeptPrompt, folder: Path) -> Verbalizer | States:
     if kept.reads_states:
         return states.load(folder, tuple(kept.labels))
+    told: Verbalizer
+    if kept.verbalizer in SEVERAL:
+        told = Rules(
+            kept.words, kept.multi_token_handler, kept.combine, own_labels=tuple(kept.labels)
+        )
+        return told if kept.prior is None else told.with_prior(kept.prior)
     told = Verbalizer(
         kept.words,
         kept.multi_token_handler,
         kept.combine,
         kept.aggregate,
         several=kept.task == "multilabel",
+        module=wordweights.load(folder / FILE) if kept.word_weights else None,
     )
     return told if kept.prior is None else told.with_prior(kept.prior)
 

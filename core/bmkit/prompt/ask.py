@@ -67,6 +67,16 @@ class Asker:
         return self._gathered(prompts, 1, lambda p: masks.states(self.model, p, self.kind), done)
 
     @torch.inference_mode()
+    def each(
+        self,
+        prompts: Sequence[Encoded],
+        ask: Callable[[list[Encoded]], Tensor],
+        done: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Return what `ask` tells of batches of prompts, float32 [rows, values]; else as above."""
+        return self._gathered(prompts, 1, ask, done)
+
+    @torch.inference_mode()
     def vocabulary(
         self, prompts: Sequence[Encoded], done: Callable[[int], None] | None = None
     ) -> Tensor:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,9 +19,11 @@ from bmkit.prompting.encode import Encoded
 from bmkit.prompting.labelwords import LabelWords
 from bmkit.verbalizers import calibration, manual
 from bmkit.verbalizers.manual import Columns
+from bmkit.verbalizers.wordweights import WordWeights
 
 Handler = Literal["first", "mean", "max", "likelihood"]
 Over = Literal["logarithms", "probabilities"]
+FILE = "verbalizer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Verbalizer:
     over: Over = "logarithms"
     several: bool = False
     """Whether a row has any number of labels; they don't compete then."""
+    module: WordWeights | None = None
+    """What is trained: how much words count, if they don't count alike."""
     prior: Tensor | None = None
     """[labels, words]: log-probabilities of words without a row; -inf where there is none."""
 
@@ -108,7 +113,8 @@ class Verbalizer:
         words = manual.normalise(self.word_scores(said), self.columns.words)
         if self.prior is not None:
             words = calibration.apply(words, self.prior)
-        return manual.aggregate(words, self.columns.words, self.over)
+        weights = None if self.module is None else self.module.logits.to(words.device)
+        return manual.aggregate(words, self.columns.words, self.over, weights)
 
     def _scores(self, said: Tensor) -> Tensor:
         """Return the scores of labels of which a row may have several, [rows, labels]."""
@@ -123,6 +129,15 @@ class Verbalizer:
             return [(int(at),) for at in logprobs.argmax(-1)]
         above = logprobs > math.log(0.5)
         return [tuple(row.nonzero()[:, 0].tolist()) for row in above]
+
+    def weighted(self) -> Verbalizer:
+        """Return the verbalizer with weights of words to be trained, which are all alike."""
+        return replace(self, module=WordWeights(*self.columns.words.shape))
+
+    def save(self, folder: Path) -> None:
+        """Write the weights of words, if there are any."""
+        if self.module is not None:
+            self.module.save(folder / FILE)
 
     def kept_prior(self) -> list[list[float]] | None:
         """Return the prior as an artifact keeps it: by label, of each word."""

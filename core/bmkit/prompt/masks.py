@@ -24,6 +24,15 @@ def states(model: Any, prompts: Sequence[Encoded], kind: Kind) -> Tensor:
     return states_at(model, *_places(model, prompts, kind))
 
 
+def all_logits(model: Any, prompts: Sequence[Encoded], kind: Kind) -> Tensor:
+    """Return the logits at every mask, [rows, masks, vocabulary], of prompts with as many masks."""
+    inputs, width, rows, _ = _places(model, prompts, kind)
+    columns = torch.tensor([at for prompt in prompts for at in prompt.reads], device=rows.device)
+    count = len(prompts[0].reads)
+    found = logits_at(model, inputs, width, rows.repeat_interleave(count), columns)
+    return found.view(len(prompts), count, -1)
+
+
 def _places(model: Any, prompts: Sequence[Encoded], kind: Kind) -> Places:
     pad, device = pad_of(model), model.device
     ids, mask = padded([prompt.ids for prompt in prompts], pad, device)

@@ -9,6 +9,7 @@ from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers
 from bmkit.prompt import rows, stored, templates
 from bmkit.prompt.kinds import kind_of
 from bmkit.prompt.recipe import PromptRecipe
+from bmkit.prompt.tasks import longest
 from bmkit.runtime import budget
 from bmkit.runtime.budget import Placement, Sizes, place_any
 from bmkit.runtime.family import readable
@@ -39,7 +40,7 @@ def estimate(job: Job) -> Estimate:
         steps.insert(0, f"train {what}" + (f", with {seeds} seeds" if seeds > 1 else ""))
     if recipe.calibrate.type != "none":
         steps.append(f"calibrate: {recipe.calibrate.type}")
-    most = recipe.template.max_seq_length
+    most = longest(recipe.task, recipe.template.max_seq_length, recipe.generate)
     size = recipe.train.per_device_eval_batch_size
     if trains and placement(job, size, most) is not None:
         raise RecipeError(
@@ -62,8 +63,10 @@ def estimate_answers(job: Job) -> Estimate:
     kept = stored.read(job.prompt.path)
     headers = read_headers(job.checkpoint)
     kind_of(headers.config, kept.model_kind)
-    steps = [f"tell one of {len(kept.labels)} labels"]
-    return _estimate(job, headers, steps, recipe.batch_size, kept.max_seq_length)
+    told = {"probing": "the likeliest words", "generation": "a text"}
+    steps = [f"tell {told.get(kept.task, f'one of {len(kept.labels)} labels')}"]
+    most = longest(kept.task, kept.max_seq_length, kept.generate)
+    return _estimate(job, headers, steps, recipe.batch_size, most)
 
 
 def _estimate(

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from bmkit import model as models
 from bmkit.data.classes import Classes
+from bmkit.data.spans import TAGS, words_of
 from bmkit.errors import About, RecipeError
 from bmkit.plan import Job
-from bmkit.prompt import rows, stored, templates
+from bmkit.prompt import rows, stored, tagging, templates
 from bmkit.prompt.kinds import kind_of
 from bmkit.prompt.labels import Verbalizer
+from bmkit.prompt.measure import Row
 from bmkit.prompt.opening import context
 from bmkit.prompt.prompts import Prompts, make
 from bmkit.prompt.recipe import PromptRecipe
 from bmkit.prompt.rows import Split
+from bmkit.prompt.severalmasks import handler_of
 from bmkit.prompt.states import States
 from bmkit.prompt.stored import KeptPrompt
 from bmkit.prompting import labelwords
+from bmkit.prompting import template as language
 from bmkit.prompting.encode import Encoded, Kind, SoftRow
+from bmkit.prompting.generation import Rules, parse_rules
 from bmkit.prompting.labelwords import LabelWords
 from bmkit.prompting.wordfiles import read_words
+
+SEVERAL = ("ptr", "generation")
+"""Verbalizers of several masks."""
 
 
 class Ready:
@@ -44,13 +53,20 @@ class Ready:
         with About(f"verbalizer.{key}"):
             self.words: LabelWords = self._words()
             """There are none where they are searched, or labels have none."""
-        whole = recipe.verbalizer.multi_token_handler == "likelihood"
+            self.texts: Rules = self._texts()
+        own = self.texts or self.words.words if recipe.verbalizer.type in SEVERAL else ()
+        self.masks = len(own[0]) if own else 1
+        self.handler = handler_of(recipe, self.kind, self.masks)
+        whole = self.handler == "likelihood"
         with About(f"template.{next(iter(self.spec))}"):
             self.prompts: Prompts = make(
                 self.spec,
                 self.tokenizer,
                 self.kind,
                 words=self.words if whole else None,
+                masks=self.masks,
+                texts=self.texts,
+                prefix=recipe.verbalizer.prefix,
                 context=self._context(),
                 max_seq_length=recipe.template.max_seq_length,
                 truncate_method=recipe.template.truncate_method,
@@ -68,6 +84,8 @@ class Ready:
     def _context(self) -> int | None:
         most = context(self.config, self.job)
         front = sum(int(getattr(d, "num_virtual_tokens", 0)) for d in self.recipe.tune.deltas)
+        if self.recipe.task == "generation" and self.kind == "causal":
+            front += self.recipe.generate.max_new_tokens
         return None if most is None else most - front
 
     def _require_trained(self) -> None:
@@ -78,7 +96,8 @@ class Ready:
                 "it has soft tokens that begin at random, and nothing trains them",
                 hint="set tune.mode: soft, or give them words to begin as",
             )
-        if mode == "soft" and not self.soft and not self.recipe.verbalizer.reads_states:
+        spec = self.recipe.verbalizer
+        if mode == "soft" and not self.soft and not (spec.reads_states or spec.word_weights):
             raise RecipeError(
                 "it has no soft tokens, and tune.mode: soft trains nothing else",
                 hint="""put some in, as {"soft": "It was"}, or take tune.mode: delta""",
@@ -87,7 +106,7 @@ class Ready:
     def _words(self) -> LabelWords:
         spec = self.recipe.verbalizer
         names = self.classes.names
-        if spec.type in ("automatic", "prototypical"):
+        if spec.type in ("automatic", "prototypical", "generation", "none"):
             return _none(tuple(names))
         if (file := self.job.files.get("verbalizer.file_path")) is not None:
             words = read_words(file, names, spec.choice)
@@ -99,12 +118,25 @@ class Ready:
             self.tokenizer,
             prefix=spec.prefix,
             whole=spec.type == "one_to_one",
+            in_order=spec.type == "ptr",
             max_token_split=spec.max_token_split,
         )
         if spec.type == "knowledgeable":
             found = labelwords.delete_common(found)
-        labelwords.require_distinct(found, first_only=spec.multi_token_handler == "first")
+        first_only = spec.multi_token_handler == "first"
+        if spec.type == "ptr":
+            first_only = first_only and self.kind == "masked"
+        labelwords.require_distinct(found, first_only=first_only, in_order=spec.type == "ptr")
         return found
+
+    def _texts(self) -> Rules:
+        """Return what makes the texts of labels of a row, if that is how they are told."""
+        spec = self.recipe.verbalizer
+        if spec.type != "generation":
+            return ()
+        assert spec.label_words is not None  # the recipe has them
+        names = self.classes.names
+        return parse_rules(labelwords.parse(spec.label_words, names), names)
 
     @property
     def learns(self) -> bool:
@@ -119,9 +151,29 @@ class Ready:
         """
         held = [name for name in self.splits if name != "train" or self.learns]
         train = self.splits.get("train")
-        if not held and train is not None and all("label" in r.values for r in train.records):
+        key = TAGS if self.recipe.task == "tagging" else rows.LABEL
+        if not held and train is not None and all(key in r.values for r in train.records):
             held = ["train"]  # nothing is learned from it
         return {name: self.splits[name].labels(self.classes, self.recipe) for name in held}
+
+    def tagged(
+        self,
+        name: str,
+        right: Sequence[tuple[int, ...]],
+        chosen: Sequence[tuple[int, ...]],
+        logprobs: Sequence[float],
+    ) -> tuple[dict[str, float], list[Row]] | None:
+        """Return the figures of a split's tags, by the label of each prompt; else None.
+
+        That is so for other tasks, and for rows that were drawn from those of train.
+        """
+        split = self.splits.get(name)
+        if split is None or not split.whole or len(split.places) != len(right):
+            return None
+        own = rows.tagger(self.recipe, self.classes)
+        counts = [len(words_of(record)) for record in split.whole]
+        told = own.told(counts, split.places, [label for (label,) in chosen], logprobs)
+        return tagging.measure(told, [own.tagged(record) for record in split.whole])
 
     def prior_prompts(self, encoded: dict[str, list[Encoded]]) -> list[Encoded]:
         """Return the prompts to calibrate on; none if nothing is calibrated.
@@ -144,10 +196,10 @@ class Ready:
         chosen = random.Random(self.recipe.seed).sample(range(len(there)), spec.num_examples)
         return [there[at] for at in sorted(chosen)]
 
-    def kept(self, told: Verbalizer | States, **trained: Any) -> KeptPrompt:
+    def kept(self, told: Verbalizer | States | None, **trained: Any) -> KeptPrompt:
         """Return what the artifact keeps; `trained` is what training has made besides."""
         recipe = self.recipe
-        words = told.words if isinstance(told, Verbalizer) else _none(told.labels)
+        words = told.words if isinstance(told, Verbalizer) else _none(self.classes.names)
         return KeptPrompt.model_validate(
             {
                 "task": recipe.task,
@@ -159,15 +211,28 @@ class Ready:
                 "labels": list(self.classes.names),
                 "verbalizer": recipe.verbalizer.type,
                 "label_words": words.values(),
-                "multi_token_handler": recipe.verbalizer.multi_token_handler,
+                "multi_token_handler": self.handler,
                 "combine": recipe.verbalizer.combine,
                 "aggregate": recipe.verbalizer.aggregate,
                 "calibration": recipe.calibrate.type,
-                "prior": told.kept_prior(),
+                "prior": None if told is None else told.kept_prior(),
+                "prefix": recipe.verbalizer.prefix,
+                "rules": self._rules(),
+                "word_weights": recipe.verbalizer.word_weights,
+                "none": recipe.data.none,
+                "tagging": recipe.tagging.model_dump(),
+                "probing": recipe.probing.model_dump(exclude={"candidates", "candidates_file"}),
+                "generate": recipe.generate.model_dump(),
                 "vocabulary": stored.vocabulary_digest(self.tokenizer),
                 **trained,
             }
         )
+
+    def _rules(self) -> dict[str, list[str]]:
+        return {
+            label: [language.to_text(rule) for rule in own]
+            for label, own in zip(self.classes.names, self.texts, strict=False)
+        }
 
 
 def _none(labels: tuple[str, ...]) -> LabelWords:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
-from bmkit.errors import BmkitError, RecipeError
+from bmkit.prompt.calibrate import Calibrate
 from bmkit.prompt.learning import LearningSetting, PromptTrain, Trained
+from bmkit.prompt.pointing import PointingAt
+from bmkit.prompt.severalmasks import require_masks
+from bmkit.prompt.tasks import Generate, Probing, Tagging, Task, require_task, with_verbalizer
 from bmkit.prompting import labelwords
 from bmkit.recipe import Model, Recipe, contradiction
 
@@ -43,6 +45,11 @@ class Data(Model):
     )
     separator: str | None = Field(
         default=None, min_length=1, description="Of `task: multilabel`: what is between labels."
+    )
+    none: str | None = Field(
+        default=None,
+        description="Of `relation` and `tagging`: the label of what is nothing, which F1 leaves "
+        "out.",
     )
 
     @field_validator("labels", mode="before")
@@ -95,7 +102,7 @@ class TemplateSpec(Model):
             problem = f"it goes without `{said[0]}`" if said else f"one of {names} is required"
             raise contradiction(said[1] if said else "text", problem)
         if said[0] != "file_path":
-            with _PointingAt(said[0]):
+            with PointingAt(said[0]):
                 parse(self.model_dump(include={said[0]}), said[0])
         return self
 
@@ -103,14 +110,24 @@ class TemplateSpec(Model):
 class VerbalizerSpec(Model):
     """Which words stand for labels."""
 
-    type: Literal["manual", "one_to_one", "knowledgeable", "automatic", "soft", "prototypical"] = (
-        Field(
-            default="manual",
-            description="`manual`: words of any number of tokens; `one_to_one`: one word for each "
-            "label, of one token; `knowledgeable`: many words, of which those are kept that fit; "
-            "`automatic`: words that are searched on rows; `soft`: a trained row of the head for "
-            "each label; `prototypical`: a point among the states at the mask for each label.",
-        )
+    type: Literal[
+        "manual",
+        "one_to_one",
+        "knowledgeable",
+        "automatic",
+        "soft",
+        "prototypical",
+        "ptr",
+        "generation",
+        "none",
+    ] = Field(
+        default="manual",
+        description="`manual`: words of any number of tokens; `one_to_one`: one word for each "
+        "label, of one token; `knowledgeable`: many words, of which those are kept that fit; "
+        "`automatic`: words that are searched on rows; `soft`: a trained row of the head for "
+        "each label; `prototypical`: a point among the states at the mask for each label; `ptr`: "
+        "a word for each mask of the template; `generation`: texts that each row has for its "
+        "labels; `none`: of tasks without labels.",
     )
     label_words: dict[str, str | list[str]] | list[str | list[str]] | None = Field(
         default=None,
@@ -167,6 +184,10 @@ class VerbalizerSpec(Model):
         default=True,
         description="Of `automatic`: a label's rows count together as much as all others.",
     )
+    word_weights: bool = Field(
+        default=False,
+        description="With `tune.mode`: how much each word counts for its label is trained.",
+    )
     size: int = Field(default=64, ge=1, description="Of `prototypical`: its points' dimensions.")
     epochs: int = Field(
         default=50,
@@ -176,7 +197,8 @@ class VerbalizerSpec(Model):
     learning_rate: float | None = Field(
         default=None,
         gt=0,
-        description="Of `soft` and `prototypical`: another learning rate for what they train.",
+        description="Another learning rate for what `soft`, `prototypical` and `word_weights` "
+        "train.",
     )
 
     @property
@@ -191,10 +213,10 @@ class VerbalizerSpec(Model):
 
     @model_validator(mode="after")
     def _words_are_somewhere(self) -> VerbalizerSpec:
-        if self.type in ("automatic", "prototypical"):
+        if self.type in ("automatic", "prototypical", "none"):
             for said in ("label_words", "file_path"):
                 if getattr(self, said) is not None:
-                    raise contradiction(said, f"`{self.type}` finds its own")
+                    raise contradiction(said, f"`{self.type}` finds its own, or has none")
             return self
         if (self.label_words is None) == (self.file_path is None):
             problem = "it goes without `label_words`"
@@ -205,10 +227,10 @@ class VerbalizerSpec(Model):
         listed = list(words.values() if isinstance(words, dict) else words or ())
         if self.type == "one_to_one" and any(len(_listed(own)) != 1 for own in listed):
             raise contradiction("label_words", "`one_to_one` takes one word for each label")
-        seen: dict[frozenset[str], str] = {}
+        seen: dict[frozenset[str] | tuple[str, ...], str] = {}
         names = list(words) if isinstance(words, dict) else [f"number {i}" for i in range(99)]
         for name, own in zip(names, listed, strict=False):
-            key = frozenset(_listed(own))
+            key = tuple(_listed(own)) if self.type == "ptr" else frozenset(_listed(own))
             if key in seen:
                 raise contradiction(
                     "label_words", f"`{seen[key]}` and `{name}` have the same words"
@@ -219,24 +241,6 @@ class VerbalizerSpec(Model):
 
 def _listed(own: str | list[str]) -> list[str]:
     return [own] if isinstance(own, str) else own
-
-
-class Calibrate(Model):
-    """What a template makes likely by itself is divided away."""
-
-    type: Literal["none", "content_free", "contextual"] = Field(
-        default="none",
-        description="`content_free`: measured on inputs that say nothing (arXiv 2102.09690); "
-        "`contextual`: on rows without their labels (arXiv 2108.02035).",
-    )
-    num_examples: int = Field(
-        default=50, ge=1, description="Of `contextual`: rows of train, else of test."
-    )
-    texts: list[str] = Field(
-        default=["", "N/A", "[MASK]"],
-        min_length=1,
-        description="Of `content_free`: what stands in the place of a row's texts.",
-    )
 
 
 class PromptRecipe(Recipe):
@@ -253,6 +257,12 @@ class PromptRecipe(Recipe):
         "train_accuracy",
         "train_macro_f1",
         "train_micro_f1",
+        "precision_at_1",
+        "precision_at_10",
+        "mean_reciprocal_rank",
+        "exact_match",
+        "token_f1",
+        "rouge_l",
         "rows_truncated",
         "train_loss",
         "trainable_parameters",
@@ -261,13 +271,17 @@ class PromptRecipe(Recipe):
         "data.train",
         "data.dev",
         "data.test",
+        "probing.candidates_file",
         "template.file_path",
         "verbalizer.file_path",
     )
 
     kind: Literal["prompt"]
-    task: Literal["classification", "multilabel"] = Field(
-        default="classification", description="Each row has one label, or any number of them."
+    task: Task = Field(
+        default="classification",
+        description="Each row has one label, or any number of them; two entities (`head`, `tail`) "
+        "and one of their relations; words (`tokens`, `tags`); an `object` to be named; a `target` "
+        "to be said.",
     )
     model_kind: Kind = Field(
         default="auto", description="How the model is asked; `auto` goes by its config."
@@ -276,9 +290,17 @@ class PromptRecipe(Recipe):
     template: TemplateSpec
     verbalizer: VerbalizerSpec
     calibrate: Calibrate = Calibrate()
+    tagging: Tagging = Tagging()
+    probing: Probing = Probing()
+    generate: Generate = Generate()
     tune: Trained = Trained()
     learning_setting: LearningSetting = LearningSetting()
     train: PromptTrain = PromptTrain()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tasks_without_labels(cls, values: Any) -> Any:
+        return with_verbalizer(values)
 
     @model_validator(mode="after")
     def _labels_have_words(self) -> PromptRecipe:
@@ -286,8 +308,10 @@ class PromptRecipe(Recipe):
         if labels is not None and len(labels) < 2:
             raise contradiction("data.labels", "there is one label only: nothing to tell apart")
         if labels is not None and words is not None:
-            with _PointingAt("verbalizer.label_words"):
+            with PointingAt("verbalizer.label_words"):
                 labelwords.parse(words, labels)
+        require_task(self)
+        require_masks(self)
         if self.verbalizer.type == "knowledgeable" and self.calibrate.type != "contextual":
             raise contradiction(
                 "calibrate.type", "`knowledgeable` refines words on rows: take contextual"
@@ -356,23 +380,3 @@ class PromptRecipe(Recipe):
             return tuple(dict.fromkeys(said.values()))
         words = self.verbalizer.label_words
         return tuple(words) if isinstance(words, dict) else None
-
-
-class _PointingAt:
-    """A block in which a refusal becomes one of the recipe, at a key."""
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-
-    def __enter__(self) -> None:
-        """Do nothing."""
-
-    def __exit__(self, kind: Any, exc: BaseException | None, _: Any) -> None:
-        """Raise what points at the key in the place of a RecipeError."""
-        if isinstance(exc, RecipeError):
-            raise refusal(self.key, exc) from None
-
-
-def refusal(key: str, exc: BmkitError) -> PydanticCustomError:
-    """Return what a validator raises for an error of the template or the words."""
-    return contradiction(key, f"{exc}\n   = {exc.hint}" if exc.hint else str(exc))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bmkit.data import classes
@@ -12,8 +12,12 @@ from bmkit.data.columns import read_rows
 from bmkit.data.tabular import Record
 from bmkit.errors import RecipeError
 from bmkit.prompt.recipe import PromptRecipe
+from bmkit.prompt.tagging import Place, Tagger
+from bmkit.prompt.tasks import WITHOUT_LABELS
 
 LABEL = "label"
+ANSWERS = (LABEL, "tags", "object", "target")
+"""Columns of what is to be told: rows of `infer` do without."""
 SPLITS = ("train", "dev", "test")
 
 
@@ -23,9 +27,16 @@ class Split:
 
     name: str
     records: list[Record]
+    """One for each prompt."""
+    whole: list[Record] = field(default_factory=list)
+    """Of `task: tagging`: the rows as the file has them."""
+    places: list[Place] = field(default_factory=list)
+    """Of `task: tagging`: which words of which row each prompt is about."""
 
     def labels(self, known: Classes, recipe: PromptRecipe) -> list[tuple[int, ...]]:
         """Return each row's labels. Raises InputError naming a row whose label is unknown."""
+        if recipe.task == "tagging":
+            return [(one,) for one in tagger(recipe, known).right(self.whole, self.places)]
         if recipe.task == "multilabel":
             separator = recipe.data.separator
             return [known.several(r, LABEL, separator=separator) for r in self.records]
@@ -43,11 +54,29 @@ def read(recipe: PromptRecipe, files: Mapping[str, Path]) -> dict[str, Split]:
                 data.columns,
                 header=data.header,
                 quoted=data.quoted,
-                optional=(LABEL,) if name == "train" else (),
+                optional=ANSWERS if name == "train" else (),
             )
             classes.require_rows(records, f"data.{name}: {path}")
             found[name] = Split(name, records)
+            if recipe.task == "tagging":
+                found[name] = _spread(recipe, found[name])
     return found
+
+
+def tagger(recipe: PromptRecipe, known: Classes) -> Tagger:
+    """Return what makes prompts of rows of words."""
+    return Tagger(recipe.tagging, known, recipe.data.none)
+
+
+def _spread(recipe: PromptRecipe, split: Split) -> Split:
+    """Return a split with a row for each prompt; of train, those that are learned from."""
+    assert recipe.labels is not None  # the recipe names them
+    own = tagger(recipe, Classes.of(recipe.data.labels or recipe.labels))
+    places = own.places(split.records)
+    if split.name == "train" and recipe.learning_setting.type != "zero_shot":
+        right = own.right(split.records, places)
+        places = [places[at] for at in own.sampled(places, right, recipe.seed)]
+    return Split(split.name, own.records(split.records, places), split.records, places)
 
 
 def labels_of(recipe: PromptRecipe, splits: Mapping[str, Split]) -> Classes:
@@ -55,6 +84,8 @@ def labels_of(recipe: PromptRecipe, splits: Mapping[str, Split]) -> Classes:
 
     Raises InputError if there is one alone, RecipeError if nothing tells them.
     """
+    if recipe.task in WITHOUT_LABELS:
+        return Classes((), {})
     if recipe.data.labels is not None:
         known = Classes.of(recipe.data.labels)
     elif recipe.labels is not None:

@@ -19,8 +19,10 @@ from bmkit.prompt.ready import Ready
 from bmkit.prompt.recipe import PromptRecipe
 from bmkit.prompt.refined import knowledgeable
 from bmkit.prompt.rounds import Done, Round, Rows, each, rounds
+from bmkit.prompt.rules import Rules
 from bmkit.prompt.states import States
 from bmkit.prompting.encode import Encoded
+from bmkit.registry import load
 from bmkit.verbalizers import automatic, calibration, manual
 from bmkit.verbalizers.prototypes import Prototypes
 from bmkit.verbalizers.softwords import SoftWords
@@ -32,9 +34,14 @@ METHODS = {
     "automatic": automatic.search,
     "soft": SoftWords,
     "prototypical": Prototypes,
+    "ptr": Rules,
+    "generation": Rules,
     "content_free": calibration.prior,
     "contextual": calibration.prior,
 }
+
+TASKS = {"probing": "bmkit.prompt.probing:run", "generation": "bmkit.prompt.generating:run"}
+"""By task, what performs a recipe without labels."""
 
 
 def run(job: Job) -> Outcome:
@@ -46,14 +53,16 @@ def run(job: Job) -> Outcome:
     assert isinstance(recipe, PromptRecipe)  # the registry pairs recipe and engine
     if job.threads:
         torch.set_num_threads(job.threads)
+    if (way := TASKS.get(recipe.task)) is not None:
+        outcome: Outcome = load(way)(job)
+        return outcome
     ready = Ready(job)
     encoded = {name: ready.prompts.encode(s.records) for name, s in ready.splits.items()}
     found = rounds(ready, encoded, ready.right())
     prior = ready.prior_prompts(encoded)
     if not found[0].measured:
         job.reporter.warn("nothing is measured: there is no data.test and no data.dev")
-    handler = recipe.verbalizer.multi_token_handler
-    if handler != "likelihood" and any(p.behind for own in encoded.values() for p in own):
+    if ready.handler != "likelihood" and any(p.behind for own in encoded.values() for p in own):
         job.reporter.warn(
             "the model doesn't read what is behind the mask: multi_token_handler: likelihood does"
         )
@@ -87,7 +96,7 @@ def _perform(
         trained["seed"] = one.seed
     said = _ask(job, opened, told, {name: rows.prompts for name, rows in one.measured.items()})
     opened.close()
-    figures, table = _measured(told, said, one.measured)
+    figures, table = _measured(ready, told, said, one.measured)
     measured = [p for rows in one.measured.values() for p in rows.prompts]
     metrics |= figures
     if isinstance(told, Verbalizer):
@@ -108,14 +117,21 @@ def _ask(
 
 
 def _measured(
-    told: Verbalizer | States, said: Mapping[str, Tensor], measured: Mapping[str, Rows]
+    ready: Ready,
+    told: Verbalizer | States,
+    said: Mapping[str, Tensor],
+    measured: Mapping[str, Rows],
 ) -> tuple[dict[str, Any], list[dict[str, float | int | str]]]:
     """Return the figures of test, of dev by `dev_…`, and a line for each split and label."""
     metrics: dict[str, Any] = {}
     table: list[dict[str, float | int | str]] = []
     for name, own in measured.items():
-        chosen = told.chosen(told.label_logprobs(said[name]))
-        figures, lines = measure(chosen, own.right, told.labels)
+        logprobs = told.label_logprobs(said[name])
+        chosen = told.chosen(logprobs)
+        found = ready.tagged(name, own.right, chosen, logprobs.amax(-1).tolist())
+        if found is None:
+            found = measure(chosen, own.right, told.labels, ready.recipe.data.none)
+        figures, lines = found
         prefix = "" if name == "test" else f"{name}_"
         metrics |= {f"{prefix}{figure}": value for figure, value in figures.items()}
         metrics[f"{prefix}rows"] = len(own.right)

@@ -18,12 +18,12 @@ from bmkit.errors import InputError, first_line
 from bmkit.model import save_tensors
 from bmkit.prompt import masks
 from bmkit.prompt.ask import Asker
+from bmkit.prompt.labels import FILE
 from bmkit.prompting.encode import Encoded
 from bmkit.prompting.labelwords import LabelWords
 from bmkit.verbalizers.prototypes import Prototypes
 from bmkit.verbalizers.softwords import SoftWords
 
-FILE = "verbalizer.safetensors"
 NAME = "bmkit_verbalizer"
 """What a model calls its verbalizer while both are trained."""
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bmkit.errors import InputError
+from bmkit.prompt.tasks import WITHOUT_LABELS, Generate, Probing, Tagging, Task
 from bmkit.prompting.labelwords import LabelWords
 
 FILE = "prompt.json"
@@ -40,14 +41,14 @@ class KeptPrompt(_Part):
     """What a prompt artifact says. Of its base it holds the vocabulary's digest alone."""
 
     version: Literal[1] = 1
-    task: Literal["classification", "multilabel"]
+    task: Task
     model_kind: Literal["masked", "causal", "seq2seq"]
     template: dict[str, Any]
     """`text`, `jinja` or `chat`."""
     truncate_method: Literal["tail", "head", "balanced"]
     max_seq_length: int
     columns: dict[str, str | int]
-    labels: list[str] = Field(min_length=2)
+    labels: list[str]
     verbalizer: str
     label_words: dict[str, list[KeptWord]]
     multi_token_handler: Literal["first", "mean", "max", "likelihood"]
@@ -55,11 +56,24 @@ class KeptPrompt(_Part):
     aggregate: Literal["logarithms", "probabilities"]
     calibration: str
     prior: list[list[float]] | None
-    """By label, the log-probability of each word without a row."""
+    """By label, the log-probability of each word without a row; of `ptr`, of the label itself."""
+    prefix: str = " "
+    """What is before each text of `rules`."""
+    rules: dict[str, list[str]] = {}
+    """By label, what makes the text at each mask of a row, in the place of words."""
     soft: list[KeptRow] = []
     """The template's soft tokens, whose rows are in `soft/`."""
     adapters: list[str] = []
     """What was trained beside the model, in its order: each in `adapters/` by this name."""
+    word_weights: bool = False
+    """Whether `verbalizer.safetensors` holds how much words count."""
+    none: str | None = None
+    """Of relations and tags: the label of what is nothing."""
+    tagging: Tagging = Tagging()
+    probing: Probing = Probing()
+    candidates: list[KeptWord] = []
+    """Of `probing`: what may be the answer, in tokens; without any, the vocabulary."""
+    generate: Generate = Generate()
     seed: int | None = None
     """Of the run that this prompt is of, if it was trained."""
     vocabulary: str
@@ -67,9 +81,11 @@ class KeptPrompt(_Part):
 
     @model_validator(mode="after")
     def _fits(self) -> KeptPrompt:
+        if self.task not in WITHOUT_LABELS and len(self.labels) < 2:
+            raise ValueError("there are two labels at least")
         if list(self.label_words) != self.labels:
             raise ValueError("label_words are not those of labels")
-        sizes = [len(own) for own in self.label_words.values()]
+        sizes = [1 if self.verbalizer == "ptr" else len(w) for w in self.label_words.values()]
         if self.prior is not None and [len(own) for own in self.prior] != sizes:
             raise ValueError("prior is not that of label_words")
         return self
@@ -78,6 +94,13 @@ class KeptPrompt(_Part):
     def reads_states(self) -> bool:
         """Tell whether labels are told from states at masks, and not by words."""
         return self.verbalizer in ("soft", "prototypical")
+
+    @property
+    def masks(self) -> int:
+        """Return how many masks the template has."""
+        if self.rules:
+            return len(next(iter(self.rules.values())))
+        return len(self.label_words[self.labels[0]]) if self.verbalizer == "ptr" else 1
 
     @property
     def words(self) -> LabelWords:
@@ -121,12 +144,18 @@ def described(kept: KeptPrompt) -> list[str]:
     lines += [f"beside   {name}, in adapters/{name}" for name in kept.adapters]
     for at, (label, own) in enumerate(kept.label_words.items()):
         said = [f"{word.text!r} ({' '.join(map(str, word.ids))})" for word in own]
-        if kept.prior is not None:
+        if label in kept.rules:
+            said = kept.rules[label]
+        elif kept.prior is not None and kept.verbalizer == "ptr":
+            said.append(f"in all {math.exp(kept.prior[at][0]):.4f}")
+        elif kept.prior is not None:
             shares = [f"{math.exp(held):.4f}" for held in kept.prior[at]]
             said = [f"{word} {share}" for word, share in zip(said, shares, strict=True)]
         if kept.reads_states:
             said = [f"by a {kept.verbalizer} verbalizer"]
         lines.append(f"label    {label}: {', '.join(said)}")
+    if kept.task in WITHOUT_LABELS:
+        return [*lines, f"task     {kept.task}"]
     what = {"none": "none", "content_free": "by texts that say nothing"}.get(
         kept.calibration, "by rows without labels"
     )

@@ -23,6 +23,7 @@ from bmkit.prompt.ready import Ready
 from bmkit.prompt.rounds import Round, Rows
 from bmkit.prompt.states import States
 from bmkit.prompt.stored import SOFT
+from bmkit.prompt.texts import Writer
 from bmkit.train.dev import Dev
 from bmkit.train.dropout import replace_dropout
 from bmkit.train.ranks import Ranks
@@ -80,7 +81,12 @@ def _require_patched(model: Any) -> None:
 
 
 def learn(
-    job: Job, ready: Ready, asker: Asker, told: Verbalizer | States, one: Round, work: Path
+    job: Job,
+    ready: Ready,
+    asker: Asker,
+    told: Verbalizer | States | Writer,
+    one: Round,
+    work: Path,
 ) -> dict[str, Any]:
     """Train what is attached on a run's rows by the loss of their labels; return the figures.
 
@@ -89,8 +95,8 @@ def learn(
     """
     recipe, model = ready.recipe, asker.model
     base = base_of(model)
-    if isinstance(told, States):
-        base.add_module(states.NAME, told.module.requires_grad_(True))
+    if (module := told.module) is not None:
+        base.add_module(states.NAME, module.to(base.device).requires_grad_(True))
     examples: list[Any] = [
         {"input_ids": [*prompt.ids, *prompt.behind, *prompt.decoder_ids], "row": number}
         for number, prompt in enumerate(one.train.prompts)
@@ -128,9 +134,9 @@ def learn(
         callbacks=ranks,
         rates=_rates(ready, model, told),
     )
-    if isinstance(told, States):
+    if module is not None:
         delattr(base, states.NAME)
-        told.module.eval().requires_grad_(False)
+        module.eval().requires_grad_(False)
     if (rows := soft_rows.of(model)) is not None:
         rows.settle()
     model.eval()
@@ -142,17 +148,19 @@ def learn(
     return found if done.best_step is None else {**found, "best_step": done.best_step}
 
 
-def _rates(ready: Ready, model: Any, told: Verbalizer | States) -> Rates:
+def _rates(ready: Ready, model: Any, told: Verbalizer | States | Writer) -> Rates:
     found: list[tuple[Any, float]] = []
     rows, spec = soft_rows.of(model), ready.recipe
     if rows is not None and spec.tune.learning_rate is not None:
         found.append((rows, spec.tune.learning_rate))
-    if isinstance(told, States) and spec.verbalizer.learning_rate is not None:
+    if told.module is not None and spec.verbalizer.learning_rate is not None:
         found.append((told.module, spec.verbalizer.learning_rate))
     return found
 
 
-def _dev(ready: Ready, asker: Asker, told: Verbalizer | States, rows: Rows | None) -> Dev | None:
+def _dev(
+    ready: Ready, asker: Asker, told: Verbalizer | States | Writer, rows: Rows | None
+) -> Dev | None:
     """Return what is measured while training; None without held-out rows, or if nobody asked."""
     spec = ready.recipe.train
     best = spec.load_best_model_at_end or spec.early_stopping_patience is not None
@@ -162,11 +170,14 @@ def _dev(ready: Ready, asker: Asker, told: Verbalizer | States, rows: Rows | Non
     name = spec.metric_for_best_model or "dev_loss"
     targets = told.targets(held.right)
 
+    @torch.no_grad()
     def figures() -> dict[str, float]:
         said = told.ask(asker, held.prompts)
         loss = float(told.loss(said.to(asker.model.device), targets)) / targets.numel()
+        if isinstance(told, Writer):
+            return {"dev_loss": loss}
         chosen = told.chosen(told.label_logprobs(said))
-        measured, _ = measure(chosen, held.right, told.labels)
+        measured, _ = measure(chosen, held.right, told.labels, ready.recipe.data.none)
         return {
             "dev_loss": loss,
             "dev_accuracy": measured["accuracy"],
@@ -182,7 +193,9 @@ def _dev(ready: Ready, asker: Asker, told: Verbalizer | States, rows: Rows | Non
     )
 
 
-def write(ready: Ready, asker: Asker, told: Verbalizer | States, folder: Path) -> dict[str, Any]:
+def write(
+    ready: Ready, asker: Asker, told: Verbalizer | States | None, folder: Path
+) -> dict[str, Any]:
     """Write what was trained into an artifact's directory; return what its file says of that."""
     found: dict[str, Any] = {}
     if (rows := soft_rows.of(asker.model)) is not None:
@@ -202,6 +215,6 @@ def write(ready: Ready, asker: Asker, told: Verbalizer | States, folder: Path) -
         compose.save(asker.model, name, folder / artifact.DELTAS / name)
     if called:
         found["adapters"] = called
-    if isinstance(told, States):
+    if told is not None:
         told.save(folder)
     return found

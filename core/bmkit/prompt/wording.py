@@ -9,9 +9,10 @@ import torch
 from bmkit.prompt import states
 from bmkit.prompt.ask import Asker
 from bmkit.prompt.labels import Verbalizer
-from bmkit.prompt.ready import Ready
+from bmkit.prompt.ready import SEVERAL, Ready
 from bmkit.prompt.refined import knowledgeable
 from bmkit.prompt.rounds import Rows
+from bmkit.prompt.rules import Rules
 from bmkit.prompt.states import States
 from bmkit.prompting.encode import Encoded
 from bmkit.prompting.labelwords import LabelWords
@@ -43,6 +44,8 @@ def begun(
     words = ready.words
     if spec.type == "automatic":
         words = _searched(ready, asker, train)
+    if spec.type in SEVERAL:
+        return Rules(words, ready.handler, spec.combine, own_labels=labels)
     words_told = Verbalizer(
         words,
         spec.multi_token_handler,
@@ -51,8 +54,8 @@ def begun(
         several=ready.recipe.task == "multilabel",
     )
     if spec.type == "knowledgeable":
-        return knowledgeable(words_told, asker, plain, spec)
-    return words_told
+        words_told = knowledgeable(words_told, asker, plain, spec)
+    return words_told.weighted() if spec.word_weights else words_told
 
 
 def _searched(ready: Ready, asker: Asker, train: Rows) -> LabelWords:

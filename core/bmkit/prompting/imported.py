@@ -82,6 +82,8 @@ def convert(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if isinstance(seed := from_.take("reproduce.seed"), int) and seed >= 0:
         recipe["seed"] = seed
     recipe["data"] = _data(from_, notes)
+    if task == "generation" and recipe["data"]["columns"].pop("label", None) is not None:
+        recipe["data"]["columns"]["target"] = "tgt_text"
     tune = {"mode": "none" if from_.take("plm.optimize.freeze_para") else "full"}
     recipe["template"] = _template(from_, tune, notes)
     if (verbalizer := _verbalizer(from_, notes)) is not None:

@@ -185,6 +185,21 @@ def token_ids(tokenizer: Any, text: str, prefix: str = "") -> tuple[int, ...]:
     return tuple(_plain(tokenizer, prefix + text))
 
 
+def word(text: str, tokenizer: Any, prefix: str = " ") -> Word:
+    """Return `text` as it goes on behind `prefix`, with its tokens.
+
+    Raises InputError for a text of which the tokenizer makes unknown tokens, or none.
+    """
+    own = "" if text.startswith(AS_IT_IS) else prefix
+    text = text.removeprefix(AS_IT_IS)
+    ids = token_ids(tokenizer, text, own)
+    if not ids or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids):
+        raise InputError(
+            f"`{text}` is no word to the tokenizer", hint=_alternatives(tokenizer, text)
+        )
+    return Word(own + text, ids)
+
+
 def _plain(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -146,14 +146,16 @@ def rule_logprobs(scores: Tensor, columns: Columns, handler: Handler = "first") 
     A label has one word at each mask, resolved `in_order`, and is as likely as all of them
     together (PTR, arXiv 2105.11259).
     """
-    total: Tensor | None = None
-    for mask in range(columns.places.shape[1]):
-        tokens = columns.tokens[:, mask]
-        one = _handled(scores[:, mask][:, columns.places[:, mask]], tokens, handler)
-        total = one if total is None else total + one
-    if total is None:
-        raise ValueError("there is no mask")
-    return total.log_softmax(-1)
+    return rule_scores(scores, columns, handler).sum(1).log_softmax(-1)
+
+
+def rule_scores(scores: Tensor, columns: Columns, handler: Handler = "first") -> Tensor:
+    """Return the scores of each label's word at each mask, [rows, masks, labels]."""
+    each = [
+        _handled(scores[:, mask][:, columns.places[:, mask]], columns.tokens[:, mask], handler)
+        for mask in range(columns.places.shape[1])
+    ]
+    return torch.stack(each, 1)
 
 
 def label_scores(scores: Tensor, words: Tensor) -> Tensor:

@@ -100,14 +100,14 @@ def talk(session: DuplexSession, tokens: int) -> None:
     session.logits()
 
 
-def slices(model: Path, threads: int, rounds: int) -> dict[str, Any]:
+def slices(model: Path, threads: int, rounds: int, histories: list[int]) -> dict[str, Any]:
     """Return what a slice costs at several histories, on the cache and read anew, interleaved."""
     found: dict[str, Any] = {}
     for quant in (None, "int8"):
         with opened(model, quant=quant, threads=threads) as ready:
             session = ready.session()
             mine = found.setdefault(quant or "bf16", {})
-            for history in (256, 1024, 4096):
+            for history in histories:
                 talk(session, history)
                 mine[str(history)] = figures(costs(session, rounds))
     return found
@@ -209,7 +209,7 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
     """Return p50, p95 and the most."""
     if len(seconds) < 2:
         return {}
-    cuts = statistics.quantiles(seconds, n=100)
+    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
     found = {"p50": cuts[49], "p95": cuts[94], "most": max(seconds)}
     return {name: round(value, 4) for name, value in found.items()}
 
@@ -221,6 +221,7 @@ def several(model: Path, threads: int, rounds: int, count: int = 4) -> dict[str,
         for session in sessions:
             talk(session, 1024)
         whole: dict[str, list[float]] = {}
+        cpu = time.process_time()
         for _ in range(rounds):
             for name, policy in (("heard", SILENT), ("spoken", SPEAKS)):
                 for session in sessions:
@@ -232,8 +233,10 @@ def several(model: Path, threads: int, rounds: int, count: int = 4) -> dict[str,
                 for worker in workers:
                     worker.join()
                 whole.setdefault(name, []).append(time.perf_counter() - start)
+        cpu = time.process_time() - cpu
     return {
         "sessions": count,
+        "cpu_seconds_a_slice": round(cpu / (2 * rounds * count), 4),
         "history": 1024,
         "wall_seconds_of_all": {name: quantiles(took) for name, took in whole.items()},
     }
@@ -245,13 +248,15 @@ def main() -> None:
     parser.add_argument("--only", default="slices,idle,long,sessions")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--histories", default="256,1024,4096")
     parser.add_argument("--hours", type=float, default=2.0)
     given = parser.parse_args()
+    histories = [int(tokens) for tokens in given.histories.split(",")]
     facts = machine.facts()
     torch.set_num_threads(given.threads)
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     parts: dict[str, Callable[[Path], dict[str, Any]]] = {
-        "slices": lambda model: slices(model, given.threads, given.rounds),
+        "slices": lambda model: slices(model, given.threads, given.rounds, histories),
         "idle": lambda model: idle(model, given.threads),
         "long": lambda model: long(model, given.threads, given.hours),
         "sessions": lambda model: several(model, given.threads, given.rounds),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from bmkit.data.slices import stored, transcript
 from bmkit.data.slices.layout import Layout
@@ -188,6 +189,24 @@ def test_marks_that_the_model_does_not_have_are_refused(
     stored.write(tiny, Stored("idle", Layout((250,), (251,), 9000, 2)))
     done = bmkit("duplex", "replay", talk(), "-m", tiny)
     assert done.returncode == 3 and "9000" in done.stderr
+
+
+def test_a_model_that_can_take_nothing_back_is_refused(
+    bmkit: Run, with_tokenizer: Callable[[Path], None], talk: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, state_size=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mamba")
+    with_tokenizer(tmp_path / "mamba")
+    stored.write(tmp_path / "mamba", KNOWN)
+    done = bmkit("duplex", "replay", talk(), "-m", "mamba")
+    assert done.returncode == 4 and "can't take anything back" in done.stderr
+
+
+def test_a_budget_that_is_too_small_says_which_would_do(
+    bmkit: Run, listener: Path, talk: Callable[..., Path]
+) -> None:
+    done = bmkit("duplex", "replay", talk(), "-m", listener, "--cpu-memory", "1MiB")
+    assert done.returncode == 4 and "the smallest that works" in done.stderr
 
 
 def test_a_plan_opens_nothing(bmkit: Run, listener: Path, talk: Callable[..., Path]) -> None:

@@ -533,3 +533,23 @@ def test_a_session_that_may_not_forget_ends_when_it_is_full(bench: Callable[...,
             session.step("what is it")
     assert len(session.log) <= 60
     made.check(session)
+
+
+def test_an_interrupted_answer_does_not_go_on_after_a_crash(
+    bench: Callable[..., Bench], tmp_path: Path
+) -> None:
+    made = bench()
+    settings = Settings(agent_tokens=5, high=70, low=40, sinks=0, policy=ALWAYS)
+    session = made.session(settings)
+    journal = Journal.begin(tmp_path / "kept", session, {})
+    for _ in range(12):
+        journal.note(session.step())
+    going = made.session(settings)
+    Journal.resume(tmp_path / "kept", going, {})
+    session.truncate(1, session.units[-1].before + 1)
+    journal.note()
+    stopped = made.session(settings)
+    Journal.resume(tmp_path / "kept", stopped, {})
+    assert (going.step().answer, stopped.step().answer, session.step().answer) == (1, 2, 2)
+    assert stopped.units[-1].before == session.units[-1].before == 0
+    assert going.units[-1].before > going.units[0].before > 0

@@ -15,6 +15,7 @@ from bmkit.data.batch import Padding
 from bmkit.data.chat import IGNORED
 from bmkit.data.slices.dialogue import TAGS
 from bmkit.data.slices.examples import code
+from bmkit.data.slices.tokens import mark
 from bmkit.deltas import attachment, compose
 from bmkit.deltas.merge import merge
 from bmkit.deltas.recipe import Lora
@@ -25,6 +26,7 @@ from bmkit.train.decisions import Decided, calibrate, figures
 from bmkit.train.linear_cross_entropy import linear_cross_entropy
 from bmkit.train.loss import next_token_loss
 from bmkit.train.packing import Packing, pack
+from bmkit.tune.duplex import grow
 
 MODELS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"tie_word_embeddings": True}),
@@ -248,3 +250,28 @@ def test_nothing_is_calibrated_where_all_is_silence() -> None:
 def test_a_head_with_a_bias_is_refused_not_trained_without_it(architecture: Any) -> None:
     with pytest.raises(RecipeError, match="bias"):
         prepared(architecture, "phi")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("how", ["spare", "added"])
+def test_rows_of_new_marks_begin_apart_and_no_other_changes(
+    architecture: Any, tokenizer: Any, how: Any, tied: bool
+) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<x>", "<y>", "<z>"]})
+    model = architecture("llama", real=True, vocab_size=len(tokenizer), tie_word_embeddings=tied)
+    parts = (model.get_input_embeddings(), model.get_output_embeddings())
+    before = [part.weight.detach().clone() for part in parts]
+    marks = mark(tokenizer, "idle", how)
+    grow(model, marks, tokenizer, seed=3)
+    trained = list(marks.trained)
+    for known, part in zip(
+        before, (model.get_input_embeddings(), model.get_output_embeddings()), strict=True
+    ):
+        assert len(part.weight) == len(tokenizer)
+        same = [i for i in range(len(known)) if i not in trained]
+        assert torch.equal(part.weight[same], known[same])
+        new = part.weight[trained].detach()
+        assert (
+            torch.cdist(new, torch.cat((new, known))).topk(2, largest=False).values[:, 1].min() > 0
+        )
+        assert 0.5 < float(new.std() / known.std()) < 2

@@ -24,6 +24,10 @@ DELTAS: dict[str, tuple[str, Any]] = {
         "llama",
         lambda: peft.LoraConfig(**LORA, modules_to_save=["lm_head"]),
     ),
+    "lora and rows of a table": (
+        "llama",
+        lambda: peft.LoraConfig(**LORA, trainable_token_indices=[1, 2]),
+    ),
     "lora on a table": ("gpt2", lambda: peft.LoraConfig(target_modules=["c_attn", "wte"])),
     "lora and biases": ("opt", lambda: peft.LoraConfig(**LORA, bias="all")),
     "ia3": ("t5", lambda: peft.IA3Config(task_type="SEQ_2_SEQ_LM")),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["linear", "embedding", "norm", "conv", "router", "block", "parameter"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-WRAPPED = ("base_layer", "original_module")
+WRAPPED = ("base_layer", "original_module", "token_adapter")
 """What PEFT's wrappers call the module of the base that they stand for."""
 ROUTERS = ("gate", "router")
 TOKENS = (
@@ -106,7 +106,7 @@ def _describe(
         return
     seen.add(id(module))
     where, own = name, module
-    while inner := next((w for w in WRAPPED if w in own._modules), None):
+    while inner := next((w for w in WRAPPED if own._modules.get(w) is not None), None):
         where, own = f"{where}.{inner}", own.get_submodule(inner)
         seen.add(id(own))
     kind = _kind(name.rpartition(".")[2], own)

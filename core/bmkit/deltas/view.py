@@ -130,7 +130,7 @@ class _Reader:
         """
         added: list[Branch] = []
         own, whole = module, real
-        while inner := next((w for w in WRAPPED if w in own._modules), None):
+        while inner := next((w for w in WRAPPED if own._modules.get(w) is not None), None):
             for child, part in own.named_children():
                 if child != inner:
                     added += self.listed(child, path, f"{whole}.{child}", part, foreign=True)

@@ -128,6 +128,12 @@ def run(job: Job) -> Opened:
             f"there is room for {engine.rows} sessions in the budget, {sessions} were asked for",
             hint="lower kv.high, or raise the budget",
         )
+    if getattr(engine.model, "_is_stateful", False):
+        raise ResourceError(
+            f"{type(engine.model).__name__} keeps one state of all that it has read: a session "
+            "can't take anything back",
+            hint="take a model with attention in all of its layers",
+        )
     digest = (job.base or job.model).digest
     name = f"{digest} {recipe.dtype} {engine.device}"
     target = target_of(engine, name, "auto")

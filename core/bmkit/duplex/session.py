@@ -26,7 +26,10 @@ from bmkit.duplex.units import Unit, collapsed, kept, log_of
 from bmkit.duplex.voice import Chooser
 from bmkit.errors import ResourceError
 
-COUNTERS = ("slices", "epoch", "answers", "waiting", "asked", "rest", "ignored", "evicted")
+COUNTERS = (
+    *("slices", "epoch", "answers", "goes_on"),
+    *("waiting", "asked", "rest", "ignored", "evicted"),
+)
 """What a session knows beside its units."""
 
 
@@ -45,6 +48,8 @@ class DuplexSession:
         self.units: list[Unit] = []
         self.log: list[int] = list(layout.opening)
         self.slices = self.epoch = self.answers = 0
+        self.goes_on = False
+        """Whether the agent's last answer wasn't interrupted: what it says next is of it."""
         self.waiting: int | None = None
         """Silent slices since the user's last words, if those have no answer yet."""
         self.rest = 0
@@ -57,7 +62,7 @@ class DuplexSession:
         self._lock = RLock()
         self._stop = Event()
         self._busy = False
-        self._spelling: Spelling | None = None
+        self._spelling = Spelling(tokenizer)
 
     # What the model has read, and what it says.
 
@@ -130,7 +135,8 @@ class DuplexSession:
         else:
             unit = replace(unit, state=self.chooser.state(logits, speaks=False))
         self._finish(unit, start)
-        self._note_waiting(unit, p_idle)
+        if verdict.reason != "cooldown":
+            self._note_waiting(unit, p_idle)
         if self._is_due(self.waiting) and self.settings.policy.on_max_wait == "rewind":
             found = self._answer_late(number, write)
             if found is not None:
@@ -214,11 +220,12 @@ class DuplexSession:
         """Let the agent speak behind the log, up to its tokens of a slice, its end or an abort."""
         start = len(self.log)
         state = self.chooser.state(logits, speaks=True)
-        goes_on = bool(self.units) and self.units[-1].answer is not None
+        goes_on = self.goes_on and bool(self.units) and self.units[-1].answer is not None
         anew = state is not None and state == dict(self.layout.states)["answer"]
-        if anew or not goes_on or self._spelling is None:
+        if anew or not goes_on:
             self.answers += 1
             self._spelling = Spelling(self.tokenizer)
+            self.goes_on = True
         before = self._spelling.length
         if state is not None:
             self.log.append(state)
@@ -295,7 +302,7 @@ class DuplexSession:
     def _interrupted(self) -> None:
         self.epoch += 1
         self.rest = self.settings.policy.cooldown
-        self._spelling = None
+        self.goes_on = False
 
     def truncate(self, answer: int, characters: int) -> int:
         """Forget what of an answer wasn't delivered: all behind its first `characters`.
@@ -372,13 +379,10 @@ class DuplexSession:
             self._rewrite(units)
             for name in COUNTERS:
                 setattr(self, name, counters[name])
-            self._spelling = None
-            last = self.units[-1].answer if self.units else None
-            if last is not None:
-                self._spelling = Spelling(self.tokenizer)
-                for unit in self.units:
-                    for token in (unit.agent or ()) if unit.answer == last else ():
-                        self._spelling.add(token)
+            mine = [unit for unit in self.units if unit.answer == self.answers]
+            self._spelling = Spelling(self.tokenizer, mine[0].before if mine else 0)
+            for token in (token for unit in mine for token in unit.agent or ()):
+                self._spelling.add(token)
 
 
 def _one(text: str | None, key: int) -> tuple[Words, ...]:

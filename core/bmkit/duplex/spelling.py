@@ -10,8 +10,9 @@ BROKEN = "\ufffd"
 class Spelling:
     """The text of one answer. Each token is decoded behind a few others: spaces depend on them."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, before: int = 0) -> None:
+        """Begin behind so many characters."""
+        self._tokenizer, self._before = tokenizer, before
         self._ids: list[int] = []
         self._from = 0  # tokens from here on are decoded
         self._shown = 0  # what those before here say has been returned
@@ -20,8 +21,8 @@ class Spelling:
 
     @property
     def length(self) -> int:
-        """Return how many characters are there."""
-        return self.ends[-1] if self.ends else 0
+        """Return how many characters are there, those before among them."""
+        return self.ends[-1] if self.ends else self._before
 
     def add(self, token: int) -> str:
         """Take a token; return the text that is new."""

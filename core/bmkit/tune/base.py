@@ -53,7 +53,7 @@ def open_base(job: Job, objective: Objective, tokenizer: Any, device: torch.devi
         if objective.head is None:
             model = models.load_model(job.checkpoint, device=device, dtype=recipe.dtype)
             if objective.marks is not None:
-                grow(model, objective.marks, tokenizer)
+                grow(model, objective.marks, tokenizer, seed=recipe.seed)
             return Base(model, report=report)
         config = heads.config_of(job.checkpoint, objective.head, tokenizer)
         model, fresh = heads.load(job.checkpoint, config, device=device, dtype=recipe.dtype)

@@ -106,23 +106,25 @@ def finish(
 
 
 @torch.no_grad()
-def grow(model: Any, marks: Marked, tokenizer: Any) -> None:
-    """Give `model` rows for the tokens that its tokenizer got, each the mean of those there.
+def grow(model: Any, marks: Marked, tokenizer: Any, *, seed: int = 0) -> None:
+    """Let the rows of new marks begin: drawn as the others are spread, which learns quickest.
 
-    Raises RecipeError for a model whose output bias would have to grow as well.
+    `model` gets rows for tokens that the tokenizer got. Raises RecipeError for a model without an
+    output head.
     """
-    if not marks.added:
-        return
     before = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) <= before:
-        return  # the embedding has rows to spare
-    head = model.get_output_embeddings()
-    if head is None:
-        raise RecipeError("scheme.tokens: the model has no output head that could grow")
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        rows = module.weight
-        rows[before:] = rows[:before].float().mean(0).to(rows.dtype)
-        bias = getattr(module, "bias", None)
-        if bias is not None:
-            bias[before:] = bias[:before].float().mean().to(bias.dtype)
+    size = len(tokenizer) if marks.added else 0
+    if model.get_output_embeddings() is None:
+        raise RecipeError("scheme.tokens: the model has no output head for its marks")
+    if size > before:  # the embedding may have rows to spare
+        model.resize_token_embeddings(size, mean_resizing=False)
+    added = [int(tokenizer.convert_tokens_to_ids(token)) for token in marks.added]
+    new = sorted({*added, *marks.spared})
+    if not new:
+        return
+    draw = torch.Generator().manual_seed(seed)
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for rows in {id(m.weight): m.weight for m in (inputs, head)}.values():
+        known = rows[:before].float()
+        noise = torch.randn((len(new), rows.shape[1]), generator=draw).to(known.device)
+        rows[new] = (known.mean(0) + noise * known.std(0)).to(rows.dtype)

@@ -40,6 +40,8 @@ class Marked:
     names: Mapping[str, str] = field(default_factory=dict)
     """What the tokenizer calls each mark, where that was looked for."""
     added: tuple[str, ...] = ()
+    spared: tuple[int, ...] = ()
+    """Spare tokens that get a meaning, in which their rows have to begin anew."""
 
     @property
     def trained(self) -> tuple[int, ...]:
@@ -69,6 +71,7 @@ def mark(tokenizer: Any, scheme: Scheme, how: How | Mapping[str, str] = "auto") 
     missing = [name for name in wanted if name not in names]
     free = [t for t in spare(tokenizer) if t not in names.values()]
     added: list[str] = []
+    taken: list[str] = []
     if missing and (how == "spare" or (how == "auto" and len(free) >= len(missing))):
         if len(free) < len(missing):
             raise RecipeError(
@@ -77,6 +80,7 @@ def mark(tokenizer: Any, scheme: Scheme, how: How | Mapping[str, str] = "auto") 
                 hint="`added` gives it new ones",
             )
         names |= zip(missing, free, strict=False)
+        taken = free[: len(missing)]
     elif missing:
         added = missing
         tokenizer.add_special_tokens(
@@ -91,7 +95,8 @@ def mark(tokenizer: Any, scheme: Scheme, how: How | Mapping[str, str] = "auto") 
     first = [int(i) for i in tokenizer("")["input_ids"]]
     opening = tuple(i for i in first if i != end)
     layout = Layout(user, agent, ids[IDLE], int(end), states, opening)
-    return Marked(layout, names, tuple(added))
+    spared = tuple(int(tokenizer.convert_tokens_to_ids(token)) for token in taken)
+    return Marked(layout, names, tuple(added), spared)
 
 
 def _named(

@@ -1,16 +1,25 @@
-"""What end-to-end tests of tuning share: rows, and small models of other kinds."""
+"""What end-to-end tests share: rows, small models of other kinds, one that listens, a server."""
 
 from __future__ import annotations
 
 import json
+import random
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, BertConfig
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig
+
+from bmkit.data.slices import stored
+from bmkit.data.slices.layout import Layout, Pair, Rendered, collapsed, rendered
+from bmkit.data.slices.stored import Stored
 
 COLOURS = ("red", "green", "blue")
 
@@ -60,6 +69,81 @@ def bert(with_tokenizer: Callable[[Path], None], tmp_path: Path) -> Path:
     values = json.loads(file.read_text())
     file.write_text(json.dumps({**values, "mask_token": "<|im_start|>"}))
     return tmp_path / "bert"
+
+
+SILENT = Pair(None, None)
+LAYOUT = Layout((250,), (251,), 252, 2)
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, trained to answer `CDCD…` whenever the user says anything, and not else."""
+    draw = random.Random(0)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+
+    def row() -> Rendered:
+        pairs: list[Pair] = []
+        while sum(len(p.user or ()) + len(p.agent or ()) for p in pairs) < 90:
+            words = tuple(draw.randrange(3, 240) for _ in range(draw.randint(1, 12)))
+            speaks = draw.random() < 0.5
+            pairs.append(Pair(words, (70, 71) * draw.randint(2, 20)) if speaks else SILENT)
+        return rendered(LAYOUT, list(collapsed(pairs)))
+
+    for _ in range(150):
+        rows = [row() for _ in range(8)]
+        length = min(len(r.ids) for r in rows)
+        ids = torch.tensor([r.ids[:length] for r in rows])
+        weights = torch.tensor([r.learned[1:length] for r in rows])
+        logits = model(input_ids=ids).logits[:, :-1]
+        losses = functional.cross_entropy(
+            logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        )
+        loss = (losses.view_as(weights) * weights).sum() / weights.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    path = tmp_path_factory.mktemp("trained") / "listener"
+    shutil.copytree(tiny_checkpoint, path)
+    model.to(torch.bfloat16).save_pretrained(path)
+    stored.write(path, Stored("idle", LAYOUT, 100, agent_tokens=6))
+    return path
+
+
+@pytest.fixture
+def listener(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it, the test's own."""
+    return Path(shutil.copytree(trained, tmp_path / "listener"))
+
+
+@contextmanager
+def _served(model: Path, home: Path, *words: str) -> Iterator[tuple[dict[str, str], Any]]:
+    """Run a server on a free port; give its addresses and its process."""
+    command = [sys.executable, "-m", "bmkit_cli", "duplex", "serve", "-m", str(model)]
+    with (home / "err").open("w") as errors:
+        process = subprocess.Popen(
+            [*command, "--port", "0", "--json", "--threads", "1", *words],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=home,
+        )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, (home / "err").read_text()
+        yield json.loads(line), process
+    finally:
+        process.terminate()
+        process.wait(20)
+        process.stdout.close()  # type: ignore[union-attr]
+
+
+@pytest.fixture
+def server() -> Callable[..., Any]:
+    """Run a server on a free port: `with server(model, folder, *options) as (where, process)`."""
+    return _served
 
 
 WORDS = (

@@ -59,6 +59,10 @@ class Opened:
             place.cut(0)
             self.taken.discard(place.number)
 
+    def head(self) -> dict[str, Any]:
+        """Return what a session that goes on later is compared by."""
+        return {"model": self.model, "scheme": self.known.scheme}
+
     def close(self) -> None:
         """Stop reading ahead."""
         self.engine.close()

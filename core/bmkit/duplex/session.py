@@ -299,6 +299,18 @@ class DuplexSession:
             self._stop.set()
         return self._busy
 
+    def hush(self) -> None:
+        """Stay silent in the next slice, whatever the model finds: what is being said is over."""
+        with self._lock:
+            self._interrupted()
+            self.rest = max(self.rest, 1)
+
+    def decide_by(self, threshold: float) -> None:
+        """Speak from now on if silence is less likely than `threshold`."""
+        with self._lock:
+            policy = replace(self.settings.policy, threshold=threshold)
+            self.settings = replace(self.settings, policy=policy)
+
     def _interrupted(self) -> None:
         self.epoch += 1
         self.rest = self.settings.policy.cooldown

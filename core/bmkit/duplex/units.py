@@ -77,11 +77,10 @@ def log_of(layout: Layout, units: Sequence[Unit]) -> list[int]:
 
 def collapsed(units: Sequence[Unit]) -> list[Unit]:
     """Return the units that are left when silence takes one, however long it is."""
-    behind = (*units[1:], None)
     return [
         unit
-        for unit, next_one in zip(units, behind, strict=True)
-        if not (unit.silent and next_one is not None and next_one.user is None)
+        for place, unit in enumerate(units)
+        if not (unit.silent and place + 1 < len(units) and units[place + 1].user is None)
     ]
 
 

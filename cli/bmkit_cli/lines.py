@@ -1,0 +1,69 @@
+"""A duplex session line by line: lines of stdin are said, what the model says is written."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+
+async def talk(live: Any, write: Callable[[str], None], *, linger: int) -> None:
+    """Say each line that comes; write answers as they are made, each on a line of its own.
+
+    Ends `linger` silent slices after the input has ended and the last answer is over.
+    """
+    loop = asyncio.get_running_loop()
+    lines: asyncio.Queue[str | None] = asyncio.Queue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            loop.call_soon_threadsafe(lines.put_nowait, line)
+        loop.call_soon_threadsafe(lines.put_nowait, None)
+
+    threading.Thread(target=read, daemon=True).start()
+    live.attached.set()
+    ended = asyncio.Event()
+    tasks = [
+        loop.create_task(live.run()),
+        loop.create_task(_say(live, lines, ended)),
+        loop.create_task(_show(live, write, ended, linger)),
+    ]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+    finally:
+        live.close("client")
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _say(live: Any, lines: asyncio.Queue[str | None], ended: asyncio.Event) -> None:
+    from bmkit.duplex.server.protocol import Append
+
+    while (line := await lines.get()) is not None:
+        if line.strip():
+            await live.hear(Append(type="input_text.append", text=line.strip()))
+    ended.set()
+
+
+async def _show(live: Any, write: Callable[[str], None], ended: asyncio.Event, linger: int) -> None:
+    reader = live.out.attach()
+    speaks, silent = False, 0
+    while (event := await live.out.next(reader)) is not None:
+        kind = event["type"]
+        if kind == "response.output_text.delta":
+            write(event["delta"] if speaks else event["delta"].lstrip())
+            speaks, silent = True, 0
+        elif kind == "response.done":
+            write(" …\n" if event["status"] == "interrupted" else "\n")
+            speaks = False
+        elif kind == "response.listen":
+            silent = silent + 1 if ended.is_set() and not live.words else 0
+            if silent > linger:
+                live.close("client")
+        elif kind == "session.closed":
+            if speaks:
+                write("\n")
+            return

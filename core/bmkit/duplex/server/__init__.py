@@ -1,0 +1,1 @@
+"""Duplex sessions over a WebSocket: what is said, who may come in, one loop for each session."""

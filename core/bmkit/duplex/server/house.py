@@ -1,0 +1,175 @@
+"""All sessions of one model: who comes in, who comes back, who has gone."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import re
+import secrets
+import traceback
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from bmkit.duplex.journal import Journal
+from bmkit.duplex.recipe import Serve
+from bmkit.duplex.server.live import Live
+from bmkit.duplex.server.protocol import Refused
+from bmkit.duplex.server.seats import Seats
+from bmkit.duplex.session import DuplexSession
+from bmkit.errors import BmkitError
+from bmkit.report import Reporter
+
+OWNER = "owner.json"
+ID = re.compile(r"[0-9a-f]{16}")
+
+
+class Model(Protocol):
+    """A duplex model with places for several sessions: `bmkit.duplex.opening.Opened`."""
+
+    period_ms: int
+
+    def session(self) -> DuplexSession:
+        """Return a new session at a free place."""
+
+    def end(self, session: DuplexSession) -> None:
+        """Give a session's place to others."""
+
+    def head(self) -> Mapping[str, Any]:
+        """Return what a stored session is compared by."""
+
+
+class House:
+    """The sessions of one server. One thread runs the model, so one forward goes at a time."""
+
+    def __init__(
+        self,
+        model: Model,
+        spec: Serve,
+        reporter: Reporter,
+        *,
+        interrupt: str = "immediate",
+        folder: Path | None = None,
+    ) -> None:
+        self.model, self.spec, self.reporter = model, spec, reporter
+        self.interrupt, self.folder = interrupt, folder
+        self.seats = Seats(spec.max_sessions, spec.queue)
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self.lives: dict[str, Live] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def enter(self, tell: Callable[[int], None]) -> Live:
+        """Begin a session once there is a place for it. Raises Refused if the queue is full."""
+        place = await self._place(tell)
+        live = self._live(secrets.token_hex(8))
+        if self.folder is not None:
+            folder = self.folder / live.id
+            live.journal = Journal.begin(folder, live.session, self.model.head())
+            _write_owner(folder, live.token)
+        return self._start(live, place)
+
+    async def _place(self, tell: Callable[[int], None]) -> int:
+        if self.seats.full():
+            raise Refused("busy", "all sessions are taken, and the queue is full")
+        return await self.seats.take(tell)
+
+    def _live(self, name: str) -> Live:
+        session = self.model.session()
+        return Live(name, session, self.executor, self.model.period_ms, self.interrupt)
+
+    def _start(self, live: Live, place: int) -> Live:
+        self.lives[live.id] = live
+        task = asyncio.get_running_loop().create_task(self._run(live, place))
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return live
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Tell of a session that a bug has ended: the others go on."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (bug := task.exception()) is not None:
+            where = "".join(traceback.format_exception(bug))
+            self.reporter.warn(f"a session was ended by a bug of bmkit:\n{where}")
+
+    async def _run(self, live: Live, place: int) -> None:
+        watch = asyncio.get_running_loop().create_task(self._watch(live))
+        try:
+            await live.run()
+        except BmkitError as exc:
+            self.reporter.warn(f"session {live.id} has ended: {exc}")
+            live.say("error", code="failed", message=str(exc))
+            live.close("failed")
+        finally:
+            if live.closed is None:  # a bug, which is told below; the client is told as well
+                live.close("failed")
+            watch.cancel()
+            self.lives.pop(live.id, None)
+            if live.journal is not None:
+                live.journal.close()
+            self.model.end(live.session)
+            self.seats.leave(place)
+
+    async def _watch(self, live: Live) -> None:
+        """End a session in which nobody says anything."""
+        limit = self.spec.idle_timeout_s
+        while live.closed is None:
+            left = live.last_word + limit - live.now()
+            if left <= 0:
+                live.close("idle_timeout")
+                return
+            await asyncio.sleep(left)
+
+    async def resume(self, name: str, token: str, after: int) -> tuple[Live, bool]:
+        """Return a session that a client comes back to, and whether it can be told all it missed.
+
+        Raises Refused if there is none, or the token isn't its own.
+        """
+        unknown = Refused("unknown_session", "there is no such session, or it isn't yours")
+        if not ID.fullmatch(name):
+            raise unknown
+        live = self.lives.get(name)
+        if live is not None and live.closed is None:
+            if not hmac.compare_digest(live.token.encode(), token.encode()):
+                raise unknown
+            live.last_word = live.now()
+            return live, live.out.rewind(after)
+        folder = None if self.folder is None else self.folder / name
+        if folder is None or not _owns(folder, token):
+            raise unknown
+        if not self.seats.free:
+            raise Refused("busy", "all sessions are taken: come back later")
+        place = await self.seats.take(lambda _: None)
+        live = self._live(name)
+        live.token = token
+        try:
+            live.journal = Journal.resume(folder, live.session, self.model.head())
+        except BmkitError as exc:
+            self.model.end(live.session)
+            self.seats.leave(place)
+            raise Refused("cannot_resume", str(exc)) from None
+        return self._start(live, place), False
+
+    async def close(self) -> None:
+        """End all sessions, and wait until the model has stopped."""
+        for live in list(self.lives.values()):
+            live.close("shutdown")
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*self._tasks, return_exceptions=True), 10)
+        self.executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _write_owner(folder: Path, token: str) -> None:
+    text = json.dumps({"token": hashlib.sha256(token.encode()).hexdigest()}) + "\n"
+    (folder / OWNER).write_text(text, encoding="utf-8")
+
+
+def _owns(folder: Path, token: str) -> bool:
+    try:
+        said = json.loads((folder / OWNER).read_text(encoding="utf-8"))["token"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return hmac.compare_digest(hashlib.sha256(token.encode()).hexdigest(), str(said))

@@ -1,0 +1,95 @@
+"""`bmkit duplex chat`: lanes on a terminal, lines without one."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bmkit.duplex.recipe import DuplexRecipe
+from bmkit.duplex.server.live import Live, alone
+from bmkit.pipeline import talking
+from bmkit.pipeline.stage import Request
+from bmkit.report import Silent
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_lines_are_said_and_answers_written(bmkit: Run, listener: Path) -> None:
+    done = bmkit("duplex", "chat", "-m", listener, "--threads", 1, stdin="hello\n\nyou there?\n")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines and all(set(line) <= set("CD …") and line.startswith("C") for line in lines)
+
+
+def test_no_line_at_all_is_no_conversation(bmkit: Run, listener: Path) -> None:
+    done = bmkit("duplex", "chat", "-m", listener, "--threads", 1, stdin="")
+    assert done.returncode == 0 and done.stdout == ""
+
+
+@pytest.fixture
+def live(listener: Path) -> Live:
+    """A session of the tiny model."""
+    options = ("slice.agent_tokens=450",)
+    request = Request("duplex", "talk", str(listener), assign=options, threads=1, rows=1)
+    prepared = talking.prepare(request, Silent())
+    assert isinstance(prepared.recipe, DuplexRecipe)
+    return alone(talking.open_sessions(prepared, Silent()), prepared.recipe.policy.interrupt)
+
+
+def test_words_appear_in_one_lane_and_answers_in_the_other(live: Live) -> None:
+    from bmkit_cli.lanes import Lanes, Row
+
+    async def scene() -> None:
+        app = Lanes(live)
+
+        def lane(side: int) -> str:
+            return "|".join(row.said[side] for row in app.query(Row))
+
+        async def until(what: Callable[[], bool]) -> None:
+            for _ in range(600):
+                if what():
+                    return
+                await pilot.pause(0.1)
+            raise AssertionError(lane(0) + " / " + lane(1))
+
+        async with app.run_test() as pilot:
+            await pilot.press(*"tell me", "space", *"now", "enter")
+            await until(lambda: "tell me now" in lane(0))
+            await until(lambda: "CD" in lane(1))
+            await pilot.press("escape")
+            await until(lambda: "⏹" in lane(1))
+            await pilot.press("ctrl+d")
+        assert live.closed == "client"
+
+    asyncio.run(asyncio.wait_for(scene(), 120))
+
+
+def test_typing_while_it_speaks_interrupts_it(live: Live) -> None:
+    from bmkit_cli.lanes import Lanes
+
+    async def scene() -> None:
+        app = Lanes(live)
+        told: list[dict[str, Any]] = []
+        say = live.say
+
+        def note(kind: str, /, **values: Any) -> None:
+            told.append({"type": kind, **values})
+            say(kind, **values)
+
+        live.say = note  # type: ignore[method-assign]
+        async with app.run_test() as pilot:
+            await pilot.press(*"talk", "enter")
+            while not any(e["type"] == "response.speak" for e in told):
+                await pilot.pause(0.02)
+            await pilot.press(*"wait", "enter")
+            while not any(e["type"] == "overlap.decision" for e in told):
+                await pilot.pause(0.02)
+        made = [e for e in told if e["type"] == "slice.stats"]
+        assert made[0]["forwards"] < 450  # the first answer was stopped in the middle
+
+    asyncio.run(asyncio.wait_for(scene(), 120))

@@ -20,7 +20,10 @@ class Stage:
     gives: str  # what it writes by default; "text" is written to stdout
     version: int = 1  # raise it when the same recipe would give other bytes
     others: tuple[tuple[str, str, str], ...] = ()
-    """A kind of input that another engine answers for: kind, `plan` and `run` as above."""
+    """A kind of input that another engine answers for: kind, `plan` and `run` as above.
+
+    Or, in the place of a kind, the `part` of the stage that a request names.
+    """
 
     def engine(self, kind: str) -> tuple[str, str]:
         """Return the `plan` and `run` of the engine that takes inputs of this kind."""
@@ -101,6 +104,7 @@ STAGES = {
             others=(
                 ("model", "bmkit.duplex.plan:estimate_sessions", "bmkit.duplex.opening:run"),
                 ("delta", "bmkit.duplex.plan:estimate_sessions", "bmkit.duplex.opening:run"),
+                ("eval", "bmkit.duplex.plan:estimate_evaluation", "bmkit.duplex.evaluation:run"),
             ),
         ),
     )

@@ -20,7 +20,10 @@ class Stage:
     gives: str  # what it writes by default; "text" is written to stdout
     version: int = 1  # raise it when the same recipe would give other bytes
     others: tuple[tuple[str, str, str], ...] = ()
-    """A kind of input that another engine answers for: kind, `plan` and `run` as above."""
+    """A kind of input that another engine answers for: kind, `plan` and `run` as above.
+
+    Or, in the place of a kind, the `part` of the stage that a request names.
+    """
     taught_by: str = ""
     """A kind of artifact that may be named in the place of a model: it stands for what it was made
     on, and the rows in it are those to learn from."""
@@ -105,6 +108,7 @@ STAGES = {
             others=(
                 ("model", "bmkit.duplex.plan:estimate_sessions", "bmkit.duplex.opening:run"),
                 ("delta", "bmkit.duplex.plan:estimate_sessions", "bmkit.duplex.opening:run"),
+                ("eval", "bmkit.duplex.plan:estimate_evaluation", "bmkit.duplex.evaluation:run"),
             ),
         ),
     )

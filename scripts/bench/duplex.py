@@ -35,6 +35,7 @@ from bmkit.data.slices.tokens import mark
 from bmkit.duplex.opening import Opened
 from bmkit.duplex.policy import Policy
 from bmkit.duplex.session import DuplexSession
+from bmkit.duplex.settings import Settings
 from bmkit.pipeline import talking
 from bmkit.pipeline.resolve import find_model
 from bmkit.pipeline.stage import Request
@@ -80,6 +81,13 @@ def opened(model: Path, *, quant: str | None, threads: int, sessions: int = 1) -
         found.close()
 
 
+def begun(ready: Opened, settings: Settings | None = None) -> DuplexSession:
+    """Return a session whose agent says all the tokens of a slice: it never ends one itself."""
+    session = ready.session(settings)
+    session.chooser.never.append(session.layout.end)
+    return session
+
+
 def let(session: DuplexSession, policy: Policy) -> None:
     """Set what is decided from now on."""
     session.settings = replace(session.settings, policy=policy)
@@ -105,7 +113,7 @@ def slices(model: Path, threads: int, rounds: int, histories: list[int]) -> dict
     found: dict[str, Any] = {}
     for quant in (None, "int8"):
         with opened(model, quant=quant, threads=threads) as ready:
-            session = ready.session()
+            session = begun(ready)
             mine = found.setdefault(quant or "bf16", {})
             for history in histories:
                 talk(session, history)
@@ -150,7 +158,7 @@ def figures(seen: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
 def idle(model: Path, threads: int, count: int = 1000) -> dict[str, Any]:
     """Return what a thousand silent slices cost."""
     with opened(model, quant=None, threads=threads) as ready:
-        session = ready.session()
+        session = begun(ready)
         talk(session, 256)
         first = session.step()
         forwards = session.forwards
@@ -174,7 +182,7 @@ def long(model: Path, threads: int, hours: float) -> dict[str, Any]:
     rss: list[int] = []
     with opened(model, quant="int8", threads=threads) as ready:
         settings = replace(ready.settings, high=1024, low=640)
-        session = ready.session(settings)
+        session = begun(ready, settings)
         period = ready.period_ms / 1000
         count = int(hours * 3600 / period)
         at = 0
@@ -217,7 +225,7 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
 def several(model: Path, threads: int, rounds: int, count: int = 4) -> dict[str, Any]:
     """Return how long `count` sessions take for a slice each, when they all begin at once."""
     with opened(model, quant="int8", threads=threads, sessions=count) as ready:
-        sessions = [ready.session() for _ in range(count)]
+        sessions = [begun(ready) for _ in range(count)]
         for session in sessions:
             talk(session, 1024)
         whole: dict[str, list[float]] = {}

@@ -34,6 +34,9 @@ def faults(tmp_path: Path, text: str) -> str:
         ("- pull: a\n- infer: greedy\n  prompt: x\n  max_new_tokens: 0\n", "4:19", "greater"),
         ("- pull: a\n- compress:\n    steps: []\n    sed: 1\n", "4:5", "did you mean `seed`"),
         ("- pull: a\n- compress:\n    seed: x\n    steps:\n", "3:11", "seed"),
+        ("- pull: a\n- duplex: starter\n  model: b\n", "2:3", "`duplex-eval` measures one"),
+        ("- duplex: starter\n- duplex-eval: eval\n", "2:3", "needs `pull` or `model`"),
+        ("- pull: a\n- duplex-eval:\n    evil: {}\n", "3:5", "did you mean `eval`"),
     ],
 )
 def test_every_fault_is_named_where_it_stands(

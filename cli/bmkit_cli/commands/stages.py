@@ -109,6 +109,7 @@ def request_of(stage: str, given: dict[str, Any]) -> Any:
         threads=given["threads"],
         gpu_memory=given["gpu_memory"],
         cpu_memory=given["cpu_memory"],
+        part=given.get("part", ""),
         force=given["force"],
     )
 

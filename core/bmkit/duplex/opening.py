@@ -121,7 +121,7 @@ def run(job: Job) -> Opened:
     config = models.load_config(job.checkpoint)
     if models.task(config) != "generate" or config.is_encoder_decoder:
         raise InputError(f"{job.checkpoint} is no decoder: it can't go on from what was said")
-    tokenizer = models.load_tokenizer(_with_tokenizer(folder, job.checkpoint))
+    tokenizer = models.load_tokenizer(with_tokenizer(folder, job.checkpoint))
     sessions = job.rows or 1
     given = recipe.generating(sessions).model_copy(update={"device": recipe.device})
     engine = open_engine(replace(job, recipe=given, rows=sessions), config)
@@ -155,7 +155,7 @@ def run(job: Job) -> Opened:
     )
 
 
-def _with_tokenizer(folder: Path, checkpoint: Path) -> Path:
+def with_tokenizer(folder: Path, checkpoint: Path) -> Path:
     """Return which of both has a tokenizer: training may have given it tokens."""
     names = ("tokenizer.json", "tokenizer_config.json")
     return folder if any((folder / name).is_file() for name in names) else checkpoint

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from bmkit import builtin
+from bmkit.duplex import figures
 from bmkit.duplex.kinds import MIX
 from bmkit.errors import did_you_mean
 from bmkit.recipe import Model, Recipe, contradiction
@@ -157,10 +158,23 @@ class EvalSpec(Model):
     window_slices: int = Field(
         default=3, ge=1, description="Slices behind a query within which an answer counts."
     )
-    max_drop: float = Field(
-        default=0.02, ge=0, le=1, description="Of `retain`: how much may be lost."
-    )
     limit: int | None = Field(default=None, ge=1, description="Dialogues that are looked at.")
+    data: str | None = Field(
+        default=None,
+        description="Dialogues in slices, which no training has seen. None: bmkit's own, written "
+        "by hand; `--data` takes their place.",
+    )
+    chats: str | None = Field(
+        default=None, description="Of `retain`: chats whose loss is measured. None: bmkit's own."
+    )
+    questions: str | None = Field(
+        default=None,
+        description="Of `retain`: rows of `prompt`, `choices` and `answer`. None: bmkit's own.",
+    )
+    before: str | None = Field(
+        default=None,
+        description="Of `retain`: the model as it was before. A delta's base needn't be named.",
+    )
 
 
 class Serve(Model):
@@ -197,8 +211,16 @@ class DuplexRecipe(Recipe):
         "leaked_transitions",
         "rows_read",
         "rows_skipped",
+        *figures.METRICS,
     )
-    FILES: ClassVar = ("sources.*.path", "transitions")
+    FILES: ClassVar = (
+        "sources.*.path",
+        "transitions",
+        "eval.data",
+        "eval.chats",
+        "eval.questions",
+    )
+    MODELS: ClassVar = ("eval.before",)
 
     kind: Literal["duplex"]
     scheme: Literal["idle", "state", "minicpm"] = Field(

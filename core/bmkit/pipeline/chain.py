@@ -14,6 +14,7 @@ from pydantic import Field
 
 from bmkit import builtin, recipe, registry
 from bmkit.artifact import Artifact, Step
+from bmkit.duplex import held_out
 from bmkit.errors import InputError, RecipeError
 from bmkit.pipeline import stage
 from bmkit.pipeline.stage import Request
@@ -57,6 +58,12 @@ class _Duplex(_Stage):
     data: str | None = None
 
 
+class _DuplexEval(_Stage):
+    duplex_eval: str | dict[str, Any] = Field(alias="duplex-eval")
+    out: str | None = None
+    data: str | None = None
+
+
 class _Answers(_Stage):
     prompt: str | list[str] | None = None
     input: str | None = None
@@ -84,7 +91,10 @@ WORDS: dict[str, type[Model]] = {
     "infer": _Infer,
     "spec-decode": _SpecDecode,
     "duplex": _Duplex,
+    "duplex-eval": _DuplexEval,
 }
+PARTS = {"duplex-eval": ("duplex", "eval")}
+"""Words for a part of a stage: the stage, and the part."""
 
 
 FLAGS = ("system", "raw", "max_new_tokens", "draft", "phrases")
@@ -100,12 +110,18 @@ class Item:
     options: Mapping[str, Any]
     where: str
     folder: Path
+    part: str = ""
+
+    @property
+    def word(self) -> str:
+        """Return what a pipeline calls it."""
+        return f"{self.stage}-{self.part}" if self.part else self.stage
 
     @property
     def makes_data(self) -> bool:
         """Tell whether it runs without a model: later stages take what it leaves as their data."""
         takes = () if self.stage == "pull" else registry.STAGES[self.stage].takes
-        return "nothing" in takes and "model" not in self.options
+        return "nothing" in takes and not self.part
 
     @property
     def shown(self) -> Any:
@@ -130,12 +146,12 @@ def read(name: str) -> list[Item]:
             problems.append(_said(doc, i, item.stage, said))
         if item.stage == "pull" and i > 0:
             problems.append(_said(doc, i, "pull", "`pull` comes first"))
-        if item.stage == "duplex" and "model" in item.options:
-            said = "`duplex` builds data here, and takes no model"
+        if item.makes_data and "model" in item.options:
+            said = "`duplex` builds data here, and takes no model; `duplex-eval` measures one"
             problems.append(_said(doc, i, "duplex", said))
         first = all(before.makes_data for before in items[:i])
         if first and item.stage != "pull" and not item.makes_data and "model" not in item.options:
-            problems.append(_said(doc, i, item.stage, "the first stage needs `pull` or `model`"))
+            problems.append(_said(doc, i, item.word, "the first stage needs `pull` or `model`"))
         if answers and ("prompt" in item.options) == ("input" in item.options):
             said = f"`{item.stage}` needs one of `prompt` and `input`"
             problems.append(_said(doc, i, item.stage, said))
@@ -164,15 +180,16 @@ def _item(doc: Document, i: int, entry: Any, problems: list[str]) -> Item | None
     if checked is None:
         return None
     own = name.replace("-", "_")
+    kind, part = PARTS.get(name, (name, ""))
     options = checked.model_dump(exclude={own}, exclude_none=True, exclude_unset=True)
     _from_file(doc.folder, options)
     value = entry[name]
     if not isinstance(value, str):
         value = recipe.part(doc, (i, name), name="recipe")
-        value.data = {"kind": name, **value.data}
+        value.data = {"kind": kind, **value.data}
     elif (doc.folder / value).is_file() or (name == "pull" and (doc.folder / value).is_dir()):
         value = str(doc.folder / value)
-    return Item(name, value, options, f"{doc.source}, stage {i + 1}", doc.folder)
+    return Item(kind, value, options, f"{doc.source}, stage {i + 1}", doc.folder, part)
 
 
 def _from_file(folder: Path, options: dict[str, Any]) -> None:
@@ -227,7 +244,7 @@ def run(
         last = (result.artifact.path, result, result.artifact)
         if result.artifact.kind == "data":
             data = str(last[0].absolute())
-        else:
+        elif result.artifact.kind != "report":
             model = str(last[0])
     return last
 
@@ -261,7 +278,7 @@ def describe(items: Sequence[Item], reporter: Reporter) -> list[dict[str, Any]]:
             continue
         model = "" if item.makes_data else item.options.get("model") or last
         if model is None or (waits and _takes_data(item)):
-            last = None
+            last = last if item.part else None
             plans.append({"stage": item.stage, "recipe": item.shown, "path": None, "reused": False})
             continue
         request = _request(item, str(model), data=data)
@@ -270,7 +287,7 @@ def describe(items: Sequence[Item], reporter: Reporter) -> list[dict[str, Any]]:
         left = str(prepared.out.absolute()) if prepared.done is not None else None
         if item.makes_data:
             data, waits = left, left is None
-        else:
+        elif not item.part:
             last = left
     return plans
 
@@ -282,13 +299,19 @@ def _takes_data(item: Item) -> bool:
 
 def _request(item: Item, model: str, *, force: bool = False, data: str | None = None) -> Request:
     options = item.options
+    assign = tuple(f"{k}={_yaml(v)}" for k, v in (options.get("set") or {}).items())
+    given = options.get("data") or (data if _takes_data(item) else None)
+    if item.part and given is not None:
+        assign += (f"eval.data={_yaml(str(held_out.find(Path(given)).absolute()))}",)
+        given = None
     return Request(
+        part=item.part,
         stage=item.stage,
         recipe=item.recipe,
         model=model,
         out=Path(options["out"]) if options.get("out") else None,
-        assign=tuple(f"{k}={_yaml(v)}" for k, v in (options.get("set") or {}).items()),
-        data=options.get("data") or (data if _takes_data(item) else None),
+        assign=assign,
+        data=given,
         device=options.get("device"),
         seed=options.get("seed"),
         adapters=tuple(options.get("adapters") or ()),
@@ -314,8 +337,9 @@ def lineage(steps: Sequence[Step]) -> list[dict[str, Any]]:
             items.append({"pull": step.recipe["name"]})
             continue
         values = {k: v for k, v in step.recipe.items() if k != "kind"}
-        item: dict[str, Any] = {step.stage: values}
         given = step.inputs.get("model")
+        evaluates = step.stage == "duplex" and given is not None
+        item: dict[str, Any] = {"duplex-eval" if evaluates else step.stage: values}
         if not items and given is not None:
             item["model"] = given.path
         items.append(item)

@@ -48,6 +48,8 @@ class Request:
     """How many prompts there are, if that is known."""
     longest: str | None = None
     """The text of the longest of them, if that is known."""
+    part: str = ""
+    """Which of a stage's engines does it, if its input doesn't tell."""
     force: bool = False
     folder: Path | None = None
     """What paths in `assign` are relative to, if not the working directory."""
@@ -83,7 +85,8 @@ class Prepared:
     @property
     def engine(self) -> tuple[str, str]:
         """Return the `plan` and `run` of the engine that does it."""
-        return self.stage.engine("prompt" if self.prompt is not None else self.model.kind)
+        kind = "prompt" if self.prompt is not None else self.model.kind
+        return self.stage.engine(self.request.part or kind)
 
     def job(self, out: Path, work: Path, reporter: Reporter) -> Job:
         """Return what the engine gets."""
@@ -228,7 +231,7 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
         merge = "; merge it into its base first" if model.kind == "delta" else ""
         raise InputError(
             f"{model.path} is a {model.kind}; `bmkit {stage.name}` takes a "
-            f"{' or a '.join(stage.takes)}{merge}",
+            f"{' or a '.join(kind for kind in stage.takes if kind != NOTHING.kind)}{merge}",
             hint="`-s merge=true` makes `bmkit tune` write a model" if merge else None,
         )
     named = (*_adapters(doc, recipe, request), *request.adapters)
@@ -272,6 +275,8 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
     digests = {name: entry.digest for name, entry in inputs.items()}
     if env.process()[1] > 1:  # so many times as large a batch
         digests["processes"] = str(env.process()[1])
+    if request.part:
+        digests["part"] = request.part
     key = artifact.stage_key(stage.name, stage.version, _without_paths(recipe), digests)
     out, done = _destination(request, stage, doc.name, key)
     if stage.gives != "text":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from textual.app import App, ComposeResult
-from textual.binding import BindingType
+from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, VerticalScroll
 from textual.widgets import Input, Sparkline, Static
 
@@ -50,9 +50,9 @@ class Lanes(App[None]):
     #figures { height: 1; color: $text-muted; padding: 0 1; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        ("escape", "stop", "Stop it"),
-        ("ctrl+d", "quit", "Leave"),
-        ("ctrl+c", "quit", "Leave"),
+        Binding("escape", "stop", "Stop it", priority=True),
+        Binding("ctrl+d", "quit", "Leave", priority=True),
+        Binding("ctrl+c", "quit", "Leave", priority=True),
     ]
 
     def __init__(self, live: Any) -> None:

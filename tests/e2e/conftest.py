@@ -77,10 +77,13 @@ LAYOUT = Layout((250,), (251,), 252, 2)
 
 @pytest.fixture(scope="session")
 def trained(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model, trained to answer `CDCD…` whenever the user says anything, and not else."""
+    """The tiny model, trained to answer `dede…` whenever the user says anything, and not else."""
     draw = random.Random(0)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32).train()
+    for weight in model.parameters():
+        if weight.ndim > 1:  # it has large ones, which would have to be unlearned
+            torch.nn.init.normal_(weight, std=0.05)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
 
     def row() -> Rendered:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from bmkit.data.batch import Padding
 from bmkit.data.chat import IGNORED
-from bmkit.data.slices.dialogue import TAGS
+from bmkit.data.slices.dialogue import TAGS, Tag
 from bmkit.data.slices.examples import code
 from bmkit.data.slices.tokens import mark
 from bmkit.deltas import attachment, compose
@@ -228,11 +229,12 @@ def test_figures_are_those_of_a_table_by_hand() -> None:
 
 
 def test_the_threshold_has_the_fewest_errors_of_all() -> None:
-    threshold = calibrate(CASES)
+    cases = replace(CASES, silence=[0.9, 0.8, 0.85, 0.95, 0.2, 0.7, 0.99, 0.1])
+    threshold = calibrate(cases)
     assert threshold is not None and 0.7 < threshold < 0.8
 
     def errors(at: float) -> float:
-        by = figures(CASES, at)
+        by = figures(cases, at)
         return (
             by["false_takeover"]
             + 1
@@ -241,6 +243,17 @@ def test_the_threshold_has_the_fewest_errors_of_all() -> None:
         )
 
     assert errors(threshold) == min(errors(at / 1000) for at in range(1, 1000))
+
+
+@pytest.mark.parametrize(("early", "highest"), [(10, 0.4), (3, 0.9)])
+def test_few_turns_are_taken_too_early_even_if_more_answers_come_late(
+    early: int, highest: float
+) -> None:
+    silence = [0.9] * (100 - early) + [0.4] * early + [0.8] * 40
+    tags: list[Tag] = ["mid"] * 100 + ["end"] * 40
+    speaks = [False] * 100 + [True] * 40
+    threshold = calibrate(Decided(0.0, silence, [True] * 140, speaks, tags))
+    assert threshold is not None and highest - 0.4 < threshold <= highest
 
 
 def test_nothing_is_calibrated_where_all_is_silence() -> None:

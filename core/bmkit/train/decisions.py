@@ -115,11 +115,17 @@ def silences(decided: Decided, threshold: float | None) -> list[bool]:
     return [p >= threshold for p in decided.silence]
 
 
+TOO_EARLY = 0.05
+"""The share of unfinished turns that may be taken, where a threshold is chosen."""
+
+
 def calibrate(decided: Decided) -> float | None:
     """Return the threshold with the fewest errors, None if nothing, or all, is to be said.
 
     Errors are weighed by where they are: the share of false takeovers, that of ends without an
     answer, and that of the others count alike. Of thresholds that are as good, the middle one.
+    Those at which more than `TOO_EARLY` of the turns are taken too early are passed over, if there
+    are others: an answer that is missing comes later (`max_wait`), one too early can't be unsaid.
     """
     if len(set(decided.speaks)) < 2:
         return None
@@ -134,6 +140,12 @@ def calibrate(decided: Decided) -> float | None:
         return sum((p < threshold) != speaks and 1 / sizes[group] for p, speaks, group in rows)
 
     grid = [1 / (1 + math.exp(-step / 10)) for step in range(-45, 46)]  # 0.011 to 0.989
+    early = [
+        sum(p < t and not speaks for p, speaks, group in rows if group == 0) / sizes[0]
+        for t in grid
+    ]
+    bound = max(min(early), TOO_EARLY)
+    grid = [t for t, share in zip(grid, early, strict=True) if share <= bound]
     costs = [errors(threshold) for threshold in grid]
     best = [t for t, cost in zip(grid, costs, strict=True) if cost <= min(costs) + 1e-9]
     return round(best[len(best) // 2], 4)

@@ -9,6 +9,8 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, VerticalScroll
 from textual.widgets import Input, Sparkline, Static
 
+from bmkit.errors import BmkitError
+
 SHOWN = 300
 """Slices on the screen."""
 TIMELINE = 120
@@ -59,6 +61,8 @@ class Lanes(App[None]):
         super().__init__()
         self.live = live
         self.row: Row | None = None
+        self.failed: BmkitError | None = None
+        """What has ended the session, if it wasn't the user."""
         self.silence: list[float] = []
         self.told = {
             "response.output_text.delta": self._delta,
@@ -86,8 +90,15 @@ class Lanes(App[None]):
         """Begin to listen."""
         self.query_one("#words", Input).focus()
         self.live.attached.set()
-        self.run_worker(self.live.run(), exit_on_error=True)
+        self.run_worker(self._live(), exit_on_error=True)
         self.run_worker(self._read(), exit_on_error=True)
+
+    async def _live(self) -> None:
+        try:
+            await self.live.run()
+        except BmkitError as exc:
+            self.failed = exc
+            self.exit()
 
     async def _read(self) -> None:
         reader = self.live.out.attach()
@@ -136,27 +147,30 @@ class Lanes(App[None]):
         self.query_one("#figures", Static).update(text)
 
     async def _say(self, text: str) -> None:
-        from bmkit.duplex.server.protocol import Append, Refused
+        from bmkit.duplex.server.protocol import MAX_TEXT, Append, Refused
 
-        if not text.strip():
-            return
-        row = self._now()
-        row.put(0, f" {text}" if row.said[0] else text)
-        try:
-            await self.live.hear(Append(type="input_text.append", text=text))
-        except Refused as exc:
-            self._figures(exc.message)
+        for at in range(0, len(text), MAX_TEXT):
+            part = text[at : at + MAX_TEXT]
+            if not part.strip():
+                continue
+            try:
+                await self.live.hear(Append(type="input_text.append", text=part))
+            except Refused as exc:
+                self._figures(exc.message)
+                return
+            row = self._now()
+            row.put(0, f" {part}" if row.said[0] else part)
 
     async def on_input_changed(self, event: Input.Changed) -> None:
         """Say all words that are finished."""
-        words, space, rest = event.value.rpartition(" ")
+        words, space, rest = event.input.value.rpartition(" ")  # the event's own may be old
         if space and words.strip():
             event.input.value = rest
             await self._say(words)
 
     async def on_input_submitted(self, event: Input.Submitted) -> None:
         """Say what is left."""
-        text, event.input.value = event.value, ""
+        text, event.input.value = event.input.value, ""
         await self._say(text)
 
     async def action_stop(self) -> None:

@@ -18,8 +18,8 @@ async def talk(live: Any, write: Callable[[str], None], *, linger: int) -> None:
     lines: asyncio.Queue[str | None] = asyncio.Queue()
 
     def read() -> None:
-        for line in sys.stdin:
-            loop.call_soon_threadsafe(lines.put_nowait, line)
+        for line in sys.stdin.buffer:
+            loop.call_soon_threadsafe(lines.put_nowait, line.decode(errors="replace"))
         loop.call_soon_threadsafe(lines.put_nowait, None)
 
     threading.Thread(target=read, daemon=True).start()
@@ -36,15 +36,20 @@ async def talk(live: Any, write: Callable[[str], None], *, linger: int) -> None:
             task.result()
     finally:
         live.close("client")
+        for task in tasks[1:]:
+            task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _say(live: Any, lines: asyncio.Queue[str | None], ended: asyncio.Event) -> None:
-    from bmkit.duplex.server.protocol import Append
+    from bmkit.duplex.server.protocol import MAX_TEXT, Append
 
     while (line := await lines.get()) is not None:
-        if line.strip():
-            await live.hear(Append(type="input_text.append", text=line.strip()))
+        text = line.strip()
+        for at in range(0, len(text), MAX_TEXT):
+            while live.words and live.closed is None:
+                await asyncio.sleep(0.02)  # a slice takes one line
+            await live.hear(Append(type="input_text.append", text=text[at : at + MAX_TEXT]))
     ended.set()
 
 

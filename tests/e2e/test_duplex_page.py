@@ -84,7 +84,9 @@ def test_a_page_comes_back_to_its_session(
 ) -> None:
     with server(listener, tmp_path) as (where, _):
         page.goto(where["url"])
-        page.wait_for_selector("#figures:has-text('tokens')")
+        page.wait_for_selector("#state:has-text('listening')")
+        page.type("#words", "hello ")  # a session in which nothing was said isn't kept
+        page.wait_for_selector(".it:has-text('de')")
         first = page.evaluate("mine.id")
         page.evaluate("socket.close()")
         page.wait_for_selector("#state:has-text('trying again')")

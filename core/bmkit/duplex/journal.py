@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from bmkit.duplex import units
 from bmkit.duplex.agent import AgentSlice
 from bmkit.duplex.session import DuplexSession
-from bmkit.errors import InputError, OutputTaken
+from bmkit.errors import InputError, OutputTaken, ResourceError
 
 HEAD, LOG, EVENTS = "session.json", "tokens.jsonl", "events.jsonl"
 VERSION = 1
@@ -81,13 +82,19 @@ class Journal:
             self._write(self._events, {"heard": agent.heard, **agent.values()})
 
     def _write(self, stream: Any, row: Mapping[str, Any]) -> None:
-        stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-        stream.flush()
+        try:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            stream.flush()
+        except OSError as exc:
+            raise ResourceError(
+                f"{self.folder}: the session can't be kept: {exc.strerror}"
+            ) from None
 
     def close(self) -> None:
         """Close the files."""
-        self._log.close()
-        self._events.close()
+        for stream in (self._log, self._events):
+            with suppress(OSError):  # what couldn't be written was told of when it failed
+                stream.close()
 
 
 def _spans(places: list[int]) -> list[list[int]]:

@@ -71,7 +71,10 @@ def chat(
         if stream is None:
             from bmkit_cli.lanes import Lanes
 
-            Lanes(live).run()
+            app = Lanes(live)
+            app.run()
+            if app.failed is not None:
+                raise app.failed
         else:
             from bmkit_cli import lines
 

@@ -9,9 +9,9 @@ import json
 import re
 import secrets
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +43,12 @@ class Model(Protocol):
         """Return what a stored session is compared by."""
 
 
+class _Held:
+    """A place that was taken for a session which isn't running yet."""
+
+    live: Live | None = None
+
+
 class House:
     """The sessions of one server. One thread runs the model, so one forward goes at a time."""
 
@@ -65,12 +71,28 @@ class House:
     async def enter(self, tell: Callable[[int], None]) -> Live:
         """Begin a session once there is a place for it. Raises Refused if the queue is full."""
         place = await self._place(tell)
-        live = self._live(secrets.token_hex(8))
-        if self.folder is not None:
-            folder = self.folder / live.id
-            live.journal = Journal.begin(folder, live.session, self.model.head())
-            _write_owner(folder, live.token)
+        with self._held(place) as held:
+            live = held.live = self._live(secrets.token_hex(8))
+            if self.folder is not None:
+                folder = self.folder / live.id
+                live.journal = Journal.begin(folder, live.session, self.model.head())
+                _write_owner(folder, live.token)
         return self._start(live, place)
+
+    @contextmanager
+    def _held(self, place: int) -> Iterator[_Held]:
+        """Give a place back if a session can't be begun in it. Raises Refused for why it can't."""
+        held = _Held()
+        try:
+            yield held
+        except BaseException as exc:
+            if held.live is not None:
+                self.model.end(held.live.session)
+            self.seats.leave(place)
+            if isinstance(exc, BmkitError | OSError):
+                self.reporter.warn(f"a session couldn't be begun: {exc}")
+                raise Refused("cannot_begin", str(exc)) from None
+            raise
 
     async def _place(self, tell: Callable[[int], None]) -> int:
         if self.seats.full():
@@ -107,11 +129,13 @@ class House:
             if live.closed is None:  # a bug, which is told below; the client is told as well
                 live.close("failed")
             watch.cancel()
-            self.lives.pop(live.id, None)
-            if live.journal is not None:
-                live.journal.close()
+            if self.lives.get(live.id) is live:
+                del self.lives[live.id]
             self.model.end(live.session)
             self.seats.leave(place)
+            if live.journal is not None:
+                live.journal.close()
+            live.ended.set()
 
     async def _watch(self, live: Live) -> None:
         """End a session in which nobody says anything."""
@@ -123,9 +147,12 @@ class House:
                 return
             await asyncio.sleep(left)
 
-    async def resume(self, name: str, token: str, after: int) -> tuple[Live, bool]:
+    async def resume(
+        self, name: str, token: str, after: int, *, instead: Live | None = None
+    ) -> tuple[Live, bool]:
         """Return a session that a client comes back to, and whether it can be told all it missed.
 
+        `instead` is the one that was begun for it meanwhile, which ends.
         Raises Refused if there is none, or the token isn't its own.
         """
         unknown = Refused("unknown_session", "there is no such session, or it isn't yours")
@@ -136,21 +163,25 @@ class House:
             if not hmac.compare_digest(live.token.encode(), token.encode()):
                 raise unknown
             live.last_word = live.now()
+            if instead is not None:
+                instead.close("client")
             return live, live.out.rewind(after)
+        if live is not None:  # it is ending: its last slice is being written
+            await live.ended.wait()
         folder = None if self.folder is None else self.folder / name
         if folder is None or not _owns(folder, token):
             raise unknown
+        if instead is not None:
+            instead.close("client")
+            await instead.ended.wait()  # its place is free then
         if not self.seats.free:
             raise Refused("busy", "all sessions are taken: come back later")
         place = await self.seats.take(lambda _: None)
-        live = self._live(name)
-        live.token = token
-        try:
+        with self._held(place) as held:
+            live = held.live = self._live(name)
+            live.token = token
             live.journal = Journal.resume(folder, live.session, self.model.head())
-        except BmkitError as exc:
-            self.model.end(live.session)
-            self.seats.leave(place)
-            raise Refused("cannot_resume", str(exc)) from None
+            live.resumed()
         return self._start(live, place), False
 
     async def close(self) -> None:

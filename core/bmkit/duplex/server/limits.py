@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 FRAME_BYTES = 64 * 1024
 """The longest frame that is read."""
@@ -15,14 +15,14 @@ FRAME_BYTES = 64 * 1024
 class Rate:
     """A bucket of `burst` frames that fills with `a_second`; times are in seconds.
 
-    Who goes on when it is empty is sent away after `patience` frames in a row that were dropped.
+    Who goes on when it is empty is sent away after `patience` frames that were dropped.
     """
 
     a_second: float = 50.0
     burst: float = 100.0
     patience: int = 200
     dropped: int = 0
-    """Frames in a row that came too soon."""
+    """Frames that came too soon since the bucket was half full."""
     _left: float = field(init=False)
     _last: float | None = None
 
@@ -39,7 +39,8 @@ class Rate:
             self.dropped += 1
             return False
         self._left -= 1
-        self.dropped = 0
+        if self._left >= self.burst / 2:
+            self.dropped = 0
         return True
 
     @property
@@ -67,7 +68,7 @@ def origin_is_known(origin: str | None, host: str | None, allowed: Iterable[str]
         return True
     if origin in allowed:
         return True
-    return host is not None and urlsplit(origin).netloc == host
+    return host is not None and _parts(origin).netloc == host
 
 
 def host_is_expected(said: str | None, listening: str) -> bool:
@@ -77,5 +78,13 @@ def host_is_expected(said: str | None, listening: str) -> bool:
     """
     if not is_local(listening):
         return True
-    name = urlsplit(f"//{said}").hostname if said else None
+    name = _parts(f"//{said}").hostname if said else None
     return name is not None and is_local(name)
+
+
+def _parts(url: str) -> SplitResult:
+    """Return the parts of an address; of one that can't be read, none."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")

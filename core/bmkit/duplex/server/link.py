@@ -16,6 +16,8 @@ from bmkit.duplex.server.limits import FRAME_BYTES, Rate
 from bmkit.duplex.server.live import Live
 from bmkit.duplex.server.protocol import Refused
 
+GRACE_S = 1.0
+"""Seconds that a client for whom there is no place has to say that it comes back."""
 PATIENCE_S = 15.0
 """Seconds within which a client has to take an event."""
 TOO_MUCH, TOO_SLOW, TAKEN_OVER, BUSY = 1008, 1013, 4001, 1013
@@ -56,6 +58,7 @@ class Link:
             live = await self.house.enter(tell)
         except Refused as exc:
             await self._send(protocol.error(exc))
+            await asyncio.sleep(GRACE_S)  # one who comes back needs no place, and says so now
             await self._close(BUSY, exc.code)
             return
         self.fresh = True
@@ -90,7 +93,7 @@ class Link:
         if live is not None and live.out.reader == self.reader and live.closed is None:
             live.attached.clear()
             live.session.abort()
-            if self.fresh and not live.session.units:
+            if self.fresh:
                 live.close("client")
 
     async def _frame(self) -> str | bytes | None:
@@ -134,12 +137,18 @@ class Link:
             await self._send(protocol.error(exc, event_id))
 
     async def _resume(self, event: protocol.Resume, entering: asyncio.Task[None]) -> None:
-        live, complete = await self.house.resume(event.session_id, event.resume_token, event.after)
         entering.cancel()
+        fresh, self.live = self.live, None
         if self._sender is not None:
             self._sender.cancel()
-        if self.live is not None and self.live is not live:
-            self.live.close("client")
+        try:
+            live, complete = await self.house.resume(
+                event.session_id, event.resume_token, event.after, instead=fresh
+            )
+        except Refused:
+            if fresh is not None:
+                self._attach(fresh)
+            raise
         self.fresh = False
         self._attach(live)
         live.say(
@@ -156,6 +165,7 @@ class Link:
             if self.live is not live:
                 return  # the client has gone back to another one
             if not await self._send(message):
+                self._leave()
                 await self._close(TOO_SLOW, "too_slow")
                 return
             if message["type"] == "session.closed":
@@ -165,7 +175,7 @@ class Link:
 
     async def _send(self, message: dict[str, Any]) -> bool:
         """Send an event; tell whether the client took it in time, or has gone."""
-        text = json.dumps(message, ensure_ascii=False)
+        text = json.dumps(message)  # in ASCII: what can't be encoded may have been asked for
         try:
             async with self._lock, asyncio.timeout(PATIENCE_S):
                 await self.socket.send_text(text)

@@ -17,6 +17,8 @@ from bmkit.duplex.server import protocol
 from bmkit.duplex.server.outbox import Outbox
 from bmkit.duplex.session import DuplexSession
 
+REMEMBERED = 512
+"""Pieces of text that a client may still revise."""
 PENDING_CHARS = 8000
 """Characters that may wait for a slice."""
 
@@ -82,7 +84,15 @@ class Live:
         self.hurry = asyncio.Event()
         self.busy = False
         self.over: str | None = None  # how the present answer ends
-        self.gone: asyncio.Event = asyncio.Event()
+        self.cut_off = False  # whether its last slice was stopped in the middle
+        self.ended = asyncio.Event()
+        """Whether the loop has stopped, and the place is free."""
+        self.stops = False  # a word to stop that has come before its slice was begun
+
+    def resumed(self) -> None:
+        """Go on from what was kept: new words get names that no old ones have."""
+        keys = [words.key for unit in self.session.units for words in unit.parts]
+        self.next_key = 1 + max(keys, default=-1)
 
     # What is said to the client.
 
@@ -99,7 +109,6 @@ class Live:
             self.session.abort()
             self.hurry.set()
             self.attached.set()
-            self.gone.set()
 
     # What the client says.
 
@@ -114,7 +123,7 @@ class Live:
         elif isinstance(event, protocol.Truncate | protocol.Ack):
             await self._heard(event)
         elif isinstance(event, protocol.Update):
-            self._update(event.session)
+            await self._update(event.session)
         elif isinstance(event, protocol.Close):
             self.close("client")
         elif isinstance(event, protocol.Resume):
@@ -139,6 +148,8 @@ class Live:
         self.next_key += 1
         if event.t is not None:
             self.keys[event.t] = key
+            if len(self.keys) > REMEMBERED:
+                del self.keys[next(iter(self.keys))]
         self.words.append(Words(key, event.text.strip()))
         if self.interrupt == "immediate" and self.speaking:
             self.session.abort()
@@ -161,7 +172,7 @@ class Live:
         if self.answer is None:
             raise protocol.Refused("nothing_to_cancel", "nothing is being said")
         self.over = "cancelled"
-        self.session.abort()
+        self.stops = not self.session.abort()  # its slice may wait behind another session's
         await self._work(self.session.hush)
         self.hurry.set()
 
@@ -177,11 +188,12 @@ class Live:
         gone = await self._work(lambda: self.session.truncate(number, event.chars))
         self.say("conversation.item.truncated", response_id=event.response_id, tokens=gone)
 
-    def _update(self, options: protocol.Options) -> None:
+    async def _update(self, options: protocol.Options) -> None:
         if options.interrupt is not None:
             self.interrupt = options.interrupt
         if options.threshold is not None:
-            self.session.decide_by(options.threshold)
+            threshold = options.threshold
+            await self._work(lambda: self.session.decide_by(threshold))
         self.say("session.updated", interrupt=self.interrupt, threshold=options.threshold)
 
     async def _work(self, task: Callable[[], Any]) -> Any:
@@ -204,9 +216,8 @@ class Live:
             if self.closed is not None:
                 return
             late = 0 if early else max(int((self.now() - due) * 1000), 0)
+            due = (self.now() if early or late > self.period_ms else due) + self.period_ms / 1000
             await self._slice(late)
-            due = self.now() + self.period_ms / 1000 if early else due + self.period_ms / 1000
-            due = max(due, self.now())
 
     async def _until(self, due: float) -> bool:
         """Wait for a time; tell whether it was cut short."""
@@ -216,6 +227,7 @@ class Live:
                 async with asyncio.timeout(left):
                     await self.hurry.wait()
             except TimeoutError:
+                self.hurry.clear()
                 return False
         early = self.hurry.is_set() and left > 0
         self.hurry.clear()
@@ -224,8 +236,8 @@ class Live:
     async def _slice(self, late_ms: int) -> None:
         parts, self.words = tuple(self.words), []
         before = self.answer
-        if before is not None and parts and self.acks and before.heard is not None:
-            heard = before.heard
+        if before is not None and parts and self.acks:
+            heard = before.heard or 0
             await self._work(lambda: self.session.truncate(before.number, heard))
         loop = asyncio.get_running_loop()
 
@@ -247,9 +259,13 @@ class Live:
             kv=agent.kv_length,
             forwards=agent.forwards,
             p_idle=round(agent.p_idle, 4),
+            **({"cut": agent.cut} if agent.cut else {}),
         )
 
     def _step(self, parts: tuple[Words, ...], write: Callable[[str], None]) -> AgentSlice:
+        if self.stops:
+            self.session.hush()
+        self.stops = False
         found = self.session.step(parts=parts, write=write)
         if self.journal is not None:
             self.journal.note(found)
@@ -277,7 +293,7 @@ class Live:
                 status=status,
                 chars=self.answer.chars,
             )
-        self.answer = None
+        self.answer = self.over = None
 
     def _told(self, agent: AgentSlice, parts: tuple[Words, ...], before: Answer | None) -> None:
         """Say what was decided."""
@@ -293,13 +309,15 @@ class Live:
             same = agent.decision == "speak" and agent.answer == before.number
             kind = "continue" if same else "answer" if agent.decision == "speak" else "stop"
             self.say("overlap.decision", kind=kind, heard=joined(parts), **decided)
+        if agent.decision == "speak":
+            self.cut_off = agent.interrupted
         if agent.decision == "speak" and not agent.interrupted:
             self.say("response.decided", decision="speak", rewound=agent.rewound, **decided)
         if agent.decision == "listen":
             if self.answer is not None:
-                status = self.over or ("interrupted" if parts else "completed")
-                self._done(status)
-            self.over = None
+                cut = bool(parts) or agent.interrupted or self.cut_off
+                self._done(self.over or ("interrupted" if cut else "completed"))
+            self.over, self.cut_off = None, False
             self.say("response.listen", **decided)
 
 

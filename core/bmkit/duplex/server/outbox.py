@@ -40,6 +40,9 @@ class Outbox:
 
     def rewind(self, after: int) -> bool:
         """Send what came after an event again; tell whether all of that is still there."""
+        if after > self.seq:  # numbers of a server that is gone
+            self._sent = 0
+            return False
         oldest = self._kept[0]["seq"] if self._kept else self.seq + 1
         self._sent = min(max(after, oldest - 1), self.seq)
         self._more.set()

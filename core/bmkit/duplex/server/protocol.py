@@ -18,7 +18,7 @@ MAX_TEXT = 4000
 """Characters of one piece of text."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Refused(Exception):
     """A frame that isn't understood: a short code for programs, a sentence for people."""
 

@@ -15,14 +15,14 @@ from typing import Any
 from torch import Tensor
 
 from bmkit.data.slices import tokens
-from bmkit.data.slices.layout import Layout
+from bmkit.data.slices.layout import Layout, collapsed
 from bmkit.data.slices.slicer import Words, joined, pieces
 from bmkit.duplex.agent import AgentSlice
 from bmkit.duplex.places import Place
 from bmkit.duplex.policy import Verdict
 from bmkit.duplex.settings import Settings
 from bmkit.duplex.spelling import Spelling, spell
-from bmkit.duplex.units import Unit, collapsed, kept, log_of
+from bmkit.duplex.units import Unit, kept, log_of
 from bmkit.duplex.voice import Chooser
 from bmkit.errors import ResourceError
 

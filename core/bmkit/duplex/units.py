@@ -75,15 +75,6 @@ def log_of(layout: Layout, units: Sequence[Unit]) -> list[int]:
     return [*layout.opening, *(token for unit in units for token in unit.ids(layout))]
 
 
-def collapsed(units: Sequence[Unit]) -> list[Unit]:
-    """Return the units that are left when silence takes one, however long it is."""
-    return [
-        unit
-        for place, unit in enumerate(units)
-        if not (unit.silent and place + 1 < len(units) and units[place + 1].user is None)
-    ]
-
-
 def kept(layout: Layout, units: Sequence[Unit], *, room: int, sinks: int) -> list[Unit]:
     """Return what is left of a session that may have `room` tokens: whole slices.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 from bmkit.data.slices.dialogue import Tag
 
@@ -108,7 +109,22 @@ class Rendered:
     """Where each pair begins."""
 
 
-def collapsed(pairs: Sequence[Pair]) -> Iterator[Pair]:
+class Spoken(Protocol):
+    """One slice of both sides, in tokens."""
+
+    @property
+    def user(self) -> tuple[int, ...] | None:
+        """Return what the user says; None is silence."""
+
+    @property
+    def silent(self) -> bool:
+        """Tell whether nobody says anything."""
+
+
+S = TypeVar("S", bound=Spoken)
+
+
+def collapsed(pairs: Sequence[S]) -> Iterator[S]:
     """Yield the pairs that are left when silence takes one pair, however long it is.
 
     A silent pair goes once the user is silent in the next one as well.

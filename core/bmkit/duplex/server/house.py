@@ -83,16 +83,18 @@ class House:
     def _held(self, place: int) -> Iterator[_Held]:
         """Give a place back if a session can't be begun in it. Raises Refused for why it can't."""
         held = _Held()
+        begun = False
         try:
             yield held
-        except BaseException as exc:
-            if held.live is not None:
-                self.model.end(held.live.session)
-            self.seats.leave(place)
-            if isinstance(exc, BmkitError | OSError):
-                self.reporter.warn(f"a session couldn't be begun: {exc}")
-                raise Refused("cannot_begin", str(exc)) from None
-            raise
+            begun = True
+        except (BmkitError, OSError) as exc:
+            self.reporter.warn(f"a session couldn't be begun: {exc}")
+            raise Refused("cannot_begin", str(exc)) from None
+        finally:
+            if not begun:
+                if held.live is not None:
+                    self.model.end(held.live.session)
+                self.seats.leave(place)
 
     async def _place(self, tell: Callable[[int], None]) -> int:
         if self.seats.full():

@@ -2,7 +2,8 @@
 
 On the CPU torch multiplies float32 matrices with MKL, which keeps to 256 bits on processors that
 aren't Intel's. oneDNN, which torch has as well, uses all 512 that these have: it is twice as quick
-from some dozen rows on. Both sum in float32; results differ in the last bits.
+from some dozen rows on, forwards and backwards. Both sum in float32; results differ in the last
+bits.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -21,6 +23,8 @@ LEAST_ROWS = 16
 """Of fewer rows, oneDNN's products aren't quicker,"""
 MANY_OUTPUTS = 8192
 """but for a matrix of so many outputs, which comes from memory: a head."""
+LEAST_WORK = 2**20
+"""Multiplications below which calling it takes longer than it saves."""
 
 
 @cache
@@ -35,16 +39,19 @@ def can() -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x · Wᵀ + bias [..., out] of x [..., in] and W [out, in], by oneDNN if it can."""
+    """Return x · Wᵀ + bias [..., out] of x [..., in] and W [out, in], by oneDNN if it can.
+
+    It can be differentiated once.
+    """
     if not _takes(x, weight, bias):
         return functional.linear(x, weight, bias)
-    return _onednn(x, weight, bias)
+    return _product(x, weight, bias)
 
 
 def quick() -> AbstractContextManager[Any]:
     """Let linear layers go by `linear` while a block runs, in the thread that runs it.
 
-    This holds for any model's own code. Where gradients are recorded all stays as it is.
+    This holds for any model's own code, where gradients are recorded too.
     """
     return _Quick() if can() else nullcontext()
 
@@ -58,10 +65,45 @@ class _Quick(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is functional.linear and not kwargs and _takes(*args):
-            return _onednn(*args)
+            return _product(*args)
         if func is torch.addmm and not kwargs and _takes(args[1], args[2].t(), args[0]):
-            return _onednn(args[1], args[2].t(), args[0])  # as GPT-2 writes it
+            return _product(args[1], args[2].t(), args[0])  # as GPT-2 writes it
         return func(*args, **(kwargs or {}))
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if torch.is_grad_enabled() and any(
+        of is not None and of.requires_grad for of in (x, weight, bias)
+    ):
+        recorded: Tensor = _Recorded.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return recorded
+    return _onednn(x, weight, bias)
+
+
+class _Recorded(torch.autograd.Function):
+    """A product whose gradients are products by oneDNN. It keeps what torch's own keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        to_x, to_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if to_weight else None, weight if to_x else None)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)  # [n, out]
+        of_x = None if weight is None else linear(grad, weight.t())
+        of_weight = None if x is None else _outer(rows, x.flatten(0, -2))
+        return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """Return leftᵀ · right [a, b] of `left` [n, a] and `right` [n, b]."""
+    if left.shape[1] > right.shape[1]:  # few outputs of many rows are slow
+        return linear(right.t(), left.t()).t()
+    return linear(left.t(), right.t())
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -75,11 +117,13 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         can()
         and x.numel() > 0
         and (x.numel() >= LEAST_ROWS * x.shape[-1] or weight.shape[0] >= MANY_OUTPUTS)
-        and not torch.is_grad_enabled()
+        and x.numel() * weight.shape[0] >= LEAST_WORK
+        and x.dim() > 1
         and _plain(x)
         and _plain(weight)
         and weight.dim() == 2
         and (bias is None or (_plain(bias) and bias.shape == weight.shape[:1]))
+        and not torch.is_autocast_enabled("cpu")
     )
 
 

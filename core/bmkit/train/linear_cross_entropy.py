@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
+
+from bmkit.nn import products
 
 ROWS = 256
 """Rows of logits at a time; with fewer, reading the head takes longer than its products."""
@@ -91,9 +92,9 @@ class _Chunks(torch.autograd.Function):
         parts = max(math.ceil(len(hidden) / rows), 1)
         for i in range(parts):  # all of about the same size
             part = slice(i * len(hidden) // parts, (i + 1) * len(hidden) // parts)
-            logits = functional.linear(hidden[part], weight, bias).float()  # [rows, vocabulary]
+            logits = products.linear(hidden[part], weight, bias).float()  # [rows, vocabulary]
             if tokens is not None and trained is not None:
-                said = functional.linear(hidden[part], trained)
+                said = products.linear(hidden[part], trained)
                 logits[:, tokens] = (said if bias is None else said + bias[tokens]).float()
             if scale != 1.0:
                 logits = logits * scale
@@ -124,9 +125,9 @@ class _Chunks(torch.autograd.Function):
                 if grads[3] is not None:
                     grads[3] += apart.T @ hidden[part].to(apart.dtype)
             if grads[0] is not None:
-                grads[0][part] += error @ weight
+                grads[0][part] += products.linear(error, weight.t())
             if grads[1] is not None:
-                grads[1] += error.T @ hidden[part]
+                grads[1] += products.linear(error.t(), hidden[part].t())
         kept = [
             of.to(like.dtype) if of is not None and like is not None else None
             for of, like in zip(grads, given, strict=True)

@@ -28,6 +28,7 @@ from bmkit.errors import (
     first_line,
     machine_refusal,
 )
+from bmkit.nn import products
 from bmkit.report import Reporter, Task
 from bmkit.train import checkpointing
 from bmkit.train import head as heads
@@ -87,7 +88,7 @@ def train(
     aren't kept (`train.replay`). `rates` are modules with learning rates of their own. Raises
     DivergedError when a loss is not a number, leaving the last good checkpoint in `work`.
     """
-    with _as_asked(device):
+    with _as_asked(device), products.quick():
         loss = loss or default_loss(model)
         batch = _longest(examples, collate, device)
         with noted(model, loss, batch) if replay else nullcontext(loss) as loss:

@@ -29,6 +29,7 @@ from bmkit.compress.steps import (
 )
 from bmkit.compress.work import Metrics, Shared, Work
 from bmkit.errors import GateError
+from bmkit.nn import products
 from bmkit.place import write_text
 from bmkit.plan import Job, Outcome
 from bmkit.runtime.placed.load import empty
@@ -62,7 +63,8 @@ def run(job: Job) -> Outcome:
                 shutil.rmtree(out, ignore_errors=True)
                 out.mkdir(parents=True)
             folder = job.work / f"part-{i}"
-            found = METHODS[step.method](Work(source, out, folder, shared, i), step)
+            with products.quick():
+                found = METHODS[step.method](Work(source, out, folder, shared, i), step)
             if not last:
                 write_text(note, json.dumps(found))
         else:
@@ -70,7 +72,8 @@ def run(job: Job) -> Outcome:
         metrics |= found
         source = out
         made.append((step.method, out))
-    lines = measuring.accounts(shared, made)
+    with products.quick():
+        lines = measuring.accounts(shared, made)
     for text in tables.lines(lines):
         job.reporter.info(text)
     metrics |= _summary(lines)

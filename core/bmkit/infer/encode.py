@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bmkit.errors import InputError
+from bmkit.nn import products
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,8 @@ def encode(
     if any(types):
         both = [t or [0] * len(r) for t, r in zip(types, rows, strict=True)]
         given["token_type_ids"] = _padded(both, 0, device)
-    out = model(**given)
+    with products.quick():
+        out = model(**given)
     if pooling is not None:
         found = pooling(out.last_hidden_state.float(), mask)
     elif getattr(model.config, "problem_type", None) == "multi_label_classification":

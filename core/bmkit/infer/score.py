@@ -13,6 +13,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from bmkit.deltas import plugged
 from bmkit.errors import InputError
+from bmkit.nn import products
 from bmkit.runtime.budget import SCORE_BYTES
 
 
@@ -102,7 +103,8 @@ def score(model: Any, ids: list[int], scored: int, context: int | None) -> list[
         size = part.shape[1] if whole else chunk
         for low in range(0, part.shape[1], size):
             piece = part[:, low : low + size]
-            out = model(input_ids=piece, past_key_values=cache, use_cache=not whole)
+            with products.quick():
+                out = model(input_ids=piece, past_key_values=cache, use_cache=not whole)
             cache = getattr(out, "past_key_values", None)
             at = start + low  # logits at token i are about token i + 1
             wanted = [i for i in range(at, at + piece.shape[1]) if first <= i + 1 < end]
@@ -126,12 +128,13 @@ def _encoder_decoder(model: Any, ids: list[int], scored: int) -> list[float]:
     found: list[float] = []
     chunk = at_once(model.config.get_text_config().vocab_size)
     for low in range(0, scored, chunk):
-        out = model(
-            encoder_outputs=said,
-            decoder_input_ids=shifted[:, low : low + chunk],
-            past_key_values=cache,
-            use_cache=True,
-        )
+        with products.quick():
+            out = model(
+                encoder_outputs=said,
+                decoder_input_ids=shifted[:, low : low + chunk],
+                past_key_values=cache,
+                use_cache=True,
+            )
         found += picked(out.logits[0], labels[0, low : low + chunk].tolist())
     return found
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bmkit.nn import products
+
 STRIP = 384
 """Rows of a symmetric matrix that are computed at once."""
 
@@ -16,7 +18,7 @@ def add_products(total: Tensor, inputs: Tensor) -> None:
     """
     for start in range(0, len(total), STRIP):
         strip = inputs[:, start : start + STRIP]
-        total[start : start + STRIP, start:].addmm_(strip.T, inputs[:, start:])
+        total[start : start + STRIP, start:] += products.linear(strip.T, inputs[:, start:].T)
 
 
 def mirror(total: Tensor) -> None:

@@ -32,6 +32,14 @@ CHATML = (
 )
 
 
+@pytest.fixture(autouse=True, scope="session")
+def small_products_too() -> None:
+    """Let tiny models multiply as large ones do."""
+    from bmkit.nn import products
+
+    products.LEAST_WORK = 0
+
+
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A BMKIT_HOME of the test's own."""

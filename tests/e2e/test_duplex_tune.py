@@ -105,6 +105,22 @@ def test_a_delta_brings_its_tokens_along(
     assert (whole(ids).logits - wanted).abs().max() < 0.1 * wanted.abs().max()  # it is bfloat16
 
 
+def test_what_the_model_says_itself_is_mixed_in(
+    bmkit: Run, tiny: Path, data: Path, texts: Path
+) -> None:
+    words = ("-s", "data.mix=null", "-s", "data.mix_share=0.25", *FEW)
+    asked = ("tune", "duplex", "-m", tiny, "--data", data)
+    alone = result(bmkit(*asked, "-o", "a", *words))["metrics"]
+    both = result(bmkit(*asked, "-o", "b", *words, "-s", "data.own_words=400"))["metrics"]
+    again = result(bmkit(*asked, "-o", "c", *words, "-s", "data.own_words=400", "--force"))
+    assert alone["rows"] == 96
+    assert both["rows"] == 128  # a quarter of all
+    assert again["reused"] or again["metrics"] == both
+    asked = ("tune", "lora", "-m", tiny, "--data", texts, "-o", "d")
+    plain = bmkit(*asked, "-s", "data.own_words=9")
+    assert plain.returncode == 2 and "own_words" in plain.stderr
+
+
 def test_two_deltas_carry_the_tokens_both(
     bmkit: Run, tiny: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -12,12 +12,13 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, CohereConfig, GPTNeoXConfig, PhiConfig
 
 from bmkit import model as models
-from bmkit.compress import corpus, distill, frequent, layers
+from bmkit.compress import distill, frequent, layers
 from bmkit.compress.recipe import Data
 from bmkit.errors import InputError
 from bmkit.report import Silent
 from bmkit.runtime.cpu import load
 from bmkit.runtime.voice import Voice
+from bmkit.train import corpus
 from bmkit.train.distil import Aim, divergence, has_plain_head, likeliest, teaching_loss
 
 CPU = torch.device("cpu")

@@ -22,7 +22,6 @@ from transformers import (
     T5Config,
 )
 
-from bmkit.compress.corpus import Text
 from bmkit.compress.distill import agreement, collate, lessons
 from bmkit.compress.hints import PROJECTIONS, Hints
 from bmkit.compress.options.learning import Attention, Hidden
@@ -32,6 +31,7 @@ from bmkit.nn.rounding import dequantize, quantize
 from bmkit.report import Silent
 from bmkit.runtime.voice import Voice
 from bmkit.train import distil
+from bmkit.train.corpus import Text
 from bmkit.train.distil import Aim, divergence, likeliest, reverse_divergence, teaching_loss
 from bmkit.train.states import attention_loss, by_depth, state_loss
 

@@ -18,11 +18,6 @@ needed = pytest.mark.skipif(not products.can(), reason="needs registers of 512 b
 Build = Callable[..., Any]
 
 
-@pytest.fixture(autouse=True)
-def small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "LEAST_WORK", 0)
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Return a list that the shapes of all products by oneDNN go to."""
@@ -166,6 +161,19 @@ def test_small_products_and_automatic_casts_stay_torchs(
     with products.quick():
         functional.linear(x, weight)
     assert calls == [(20, 8, 4)]
+
+
+@pytest.mark.parametrize("rows", [(20,), (2, 10)])
+def test_a_product_may_be_added_to_in_place(rows: tuple[int, ...]) -> None:
+    x, weight = torch.randn(*rows, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    more = torch.randn(*rows, 4, requires_grad=True)
+    with products.quick():
+        found = functional.linear(x, weight)
+        found += more
+        (found * found).sum().backward()
+    wanted = 2 * (x @ weight.T + more).detach()
+    assert more.grad is not None and torch.allclose(more.grad, wanted, atol=1e-5)
+    assert x.grad is not None and torch.allclose(x.grad, wanted @ weight.detach(), atol=1e-4)
 
 
 def test_a_spread_out_gradient_is_taken() -> None:

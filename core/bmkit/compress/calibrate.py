@@ -24,6 +24,8 @@ from bmkit.runtime.placed.origin import Origin
 
 HELD_OUT = 8
 """One row of so many isn't calibrated on, but tells how good the result is."""
+DEV_TEXTS = 24
+"""Texts that are not trained on, at most: how often student and teacher agree is told of those."""
 
 
 @dataclass
@@ -401,6 +403,11 @@ def inputs(config: Any, row: Tensor) -> dict[str, Tensor]:
     half = len(row) // 2
     said = models.behind_start(config, whole[:, half:-1])
     return {"input_ids": whole[:, :half], "decoder_input_ids": said}
+
+
+def dev_of(texts: int) -> list[int]:
+    """Return which of so many texts nothing is learned from: the last of each eight, 24 at most."""
+    return sorted(held_out(texts))[:DEV_TEXTS]
 
 
 def held_out(rows: int) -> set[int]:

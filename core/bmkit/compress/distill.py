@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bmkit import model as models
-from bmkit.compress import corpus
-from bmkit.compress.corpus import Text
+from bmkit.compress import calibrate
 from bmkit.compress.hints import Hints
 from bmkit.compress.options.learning import Distill
 from bmkit.compress.qat import Rounding
@@ -26,6 +25,7 @@ from bmkit.report import Reporter, task
 from bmkit.runtime import experts
 from bmkit.runtime.experts import Experts
 from bmkit.runtime.voice import Voice
+from bmkit.train.corpus import Text
 from bmkit.train.distil import Aim, has_plain_head, likeliest, teaching_loss
 from bmkit.train.trainer import train
 
@@ -212,7 +212,7 @@ def train_student(
     )
     if not any(p.requires_grad for p in student.parameters()):
         raise RecipeError("freeze: nothing is left to train")
-    apart = set(corpus.dev_of(len(lesson.taught)))
+    apart = set(calibrate.dev_of(len(lesson.taught)))
     dev: list[Lesson] = []
     rest: list[Lesson] = []
     for i, one in enumerate(lesson.taught):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from bmkit import env, model, plan
-from bmkit.compress import account, calibrate, corpus, perplexity
+from bmkit.compress import account, calibrate, perplexity
 from bmkit.compress.plan import opened
 from bmkit.compress.work import Metrics, Shared
 from bmkit.errors import InputError, ResourceError
@@ -95,7 +95,7 @@ def _held_out(shared: Shared) -> list[list[int]]:
     if kinds & {"distill", "gates"}:
         given = "data.calibration" in shared.job.files or "moefy" in kinds
         texts = shared.texts if given else []
-        return [texts[i].ids for i in corpus.dev_of(len(texts))]
+        return [texts[i].ids for i in calibrate.dev_of(len(texts))]
     if not shared.has_rows:
         return []
     rows = shared.rows

@@ -14,7 +14,8 @@ from bmkit.compress.options.rounding import Gptq, Quantize
 from bmkit.compress.options.scaling import Awq, SmoothQuant
 from bmkit.compress.options.sparse import Magnitude, SparseGpt, Wanda
 from bmkit.compress.options.structure import COUNTS, DropLayers, FrequentTokens, Gates, Shrink
-from bmkit.compress.recipe import PLAIN, CompressRecipe
+from bmkit.compress.recipe import CompressRecipe
+from bmkit.data import rows
 from bmkit.errors import InputError, RecipeError
 from bmkit.foreign import extra
 from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers
@@ -91,7 +92,7 @@ def estimate(job: Job) -> Estimate:
     now = _Model(inside, whole - inside, sizes.layers, width)
     largest = max((t.numel for t in headers.tensors), default=0)
     file = job.files.get("data.calibration")
-    speaks = file is None or file.suffix not in PLAIN
+    speaks = file is None or file.suffix not in rows.PLAIN
     state = State(headers, sizes, recipe, now, largest, headers.bytes, speaks=speaks)
     ram = gpu = work = 0
     steps = []

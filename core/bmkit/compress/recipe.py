@@ -15,9 +15,6 @@ from bmkit.compress.options.sparse import Magnitude, SparseGpt, Wanda
 from bmkit.compress.options.structure import DropLayers, FrequentTokens, Gates, Shrink
 from bmkit.recipe import Model, Recipe, contradiction
 
-PLAIN = {".txt", ".md"}
-"""Endings of files that are one text; others hold rows."""
-
 
 class Data(Model):
     """What steps that learn or count learn from."""

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bmkit import model, plan
-from bmkit.compress import corpus
-from bmkit.compress.calibrate import pack_rows
-from bmkit.compress.corpus import Text
+from bmkit.compress.calibrate import dev_of, pack_rows
 from bmkit.compress.options.learning import Distill
 from bmkit.compress.options.structure import Gates
 from bmkit.compress.recipe import CompressRecipe
@@ -23,6 +21,8 @@ from bmkit.errors import InputError, RecipeError, did_you_mean
 from bmkit.nn import walk
 from bmkit.plan import Headers, Job
 from bmkit.runtime.voice import Voice
+from bmkit.train import corpus
+from bmkit.train.corpus import Text
 
 Metrics = Mapping[str, float | int | str]
 
@@ -97,7 +97,7 @@ class Shared:
             most = data.tokens
             learns = any(isinstance(s, Distill | Gates) for s in self.recipe.steps)
             if self.generates or (learns and self.judges):
-                apart = set(corpus.dev_of(len(self.texts)) if learns else ())
+                apart = set(dev_of(len(self.texts)) if learns else ())
                 ids = [t.ids for i, t in enumerate(self.texts) if i not in apart]
                 most *= 2  # prompts are looked at too
             elif file is not None:

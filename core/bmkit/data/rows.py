@@ -17,6 +17,8 @@ WANTED = {
     "masked_lm": "`text`",
 }
 """Keys of rows that are trained on, by tasks that have one form of them."""
+PLAIN = {".txt", ".md"}
+"""Endings of files that are one text; others hold rows."""
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
 

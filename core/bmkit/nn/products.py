@@ -75,13 +75,15 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled() and any(
         of is not None and of.requires_grad for of in (x, weight, bias)
     ):
-        recorded: Tensor = _Recorded.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-        return recorded
+        flat: Tensor = _Recorded.apply(x.flatten(0, -2), weight, bias)  # type: ignore[no-untyped-call]
+        return flat.view(
+            *x.shape[:-1], len(weight)
+        )  # a view out here, that may be changed in place
     return _onednn(x, weight, bias)
 
 
 class _Recorded(torch.autograd.Function):
-    """A product whose gradients are products by oneDNN. It keeps what torch's own keeps."""
+    """A product of x [n, in] whose gradients are products by oneDNN. It keeps what torch's does."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -93,10 +95,9 @@ class _Recorded(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        rows = grad.flatten(0, -2)  # [n, out]
         of_x = None if weight is None else linear(grad, weight.t())
-        of_weight = None if x is None else _outer(rows, x.flatten(0, -2))
-        return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
+        of_weight = None if x is None else _outer(grad, x)
+        return of_x, of_weight, grad.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:

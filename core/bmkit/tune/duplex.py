@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmkit.data.chat import Encoded
+from bmkit.data.chat import Encoded, Example
 from bmkit.data.slices import stored
 from bmkit.data.slices.examples import Form
 from bmkit.data.slices.layout import Layout
@@ -63,7 +63,7 @@ class Measured:
         return {"dev_loss": self.last.loss, **found}
 
 
-def mixed(encoded: Encoded, others: Encoded, share: float, seed: int) -> Encoded:
+def mixed(encoded: Encoded, others: Sequence[Example], share: float, seed: int) -> Encoded:
     """Return dialogues with other rows beside them, which are `share` of all rows.
 
     Too many of those are drawn from, too few are repeated.
@@ -72,8 +72,8 @@ def mixed(encoded: Encoded, others: Encoded, share: float, seed: int) -> Encoded
     draw = torch.Generator().manual_seed(seed)
     order: list[int] = []
     while len(order) < wanted:
-        order += torch.randperm(len(others.examples), generator=draw).tolist()
-    beside = [others.examples[i] for i in order[:wanted]]
+        order += torch.randperm(len(others), generator=draw).tolist()
+    beside = [others[i] for i in order[:wanted]]
     return replace(encoded, examples=[*encoded.examples, *beside])
 
 

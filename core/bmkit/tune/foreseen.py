@@ -81,9 +81,11 @@ def _no_dialogue(_: str, values: dict[str, Any]) -> str | None:
 def require_duplex(recipe: TuneRecipe, task: Task) -> None:
     """Raise RecipeError for what only goes with dialogues in slices, or doesn't go with them."""
     if task != "duplex":
-        if recipe.data.mix is not None:
+        for key in ("mix", "own_words"):
+            if not getattr(recipe.data, key):
+                continue
             raise RecipeError(
-                f"data.mix: rows are mixed into dialogues in slices; the task is {task}",
+                f"data.{key}: rows are mixed into dialogues in slices; the task is {task}",
                 hint="put them into data.train",
             )
         return

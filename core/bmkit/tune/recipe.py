@@ -41,8 +41,14 @@ class Data(Model):
         description="Rows of chat or text beside dialogues in slices, so that the model stays able "
         "to answer ordinary prompts.",
     )
+    own_words: int = Field(
+        default=0,
+        ge=0,
+        description="Beside dialogues in slices: of so many tokens, what the model says before it "
+        "is trained, to users' turns that it makes up; mixed in as rows of `mix` are.",
+    )
     mix_share: float = Field(
-        default=0.2, ge=0, lt=1, description="How many of all rows are of `mix`."
+        default=0.2, ge=0, lt=1, description="How many of all rows are of `mix` and `own_words`."
     )
     format: Literal["auto", "chat", "raw"] = Field(
         default="auto",

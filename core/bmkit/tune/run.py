@@ -13,7 +13,8 @@ import torch
 
 from bmkit import artifact, plan
 from bmkit import model as models
-from bmkit.data.chat import Encoded
+from bmkit.data.chat import Encoded, Example
+from bmkit.data.slices.examples import weighed
 from bmkit.deltas import compose
 from bmkit.deltas.merge import merge
 from bmkit.errors import counted
@@ -32,6 +33,7 @@ from bmkit.tune.duplex import finish, mixed
 from bmkit.tune.lean import lean_rows
 from bmkit.tune.merging import write_whole
 from bmkit.tune.objectives import Batch, Objective, batches_of, objective
+from bmkit.tune.own_words import own_words
 from bmkit.tune.pruned import keep_pruned
 from bmkit.tune.recipe import TuneRecipe
 from bmkit.tune.task import figures_of
@@ -55,7 +57,7 @@ def run(job: Job) -> Outcome:
     goal = objective(recipe, config, job.files["data.train"], tokenizer, job.checkpoint)
     encoded = _encode(job, goal, "data.train")
     assert encoded is not None  # `train` is required
-    encoded = _mixed(job, recipe, goal, encoded)
+    encoded = _mixed(job, recipe, goal, encoded, tokenizer, device)
     dev = _encode(job, goal, "data.dev")
     base = open_base(job, goal, tokenizer, device)
     model, called = attach(job, recipe, goal, base, tokenizer)
@@ -114,14 +116,26 @@ def _said(job: Job, goal: Objective, path: Path, encoded: Encoded) -> Encoded:
     return encoded
 
 
-def _mixed(job: Job, recipe: TuneRecipe, goal: Objective, encoded: Encoded) -> Encoded:
-    """Return rows with those of `data.mix` among them, if there are any."""
-    path = job.files.get("data.mix")
-    share = recipe.data.mix_share
-    if path is None or goal.encode_mix is None or not share:
+def _mixed(
+    job: Job,
+    recipe: TuneRecipe,
+    goal: Objective,
+    encoded: Encoded,
+    tokenizer: Any,
+    device: torch.device,
+) -> Encoded:
+    """Return dialogues with rows of `data.mix` and the model's own words among them, if asked."""
+    path, data = job.files.get("data.mix"), recipe.data
+    others: list[Example] = []
+    if not data.mix_share or goal.task != "duplex":
         return encoded
-    others = _said(job, goal, path, goal.encode_mix(path))
-    return mixed(encoded, others, share, recipe.seed)
+    if path is not None and goal.encode_mix is not None:
+        others += _said(job, goal, path, goal.encode_mix(path)).examples
+    if data.own_words:
+        how: dict[str, Any] = {"max_length": goal.max_length, "dtype": recipe.dtype}
+        said = own_words(job, data.own_words, tokenizer, device=device, **how)
+        others += weighed(said).examples
+    return mixed(encoded, others, data.mix_share, recipe.seed) if others else encoded
 
 
 def _referred(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from bmkit import env, model
-from bmkit.compress import corpus, hints
 from bmkit.compress import distill as teaching
+from bmkit.compress import hints
 from bmkit.compress.options.learning import Distill
 from bmkit.compress.options.rounding import Quantize
 from bmkit.compress.qat import Rounding
@@ -15,6 +15,7 @@ from bmkit.errors import InputError, ResourceError
 from bmkit.runtime import experts
 from bmkit.runtime.frequent import read as read_frequent
 from bmkit.runtime.voice import Voice
+from bmkit.train import corpus
 
 
 def distill(work: Work, step: Distill) -> Metrics:

@@ -6,13 +6,11 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file
 
-from bmkit.compress import calibrate
-from bmkit.compress.recipe import PLAIN, Data
 from bmkit.data import chat, rows
 from bmkit.errors import InputError
 from bmkit.model import save_tensors
@@ -21,8 +19,6 @@ from bmkit.runtime.generate import Answer, Generation
 from bmkit.runtime.voice import Voice
 from bmkit.train.distil import Taught
 
-HELD_OUT = 24
-"""Texts that are not trained on, at most: how often student and teacher agree is told of those."""
 BATCH = 64
 IDLE = 8
 """Batches without a text after which it is no use to go on."""
@@ -41,6 +37,26 @@ class Text:
     """What the model found likeliest at each place from `first` on, where it has said them."""
 
 
+class Wanted(Protocol):
+    """How much is to be said, as recipes have it."""
+
+    @property
+    def tokens(self) -> int:
+        """Return how many tokens to learn from."""
+
+    @property
+    def sequence_length(self) -> int:
+        """Return how many tokens a text has at most."""
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Return how many tokens of an answer the model is let make."""
+
+    @property
+    def temperature(self) -> float:
+        """Return the sharpness of the draw in an answer; 0 is greedy."""
+
+
 @dataclass(frozen=True)
 class _Asked:
     number: int
@@ -51,7 +67,7 @@ class _Asked:
 def gather(
     voice: Callable[[], Voice],
     tokenizer: Any,
-    data: Data,
+    data: Wanted,
     calibration: Path | None,
     kept: Path,
     *,
@@ -106,11 +122,6 @@ def gather(
     return _enough([t for batch in [whole, *batches] for t in batch], data.tokens)
 
 
-def dev_of(texts: int) -> list[int]:
-    """Return which of so many texts nothing is learned from: the last of each eight, 24 at most."""
-    return sorted(calibrate.held_out(texts))[:HELD_OUT]
-
-
 def _enough(texts: list[Text], tokens: int) -> list[Text]:
     """Return the first texts that make up so many tokens."""
     found, done = [], 0
@@ -150,14 +161,14 @@ def _read(file: Path) -> list[Text]:
     return found
 
 
-def holds_texts(tokenizer: Any, data: Data, file: Path) -> bool:
+def holds_texts(tokenizer: Any, data: Wanted, file: Path) -> bool:
     """Tell whether a user's file has something that is said, not prompts alone."""
     return any(t.first < len(t.ids) for t in _given(tokenizer, data, file))
 
 
-def _given(tokenizer: Any, data: Data, calibration: Path) -> list[Text]:
+def _given(tokenizer: Any, data: Wanted, calibration: Path) -> list[Text]:
     """Read a user's file: whole texts, or prompts, which have nothing that is said yet."""
-    if calibration.suffix in PLAIN:
+    if calibration.suffix in rows.PLAIN:
         ids = tokenizer(_text_of(calibration))["input_ids"]
         size = data.sequence_length
         found = [Text(ids[at : at + size], 1) for at in range(0, len(ids), size)]
@@ -187,7 +198,7 @@ def plain(tokenizer: Any, file: Path) -> list[list[int]]:
 
     Raises InputError for other rows.
     """
-    if file.suffix in PLAIN:
+    if file.suffix in rows.PLAIN:
         texts = [_text_of(file)]
     else:
         texts = []
@@ -237,7 +248,7 @@ def _prompt(tokenizer: Any, values: dict[str, Any]) -> list[int]:
 
 def _said(
     ask: Callable[[], Voice],
-    data: Data,
+    data: Wanted,
     prompts: list[list[int]],
     skipped: int,
     likeliest: int | None,

@@ -1,0 +1,95 @@
+"""The sessions of one server, in this process: what is on disk, and what was heard."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bmkit.duplex.opening import Opened
+from bmkit.duplex.recipe import DuplexRecipe
+from bmkit.duplex.server.house import House
+from bmkit.duplex.server.live import Live
+from bmkit.duplex.server.protocol import Refused
+from bmkit.pipeline import talking
+from bmkit.pipeline.stage import Request
+from bmkit.report import Silent
+
+opened_files: list[tuple[Path, str]] = []
+"""Each file that was opened, and by which thread."""
+_hooked = False
+
+
+def _note(event: str, words: tuple[Any, ...]) -> None:
+    if event == "open" and isinstance(words[0], str):
+        opened_files.append((Path(words[0]), threading.current_thread().name))
+
+
+@pytest.fixture
+def opened(listener: Path) -> Iterator[Opened]:
+    request = Request("duplex", "talk", str(listener), threads=1, rows=4)
+    found: Opened = talking.open_sessions(talking.prepare(request, Silent()), Silent())
+    yield found
+    found.close()
+
+
+def play(opened: Opened, folder: Path, *scenes: Callable[[House], Awaitable[None]]) -> None:
+    """Play each scene in a server of its own; the sessions of all are kept in one folder."""
+
+    async def one(scene: Callable[[House], Awaitable[None]]) -> None:
+        house = House(opened, DuplexRecipe(kind="duplex").serve, Silent(), folder=folder)
+        try:
+            await asyncio.wait_for(scene(house), 60)
+        finally:
+            await house.close()
+
+    for scene in scenes:
+        asyncio.run(one(scene))
+
+
+def nobody(_: int) -> None:
+    """Hear of no queue."""
+
+
+def test_no_file_is_opened_in_the_event_loop(opened: Opened, tmp_path: Path) -> None:
+    global _hooked
+    if not _hooked:
+        sys.addaudithook(_note)  # there is no way to take it back
+        _hooked = True
+    kept = tmp_path / "kept"
+    mine: list[Live] = []
+
+    async def begin(house: House) -> None:
+        mine.append(await house.enter(nobody))
+
+    async def resume(house: House) -> None:
+        await house.resume(mine[0].id, mine[0].token, 0)
+
+    opened_files.clear()
+    play(opened, kept, begin, resume)
+    of_sessions = [(file, name) for file, name in opened_files if kept in file.parents]
+    assert {file.name for file, _ in of_sessions} >= {"tokens.jsonl", "owner.json", "session.json"}
+    main = threading.current_thread().name
+    assert not [file for file, name in of_sessions if name == main]
+
+
+def test_of_two_who_come_back_at_once_one_reads_the_log(opened: Opened, tmp_path: Path) -> None:
+    mine: list[Live] = []
+
+    async def begin(house: House) -> None:
+        mine.append(await house.enter(nobody))
+
+    async def resume(house: House) -> None:
+        name, token = mine[0].id, mine[0].token
+        found = await asyncio.gather(*(house.resume(name, token, 0) for _ in range(3)))
+        assert len({id(live) for live, _ in found}) == 1
+        assert (len(house.seats.free), len(opened.taken)) == (house.spec.max_sessions - 1, 1)
+        with pytest.raises(Refused):
+            await house.resume(name, "guess", 0)
+
+    play(opened, tmp_path / "kept", begin, resume)

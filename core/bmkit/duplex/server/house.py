@@ -25,6 +25,8 @@ from bmkit.errors import BmkitError
 from bmkit.report import Reporter
 
 OWNER = "owner.json"
+FAREWELL_S = 3.0
+"""Seconds that clients have to take what is left for them when the server stops."""
 ID = re.compile(r"[0-9a-f]{16}")
 Found = TypeVar("Found")
 
@@ -68,6 +70,8 @@ class House:
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="model")
         self.lives: dict[str, Live] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self.closing = False
+        self._senders: set[asyncio.Task[None]] = set()
         self._reading = asyncio.Lock()
         """Held while a session comes from disk: two clients never write to one file."""
 
@@ -103,9 +107,14 @@ class House:
                 self.seats.leave(place)
 
     async def _place(self, tell: Callable[[int], None]) -> int:
+        self._require_open()
         if self.seats.full():
             raise Refused("busy", "all sessions are taken, and the queue is full")
         return await self.seats.take(tell)
+
+    def _require_open(self) -> None:
+        if self.closing:
+            raise Refused("shutdown", "the server is being stopped")
 
     def _live(self, name: str) -> Live:
         session = self.model.session()
@@ -116,7 +125,14 @@ class House:
         task = asyncio.get_running_loop().create_task(self._run(live, place))
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        if self.closing:
+            live.close("shutdown")
         return live
+
+    def sends(self, sender: asyncio.Task[None]) -> None:
+        """Wait for a task that tells a client what is said, when the server stops."""
+        self._senders.add(sender)
+        sender.add_done_callback(self._senders.discard)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """Tell of a session that a bug has ended: the others go on."""
@@ -163,6 +179,7 @@ class House:
         `instead` is the one that was begun for it meanwhile, which ends.
         Raises Refused if there is none, or the token isn't its own.
         """
+        self._require_open()
         if not ID.fullmatch(name):
             raise _unknown()
         live = self.lives.get(name)
@@ -206,10 +223,20 @@ class House:
             found.resumed()
         return self._start(found, place), False
 
-    async def close(self) -> None:
-        """End all sessions, and wait until the model has stopped."""
+    async def farewell(self) -> None:
+        """Let nobody in any more, end all sessions, and wait until their clients were told so.
+
+        That takes `FAREWELL_S` seconds at the most, whether or not they read.
+        """
+        self.closing = True
         for live in list(self.lives.values()):
             live.close("shutdown")
+        if self._senders:
+            await asyncio.wait(self._senders, timeout=FAREWELL_S)
+
+    async def close(self) -> None:
+        """End all sessions, and wait until the model has stopped."""
+        await self.farewell()
         with suppress(TimeoutError):
             await asyncio.wait_for(asyncio.gather(*self._tasks, return_exceptions=True), 10)
         self.executor.shutdown(wait=False, cancel_futures=True)

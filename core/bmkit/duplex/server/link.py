@@ -86,6 +86,7 @@ class Link:
         self.reader = live.out.attach()
         live.attached.set()
         self._sender = asyncio.get_running_loop().create_task(self._sends(live, self.reader))
+        self.house.sends(self._sender)
 
     def _leave(self) -> None:
         """Let the session stand still until its client comes back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -11,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from bmkit.data.slices import stored
+from bmkit.data.slices.layout import Layout
+from bmkit.data.slices.stored import Stored
 from bmkit.duplex.opening import Opened
 from bmkit.duplex.recipe import DuplexRecipe
 from bmkit.duplex.server.house import House
@@ -36,6 +40,32 @@ def opened(listener: Path) -> Iterator[Opened]:
     found: Opened = talking.open_sessions(talking.prepare(request, Silent()), Silent())
     yield found
     found.close()
+
+
+@pytest.fixture
+def endless(tiny: Path) -> Iterator[Opened]:
+    """A model that hasn't learned anything: it speaks in every slice, and never ends."""
+    layout = Layout((250,), (251,), 252, 2)
+    stored.write(tiny, Stored("idle", layout, 100, agent_tokens=4, threshold=0.999))
+    found: Opened = talking.open_sessions(
+        talking.prepare(Request("duplex", "talk", str(tiny), threads=1, rows=4), Silent()), Silent()
+    )
+    yield found
+    found.close()
+
+
+async def until(live: Live, reader: int, kind: str) -> list[dict[str, Any]]:
+    """Return what is said up to the next event of a type."""
+    found: list[dict[str, Any]] = []
+    while not found or found[-1]["type"] != kind:
+        event = await live.out.next(reader)
+        assert event is not None
+        found.append(event)
+    return found
+
+
+def said(events: list[dict[str, Any]]) -> str:
+    return "".join(e["delta"] for e in events if e["type"] == "response.output_text.delta")
 
 
 def play(opened: Opened, folder: Path, *scenes: Callable[[House], Awaitable[None]]) -> None:
@@ -93,3 +123,38 @@ def test_of_two_who_come_back_at_once_one_reads_the_log(opened: Opened, tmp_path
             await house.resume(name, "guess", 0)
 
     play(opened, tmp_path / "kept", begin, resume)
+
+
+def test_an_answer_goes_on_behind_the_characters_that_were_said_before_a_crash(
+    endless: Opened, tmp_path: Path
+) -> None:
+    kept, later = tmp_path / "kept", tmp_path / "later"
+    mine: list[Live] = []
+    before: list[dict[str, Any]] = []
+
+    async def begin(house: House) -> None:
+        live = await house.enter(nobody)
+        mine.append(live)
+        reader = live.out.attach()
+        live.attached.set()
+        for _ in range(4):
+            before.extend(await until(live, reader, "slice.stats"))
+        live.attached.clear()  # after one more slice it stands still
+        before.extend(await until(live, reader, "slice.stats"))
+        await asyncio.sleep(0.3)
+        assert not live.out.behind
+        shutil.copytree(kept, later)  # as a server that was killed here leaves it
+
+    async def resume(house: House) -> None:
+        live, _ = await house.resume(mine[0].id, mine[0].token, 0)
+        reader = live.out.attach()
+        assert live.speaking
+        live.attached.set()
+        after = await until(live, reader, "slice.stats")
+        assert not [e for e in after if e["type"] == "response.speak"]
+        deltas = [e for e in after if e["type"] == "response.output_text.delta"]
+        assert deltas[0]["response_id"] == "resp_1"
+        assert deltas[0]["offset"] == len(said(before)) > 0
+
+    play(endless, kept, begin)
+    play(endless, later, resume)

@@ -157,6 +157,8 @@ class Link:
             session_id=live.id,
             complete=complete,
             slices=live.session.slices,
+            **({} if live.answer is None else {"response_id": live.answer.id}),
+            **({} if live.answer is None else {"chars": live.answer.chars}),
             capabilities=self._capabilities(live),
         )
 

@@ -90,9 +90,11 @@ class Live:
         self.stops = False  # a word to stop that has come before its slice was begun
 
     def resumed(self) -> None:
-        """Go on from what was kept: new words get names that no old ones have."""
+        """Go on from what was kept, in mid-answer; new words get names that no old ones have."""
         keys = [words.key for unit in self.session.units for words in unit.parts]
         self.next_key = 1 + max(keys, default=-1)
+        if self.session.mid_answer:
+            self.answer = Answer(self.session.answers, self.session.spoken)
 
     # What is said to the client.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import sys
 import threading
@@ -19,7 +20,7 @@ from bmkit.duplex.opening import Opened
 from bmkit.duplex.recipe import DuplexRecipe
 from bmkit.duplex.server.house import House
 from bmkit.duplex.server.live import Live
-from bmkit.duplex.server.protocol import Refused
+from bmkit.duplex.server.protocol import Refused, understand
 from bmkit.pipeline import talking
 from bmkit.pipeline.stage import Request
 from bmkit.report import Silent
@@ -158,3 +159,43 @@ def test_an_answer_goes_on_behind_the_characters_that_were_said_before_a_crash(
 
     play(endless, kept, begin)
     play(endless, later, resume)
+
+
+async def hear(live: Live, kind: str, **values: Any) -> None:
+    await live.hear(understand(json.dumps({"type": kind, **values})))
+
+
+def text_of(live: Live, answer: int) -> str:
+    """Return what the log has of an answer."""
+    units = [unit for unit in live.session.units if unit.answer == answer]
+    return str(live.session.tokenizer.decode([i for unit in units for i in unit.agent or ()]))
+
+
+@pytest.mark.parametrize("acked", [(), (2,), (1, 3), (3, 2), "all"])
+def test_of_an_answer_that_is_made_and_still_played_what_was_heard_is_remembered(
+    opened: Opened, tmp_path: Path, acked: tuple[int, ...] | str
+) -> None:
+    async def scene(house: House) -> None:
+        live = await house.enter(nobody)
+        reader = live.out.attach()
+        live.attached.set()
+        await hear(live, "input_text.append", text="hello")
+        events = await until(live, reader, "response.done")
+        whole, done = said(events), events[-1]
+        assert (done["status"], done["chars"]) == ("completed", len(whole))
+        assert len(whole) > 3 and text_of(live, 1) == whole
+        chars = (len(whole),) if isinstance(acked, str) else acked
+        for heard in chars:
+            await hear(live, "playback.ack", response_id="resp_1", chars=heard)
+        await until(live, reader, "slice.stats")
+        assert text_of(live, 1) == whole  # nobody has interrupted it
+        epoch = live.session.epoch
+        await hear(live, "input_text.append", text="wait")
+        told = await until(live, reader, "response.speak")
+        cut = [e for e in told if e["type"] == "conversation.item.truncated"]
+        heard = max(chars, default=len(whole))
+        assert text_of(live, 1) == whole[:heard]  # a token is a character
+        assert [e["tokens"] for e in cut] == ([len(whole) - heard] if heard < len(whole) else [])
+        assert (live.session.epoch > epoch) == bool(cut)
+
+    play(opened, tmp_path / "kept", scene)

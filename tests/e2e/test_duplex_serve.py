@@ -275,6 +275,19 @@ def test_strangers_stay_outside(server: Server, listener: Path, tmp_path: Path) 
             urllib.request.urlopen(where["url"].partition("?")[0] + "health")
 
 
+def test_a_page_whose_name_was_made_to_lead_here_reads_nothing(
+    server: Server, listener: Path, tmp_path: Path
+) -> None:
+    with server(listener, tmp_path) as (where, _):
+        for route in ("", "health"):
+            with urllib.request.urlopen(where["url"] + route) as answer:
+                assert answer.status == 200
+            other = urllib.request.Request(where["url"] + route, headers={"Host": "evil.example"})
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(other)
+            assert caught.value.code == 403
+
+
 def test_a_slow_slice_is_late_and_gets_all_words(
     server: Server, listener: Path, tmp_path: Path
 ) -> None:

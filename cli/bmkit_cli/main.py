@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bmkit_cli import stopping
-from bmkit_cli.commands import books, duplex, infer, prompt, spec_decode, stages, tune
+from bmkit_cli.commands import books, brought, duplex, infer, prompt, spec_decode, stages, tune
 
 app = typer.Typer(
     name="bmkit",
@@ -48,7 +48,7 @@ app.command()(infer.infer)
 app.command()(spec_decode.spec_decode)
 app.command()(spec_decode.phrases)
 app.add_typer(duplex.app, name="duplex")
-app.add_typer(prompt.brought, name="import")
+app.add_typer(brought.brought, name="import")
 app.command()(books.run)
 app.command()(books.ls)
 app.command()(books.show)

@@ -8,7 +8,8 @@ by the processor's seconds, which other work on the machine disturbs less. MODEL
 
 peft      peft's LoRA and transformers.Trainer with the model's own loss, as their docs have it
 bmkit     bmkit's trainer, its loss, its dropout
-forward   the frozen model's forward pass alone, without LoRA or gradient: no step is faster
+forward   the frozen model's forward pass alone by bmkit's products, without LoRA or gradient: no
+          step is faster
 packed    as bmkit, with rows packed to 256 tokens
 cached    as bmkit, with the states of frozen blocks kept; timed from the second epoch on
 """
@@ -34,6 +35,7 @@ from bmkit import env
 from bmkit import model as models
 from bmkit.data.batch import Padding
 from bmkit.data.chat import Example, encode_file
+from bmkit.nn import products
 from bmkit.report import Silent
 from bmkit.train import head as heads
 from bmkit.train.activations import counted
@@ -202,7 +204,7 @@ def forward(spec: dict[str, Any], model: Any, rows: list[Example]) -> dict[str, 
     """Run the frozen model's forward pass, logits at the labels only."""
     head = heads.find(model)
     starts: list[Instant] = []
-    with torch.no_grad(), model.disable_adapter():
+    with torch.no_grad(), model.disable_adapter(), products.quick():
         for step in range(spec["steps"]):
             low = step * spec["batch"] % (len(rows) - spec["batch"] + 1)
             starts.append(now())
@@ -295,6 +297,13 @@ def compared(specs: dict[str, dict[str, Any]], rounds: int) -> dict[str, Any]:
     return {"labelled": round(runs[next(iter(specs))][0]["labelled"], 3), **found}
 
 
+def known() -> dict[str, Any]:
+    """Return the groups that were run before."""
+    file = machine.ROOT / "scripts" / "bench" / "results" / "tune.json"
+    found: dict[str, Any] = json.loads(file.read_text())["results"] if file.is_file() else {}
+    return found
+
+
 def main() -> None:
     """Compare, and write results/tune.json."""
     parser = argparse.ArgumentParser()
@@ -334,7 +343,11 @@ def main() -> None:
         ways = ("peft", "bmkit", "cached")
         groups[f"top 10 blocks, {workload}"] = {kind: {**top, "way": kind} for kind in ways}
     chosen = given.only or groups
-    results = {name: compared(groups[name], given.rounds) for name in chosen}
+    results = known() if given.only else {}  # groups that aren't run again stay
+    for name in chosen:
+        load = os.getloadavg()[0]
+        results[name] = compared(groups[name], given.rounds)
+        results[name] |= {"load_average_before": load, "rounds": given.rounds}
     settings = {"rounds": given.rounds, "steps": given.steps, "threads": given.threads}
     facts |= {**settings, "batch": [4, TOKENS], "workloads": WORKLOADS}
     machine.save("tune", {**facts, "load_average_after": os.getloadavg()[0], "results": results})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -194,3 +196,22 @@ def test_a_head_of_many_outputs_says_the_same_of_few_rows(rows: int) -> None:
 def test_a_product_that_torch_refuses_is_refused() -> None:
     with torch.inference_mode(), products.quick(), pytest.raises(RuntimeError):
         functional.linear(torch.randn(20, 8), torch.randn(4, 7))
+
+
+@needed
+def test_a_part_of_a_matrix_takes_no_longer_than_by_torch() -> None:
+    x, whole = torch.randn(256, 512), torch.randn(512, 640)
+    parts = [whole[:, :512], whole[::2][:, :512], whole.t()[:512]]
+
+    def seconds(how: Callable[[], object]) -> float:
+        found = []
+        for _ in range(5):
+            start = time.perf_counter()
+            how()
+            found.append(time.perf_counter() - start)
+        return min(found)
+
+    with torch.inference_mode():
+        for part in parts:
+            usual = seconds(partial(functional.linear, x, part))
+            assert seconds(partial(products.linear, x, part)) < 10 * usual

@@ -1,8 +1,7 @@
-"""`bmkit prompt` and `bmkit import openprompt`: ask a model for labels by a template."""
+"""`bmkit prompt`: ask a model for labels by a template."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -28,10 +27,6 @@ from bmkit_cli.options import (
     SetOpt,
     ThreadsOpt,
     VerboseOpt,
-)
-
-brought = typer.Typer(
-    help="Convert what other programs have written.", no_args_is_help=True, rich_markup_mode=None
 )
 
 
@@ -118,38 +113,3 @@ def _runs(title: str, tokens: list[dict[str, Any]]) -> list[str]:
             last = token["role"]
         lines[-1] += f" {token['token']}" + " ◀ asked" * token["asked"]
     return lines
-
-
-@brought.command("openprompt")
-def openprompt(
-    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="An experiment of OpenPrompt.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Where the recipe goes; else to stdout.")
-    ] = None,
-    as_json: JsonOpt = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Overwrite the file if it is there.")
-    ] = False,
-    how: ProgressOpt = Progress.auto,
-    verbose: VerboseOpt = False,
-    quiet: QuietOpt = False,
-) -> None:
-    """Make a prompt recipe of an experiment of OpenPrompt, and say what is left out."""
-    reporter = session.start(how, quiet=quiet, loud=verbose)
-    from bmkit import place
-    from bmkit.errors import OutputTaken
-    from bmkit.pipeline import convert
-    from bmkit_cli.output import out as stdout
-
-    stream = stdout()
-    if out is not None and out.exists() and not force:
-        raise OutputTaken(f"{out} is there already", hint="name another, or use --force")
-    recipe, text, notes = convert.openprompt(file)
-    for note in notes:
-        reporter.warn(note)
-    if out is not None:
-        place.write_text(out, text)
-    if as_json:
-        stream.json({"path": None if out is None else str(out), "recipe": recipe, "notes": notes})
-    else:
-        stream.text(text if out is None else str(out), end="" if out is None else "\n")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bmkit.data.slices import stored
+from bmkit.data.slices.layout import Layout
+from bmkit.data.slices.stored import Stored
 from bmkit.duplex.recipe import DuplexRecipe
 from bmkit.duplex.server.live import Live, alone
 from bmkit.pipeline import talking
@@ -29,6 +34,47 @@ def test_lines_are_said_and_answers_written(bmkit: Run, listener: Path) -> None:
 def test_no_line_at_all_is_no_conversation(bmkit: Run, listener: Path) -> None:
     done = bmkit("duplex", "chat", "-m", listener, "--threads", 1, stdin="")
     assert done.returncode == 0 and done.stdout == ""
+
+
+@pytest.fixture
+def talker(tiny: Path) -> Path:
+    """A model that hasn't learned anything: it speaks in every slice, and never ends."""
+    layout = Layout((250,), (251,), 252, 2)
+    stored.write(tiny, Stored("idle", layout, 100, agent_tokens=2, threshold=0.999))
+    return tiny
+
+
+def test_an_answer_that_never_ends_is_left_so_many_slices_behind_the_input(
+    bmkit: Run, talker: Path
+) -> None:
+    words = ("duplex", "chat", "-m", talker, "--threads", 1, "--tail", 5)
+    done = bmkit(*words, stdin="hello\n", timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(" …\n") and "still speaking 5 slices" in done.stderr
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_ctrl_c_ends_an_answer_that_never_ends(talker: Path, tmp_path: Path, ends: bool) -> None:
+    command = [sys.executable, "-m", "bmkit_cli", "duplex", "chat", "-m", str(talker), "--plain"]
+    with (tmp_path / "err").open("w") as errors:
+        process = subprocess.Popen(
+            [*command, "--threads", "1", "--tail", "100000"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        )
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(b"hello\n")
+    process.stdin.flush()
+    if ends:
+        process.stdin.close()
+    assert process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    process.stdout.close()
+    process.stdin.close()
+    said = (tmp_path / "err").read_text()
+    assert "Traceback" not in said and "Fatal" not in said and "stopped" in said
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -13,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
@@ -273,6 +275,19 @@ def test_strangers_stay_outside(server: Server, listener: Path, tmp_path: Path) 
             urllib.request.urlopen(where["url"].partition("?")[0] + "health")
 
 
+def test_a_page_whose_name_was_made_to_lead_here_reads_nothing(
+    server: Server, listener: Path, tmp_path: Path
+) -> None:
+    with server(listener, tmp_path) as (where, _):
+        for route in ("", "health"):
+            with urllib.request.urlopen(where["url"] + route) as answer:
+                assert answer.status == 200
+            other = urllib.request.Request(where["url"] + route, headers={"Host": "evil.example"})
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(other)
+            assert caught.value.code == 403
+
+
 def test_a_slow_slice_is_late_and_gets_all_words(
     server: Server, listener: Path, tmp_path: Path
 ) -> None:
@@ -339,6 +354,55 @@ def test_a_model_that_has_not_learned_to_listen_is_refused(
     for command in ("serve", "chat"):
         refused = bmkit("duplex", command, "-m", tiny)
         assert refused.returncode == 3 and "bmkit tune duplex" in refused.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_clients_are_told_that_the_server_stops(
+    server: Server, listener: Path, tmp_path: Path, number: int
+) -> None:
+    async def scene(url: str, process: Any) -> None:
+        async with connect(url) as silent, connect(url) as speaking:
+            await until(silent, "slice.stats")
+            await until(speaking, "session.created")
+            await say(speaking, "input_text.append", text="hello there")
+            await until(speaking, "response.speak")
+            process.send_signal(number)
+            for client in (silent, speaking):
+                assert (await until(client, "session.closed"))["reason"] == "shutdown"
+                with pytest.raises(ConnectionClosed) as caught:
+                    await client.recv()
+                assert caught.value.rcvd is not None and caught.value.rcvd.code == 1000
+
+    with server(listener, tmp_path, "-s", "slice.agent_tokens=400") as (where, process):
+        play(scene(where["websocket"], process))
+        assert process.wait(20) == 128 + number
+    assert "Traceback" not in (tmp_path / "err").read_text()
+
+
+def test_a_client_that_reads_nothing_does_not_keep_the_server_from_stopping(
+    server: Server, listener: Path, tmp_path: Path
+) -> None:
+    async def scene(url: str, process: Any) -> None:
+        narrow = socket.socket()
+        narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        narrow.connect((urlsplit(url).hostname, urlsplit(url).port))
+        async with connect(url, sock=narrow, max_queue=1, compression=None) as client:
+            await until(client, "session.created")
+            client.transport.pause_reading()
+            with pytest.raises(TimeoutError):  # the server waits for its answers to be read
+                async with asyncio.timeout(5):
+                    while True:  # what isn't understood is said again in the answer
+                        await say(client, "x" * 60_000)
+            process.send_signal(signal.SIGTERM)
+            start = time.monotonic()
+            while process.poll() is None:
+                await asyncio.sleep(0.1)
+            assert time.monotonic() - start < 16
+            client.transport.abort()
+
+    with server(listener, tmp_path) as (where, process):
+        play(scene(where["websocket"], process))
+        assert process.returncode == 128 + signal.SIGTERM
 
 
 def test_ctrl_c_ends_the_server(server: Server, listener: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from bmkit.duplex.server import protocol
 from bmkit.duplex.server.limits import Rate, host_is_expected, is_local, origin_is_known
 from bmkit.duplex.server.outbox import KEPT, Outbox
+from bmkit.duplex.server.playback import Answer, Playback
 from bmkit.duplex.server.protocol import Append, Refused, understand
 from bmkit.duplex.server.seats import Seats
 
@@ -134,6 +135,38 @@ def test_a_seat_given_to_one_who_has_just_gone_is_free_again() -> None:
         assert seats.free == [place]
 
     asyncio.run(scene())
+
+
+def cut(playback: Playback) -> list[tuple[int, int]]:
+    return [(answer.number, answer.heard) for answer in playback.cut()]
+
+
+def test_who_never_says_what_was_heard_has_heard_all() -> None:
+    playback = Playback()
+    playback.begin(Answer(1, 9))
+    assert cut(playback) == []
+
+
+def test_answers_are_heard_one_behind_the_other() -> None:
+    playback = Playback()
+    for number in (1, 2, 3):
+        playback.begin(Answer(number, 9))
+    playback.hear(2, 4)
+    playback.hear(2, 3)  # it never gets less
+    assert cut(playback) == [(2, 4), (3, 0)]  # the first was over when the second was heard
+    assert cut(playback) == []
+
+
+def test_an_answer_that_was_heard_so_far_may_go_on_and_be_cut_later() -> None:
+    playback, answer = Playback(), Answer(1, 5)
+    playback.begin(answer)
+    playback.hear(1, 5)
+    assert cut(playback) == []
+    answer.chars = 8
+    assert cut(playback) == [(1, 5)]
+    playback.begin(answer)
+    playback.forget(1)
+    assert cut(playback) == []
 
 
 def test_every_event_has_a_name_of_its_own() -> None:

@@ -18,10 +18,11 @@ from bmkit.data.slices import tokens
 from bmkit.data.slices.layout import Layout, collapsed
 from bmkit.data.slices.slicer import Words, joined, pieces
 from bmkit.duplex.agent import AgentSlice
+from bmkit.duplex.delivery import delivered
 from bmkit.duplex.places import Place
 from bmkit.duplex.policy import Verdict
 from bmkit.duplex.settings import Settings
-from bmkit.duplex.spelling import Spelling, spell
+from bmkit.duplex.spelling import Spelling
 from bmkit.duplex.units import Unit, kept, log_of
 from bmkit.duplex.voice import Chooser
 from bmkit.errors import ResourceError
@@ -220,9 +221,8 @@ class DuplexSession:
         """Let the agent speak behind the log, up to its tokens of a slice, its end or an abort."""
         start = len(self.log)
         state = self.chooser.state(logits, speaks=True)
-        goes_on = self.goes_on and bool(self.units) and self.units[-1].answer is not None
         anew = state is not None and state == dict(self.layout.states)["answer"]
-        if anew or not goes_on:
+        if anew or not self.mid_answer:
             self.answers += 1
             self._spelling = Spelling(self.tokenizer)
             self.goes_on = True
@@ -299,6 +299,16 @@ class DuplexSession:
             self._stop.set()
         return self._busy
 
+    @property
+    def mid_answer(self) -> bool:
+        """Tell whether what the agent says next is of the answer before."""
+        return self.goes_on and bool(self.units) and self.units[-1].answer is not None
+
+    @property
+    def spoken(self) -> int:
+        """Return how many characters the latest answer has."""
+        return self._spelling.length
+
     def hush(self) -> None:
         """Stay silent in the next slice, whatever the model finds: what is being said is over."""
         with self._lock:
@@ -322,23 +332,9 @@ class DuplexSession:
         A token stays if all of its characters were. Returns how many tokens went.
         """
         with self._lock:
-            mine = [unit for unit in self.units if unit.answer == answer]
-            ids = [token for unit in mine for token in unit.agent or ()]
-            _, ends = spell(self.tokenizer, ids)
-            characters -= mine[0].before if mine else 0
-            left = next((i for i, end in enumerate(ends) if end > characters), len(ids))
-            if left == len(ids):
+            units, gone = delivered(self.tokenizer, self.layout, self.units, answer, characters)
+            if not gone:
                 return 0
-            while left and ends[left - 1] == (ends[left - 2] if left > 1 else 0):
-                left -= 1  # the beginning of a character that wasn't delivered
-            gone = len(ids) - left
-            units = []
-            for unit in self.units:
-                if unit.answer == answer and unit.agent is not None:
-                    said = unit.agent[: max(left, 0)]
-                    left -= len(unit.agent)
-                    unit = replace(unit, agent=said) if said else unit.silenced(self.layout)
-                units.append(unit)
             self._rewrite(units)
             self._interrupted()
             return gone

@@ -6,7 +6,7 @@ import asyncio
 import sys
 from contextlib import closing
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -35,6 +35,14 @@ def chat(
     plain: Annotated[
         bool, typer.Option("--plain", help="Lines instead of lanes: what is said, then answers.")
     ] = False,
+    tail: Annotated[
+        int,
+        typer.Option(
+            "--tail",
+            min=1,
+            help="Slices behind the last line after which it ends, even in mid-answer; on lines.",
+        ),
+    ] = 64,
     adapter: AdapterOpt = None,
     quant: QuantOpt = None,
     assign: SetOpt = None,
@@ -79,11 +87,11 @@ def chat(
             from bmkit_cli import lines
 
             linger = (spec.policy.max_wait_slices or 0) + 2
-            asyncio.run(_plain(lines.talk, live, stream, linger))
-
-
-async def _plain(talk: Any, live: Any, stream: Any, linger: int) -> None:
-    await talk(live, lambda text: stream.text(text, end=""), linger=linger)
+            talking_on = lines.talk(
+                live, lambda text: stream.text(text, end=""), linger=linger, tail=tail
+            )
+            if asyncio.run(talking_on):
+                reporter.warn(f"it was still speaking {tail} slices behind the last line")
 
 
 def _require_textual() -> None:

@@ -37,11 +37,12 @@ def application(house: House, *, token: str | None = None) -> Starlette:
         given = header.removeprefix("Bearer ") if header.startswith("Bearer ") else said
         return hmac.compare_digest(given.encode(), token.encode())
 
+    def means_us(connection: HTTPConnection) -> bool:
+        return host_is_expected(connection.headers.get("host"), spec.host)
+
     def is_welcome(connection: HTTPConnection) -> bool:
-        host = connection.headers.get("host")
-        if not host_is_expected(host, spec.host):
-            return False
-        return origin_is_known(connection.headers.get("origin"), host, spec.origins)
+        host, origin = connection.headers.get("host"), connection.headers.get("origin")
+        return means_us(connection) and origin_is_known(origin, host, spec.origins)
 
     async def realtime(socket: WebSocket) -> None:
         if not (is_welcome(socket) and knows(socket)):
@@ -51,13 +52,13 @@ def application(house: House, *, token: str | None = None) -> Starlette:
         await Link(socket, house).run()
 
     async def page(request: Request) -> Response:
-        if not host_is_expected(request.headers.get("host"), spec.host):
+        if not means_us(request):
             return Response(status_code=403)
         text = (resources.files(__package__) / "page.html").read_text(encoding="utf-8")
         return HTMLResponse(text, headers={"Content-Security-Policy": POLICY})
 
     async def health(request: Request) -> Response:
-        if not knows(request):
+        if not (means_us(request) and knows(request)):
             return Response(status_code=403)
         sessions = [
             {"slices": live.timing.slices, "late": live.timing.late, "worst_ms": live.timing.worst}

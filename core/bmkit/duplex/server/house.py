@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from bmkit.duplex.journal import Journal
 from bmkit.duplex.recipe import Serve
@@ -25,7 +25,10 @@ from bmkit.errors import BmkitError
 from bmkit.report import Reporter
 
 OWNER = "owner.json"
+FAREWELL_S = 3.0
+"""Seconds that clients have to take what is left for them when the server stops."""
 ID = re.compile(r"[0-9a-f]{16}")
+Found = TypeVar("Found")
 
 
 class Model(Protocol):
@@ -67,17 +70,24 @@ class House:
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="model")
         self.lives: dict[str, Live] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self.closing = False
+        self._senders: set[asyncio.Task[None]] = set()
+        self._reading = asyncio.Lock()
+        """Held while a session comes from disk: two clients never write to one file."""
 
     async def enter(self, tell: Callable[[int], None]) -> Live:
         """Begin a session once there is a place for it. Raises Refused if the queue is full."""
         place = await self._place(tell)
         with self._held(place) as held:
             live = held.live = self._live(secrets.token_hex(8))
-            if self.folder is not None:
-                folder = self.folder / live.id
-                live.journal = Journal.begin(folder, live.session, self.model.head())
-                _write_owner(folder, live.token)
+            if (kept := self.folder) is not None:
+                live.journal = await _in_thread(lambda: self._begun(kept / live.id, live))
         return self._start(live, place)
+
+    def _begun(self, folder: Path, live: Live) -> Journal:
+        found = Journal.begin(folder, live.session, self.model.head())
+        _write_owner(folder, live.token)
+        return found
 
     @contextmanager
     def _held(self, place: int) -> Iterator[_Held]:
@@ -97,9 +107,14 @@ class House:
                 self.seats.leave(place)
 
     async def _place(self, tell: Callable[[int], None]) -> int:
+        self._require_open()
         if self.seats.full():
             raise Refused("busy", "all sessions are taken, and the queue is full")
         return await self.seats.take(tell)
+
+    def _require_open(self) -> None:
+        if self.closing:
+            raise Refused("shutdown", "the server is being stopped")
 
     def _live(self, name: str) -> Live:
         session = self.model.session()
@@ -110,7 +125,14 @@ class House:
         task = asyncio.get_running_loop().create_task(self._run(live, place))
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        if self.closing:
+            live.close("shutdown")
         return live
+
+    def sends(self, sender: asyncio.Task[None]) -> None:
+        """Wait for a task that tells a client what is said, when the server stops."""
+        self._senders.add(sender)
+        sender.add_done_callback(self._senders.discard)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """Tell of a session that a bug has ended: the others go on."""
@@ -157,22 +179,36 @@ class House:
         `instead` is the one that was begun for it meanwhile, which ends.
         Raises Refused if there is none, or the token isn't its own.
         """
-        unknown = Refused("unknown_session", "there is no such session, or it isn't yours")
+        self._require_open()
         if not ID.fullmatch(name):
-            raise unknown
+            raise _unknown()
         live = self.lives.get(name)
         if live is not None and live.closed is None:
-            if not hmac.compare_digest(live.token.encode(), token.encode()):
-                raise unknown
-            live.last_word = live.now()
-            if instead is not None:
-                instead.close("client")
-            return live, live.out.rewind(after)
+            return self._back(live, token, after, instead)
+        async with self._reading:
+            return await self._read(name, token, after, instead)
+
+    def _back(self, live: Live, token: str, after: int, instead: Live | None) -> tuple[Live, bool]:
+        """Return a session that runs."""
+        if not hmac.compare_digest(live.token.encode(), token.encode()):
+            raise _unknown()
+        live.last_word = live.now()
+        if instead is not None:
+            instead.close("client")
+        return live, live.out.rewind(after)
+
+    async def _read(
+        self, name: str, token: str, after: int, instead: Live | None
+    ) -> tuple[Live, bool]:
+        """Return a session that is on disk, unless another client has brought it back meanwhile."""
+        live = self.lives.get(name)
+        if live is not None and live.closed is None:
+            return self._back(live, token, after, instead)
         if live is not None:  # it is ending: its last slice is being written
             await live.ended.wait()
         folder = None if self.folder is None else self.folder / name
-        if folder is None or not _owns(folder, token):
-            raise unknown
+        if folder is None or not await _in_thread(lambda: _owns(folder, token)):
+            raise _unknown()
         if instead is not None:
             instead.close("client")
             await instead.ended.wait()  # its place is free then
@@ -180,19 +216,48 @@ class House:
             raise Refused("busy", "all sessions are taken: come back later")
         place = await self.seats.take(lambda _: None)
         with self._held(place) as held:
-            live = held.live = self._live(name)
-            live.token = token
-            live.journal = Journal.resume(folder, live.session, self.model.head())
-            live.resumed()
-        return self._start(live, place), False
+            found = held.live = self._live(name)
+            found.token = token
+            session, head = found.session, self.model.head()
+            found.journal = await _in_thread(lambda: Journal.resume(folder, session, head))
+            found.resumed()
+        return self._start(found, place), False
+
+    async def farewell(self) -> None:
+        """Let nobody in any more, end all sessions, and wait until their clients were told so.
+
+        That takes `FAREWELL_S` seconds at the most, whether or not they read.
+        """
+        self.closing = True
+        for live in list(self.lives.values()):
+            live.close("shutdown")
+        if self._senders:
+            await asyncio.wait(self._senders, timeout=FAREWELL_S)
 
     async def close(self) -> None:
         """End all sessions, and wait until the model has stopped."""
-        for live in list(self.lives.values()):
-            live.close("shutdown")
+        await self.farewell()
         with suppress(TimeoutError):
             await asyncio.wait_for(asyncio.gather(*self._tasks, return_exceptions=True), 10)
         self.executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _unknown() -> Refused:
+    return Refused("unknown_session", "there is no such session, or it isn't yours")
+
+
+async def _in_thread(task: Callable[[], Found]) -> Found:
+    """Do what waits for the disk beside the event loop; who is cancelled waits for its end.
+
+    It isn't the model's thread: other sessions go on meanwhile.
+    """
+    work = asyncio.ensure_future(asyncio.to_thread(task))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        with suppress(BmkitError, OSError):
+            await work
+        raise
 
 
 def _write_owner(folder: Path, token: str) -> None:

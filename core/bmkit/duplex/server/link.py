@@ -86,6 +86,7 @@ class Link:
         self.reader = live.out.attach()
         live.attached.set()
         self._sender = asyncio.get_running_loop().create_task(self._sends(live, self.reader))
+        self.house.sends(self._sender)
 
     def _leave(self) -> None:
         """Let the session stand still until its client comes back."""
@@ -156,6 +157,8 @@ class Link:
             session_id=live.id,
             complete=complete,
             slices=live.session.slices,
+            **({} if live.answer is None else {"response_id": live.answer.id}),
+            **({} if live.answer is None else {"chars": live.answer.chars}),
             capabilities=self._capabilities(live),
         )
 

@@ -15,28 +15,13 @@ from bmkit.duplex.agent import AgentSlice
 from bmkit.duplex.journal import Journal
 from bmkit.duplex.server import protocol
 from bmkit.duplex.server.outbox import Outbox
+from bmkit.duplex.server.playback import Answer, Playback
 from bmkit.duplex.session import DuplexSession
 
 REMEMBERED = 512
 """Pieces of text that a client may still revise."""
 PENDING_CHARS = 8000
 """Characters that may wait for a slice."""
-
-
-@dataclass
-class Answer:
-    """What the agent is saying."""
-
-    number: int
-    chars: int = 0
-    """Characters that were made."""
-    heard: int | None = None
-    """Characters that the client says were heard; None if it has never said so."""
-
-    @property
-    def id(self) -> str:
-        """Return the name that clients know it by."""
-        return f"resp_{self.number}"
 
 
 @dataclass
@@ -80,7 +65,7 @@ class Live:
         self.next_key = 0
         self.client_time = 0
         self.answer: Answer | None = None
-        self.acks = False
+        self.playback = Playback()
         self.hurry = asyncio.Event()
         self.busy = False
         self.over: str | None = None  # how the present answer ends
@@ -90,9 +75,13 @@ class Live:
         self.stops = False  # a word to stop that has come before its slice was begun
 
     def resumed(self) -> None:
-        """Go on from what was kept: new words get names that no old ones have."""
+        """Go on from what was kept, in mid-answer; new words get names that no old ones have."""
         keys = [words.key for unit in self.session.units for words in unit.parts]
         self.next_key = 1 + max(keys, default=-1)
+        if self.session.answers:
+            last = Answer(self.session.answers, self.session.spoken)
+            self.playback.begin(last)  # its client may play it still
+            self.answer = last if self.session.mid_answer else None
 
     # What is said to the client.
 
@@ -181,12 +170,15 @@ class Live:
         if number is None or number > self.session.answers:
             raise protocol.Refused("unknown_response", f"`{event.response_id}` is no answer")
         if isinstance(event, protocol.Ack):
-            self.acks = True
-            if self.answer is not None and self.answer.number == number:
-                self.answer.heard = max(event.chars, self.answer.heard or 0)
+            self.playback.hear(number, event.chars)
             return
-        gone = await self._work(lambda: self.session.truncate(number, event.chars))
-        self.say("conversation.item.truncated", response_id=event.response_id, tokens=gone)
+        await self._truncate(number, event.chars)
+
+    async def _truncate(self, number: int, chars: int) -> None:
+        gone = await self._work(lambda: self.session.truncate(number, chars))
+        if gone:
+            self.playback.forget(number)
+        self.say("conversation.item.truncated", response_id=Answer(number).id, tokens=gone)
 
     async def _update(self, options: protocol.Options) -> None:
         if options.interrupt is not None:
@@ -236,9 +228,8 @@ class Live:
     async def _slice(self, late_ms: int) -> None:
         parts, self.words = tuple(self.words), []
         before = self.answer
-        if before is not None and parts and self.acks:
-            heard = before.heard or 0
-            await self._work(lambda: self.session.truncate(before.number, heard))
+        for cut in self.playback.cut() if parts else ():
+            await self._truncate(cut.number, cut.heard)
         loop = asyncio.get_running_loop()
 
         def write(text: str) -> None:
@@ -276,6 +267,7 @@ class Live:
             if self.answer is not None:
                 self._done("interrupted")
             self.answer = Answer(number)
+            self.playback.begin(self.answer)
             self.say("response.speak", response_id=self.answer.id)
         self.answer.chars += len(text)
         self.say(

@@ -92,6 +92,13 @@ def serve(listening: Listening, model: Any, reporter: Reporter) -> None:
     from bmkit.duplex.server.app import application
     from bmkit.duplex.server.house import House
 
+    class Server(uvicorn.Server):
+        """Says to clients that their sessions are over before it closes their connections."""
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            await house.farewell()
+            await super().shutdown(sockets)
+
     recipe = listening.recipe
     house = House(
         model,
@@ -111,7 +118,7 @@ def serve(listening: Listening, model: Any, reporter: Reporter) -> None:
         timeout_graceful_shutdown=5,
         lifespan="on",
     )
-    server = uvicorn.Server(config)
+    server = Server(config)
     sessions = "session" if recipe.serve.max_sessions == 1 else "sessions"
     reporter.info(
         f"{recipe.serve.max_sessions} {sessions} at a time, a slice every {model.period_ms} ms; "

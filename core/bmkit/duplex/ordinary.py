@@ -13,6 +13,7 @@ from torch.nn import functional
 from bmkit.data import rows
 from bmkit.data.chat import IGNORED, Encoded
 from bmkit.errors import InputError
+from bmkit.nn import products
 from bmkit.verbalizers import likelihood
 
 
@@ -59,7 +60,8 @@ def chat_loss(
     for example in encoded.examples:
         ids = torch.tensor([example["input_ids"]], device=model.device)
         labels = torch.tensor(example["labels"][1:], device=model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        with products.quick():
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
         total += float(
             functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
         )

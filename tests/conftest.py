@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["BMKIT_LEAST_WORK"] = "0"  # tiny models multiply as large ones do
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the command does
 # Each test has a BMKIT_HOME of its own, and would compile the kernels again.
@@ -30,14 +31,6 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-
-
-@pytest.fixture(autouse=True, scope="session")
-def small_products_too() -> None:
-    """Let tiny models multiply as large ones do."""
-    from bmkit.nn import products
-
-    products.LEAST_WORK = 0
 
 
 @pytest.fixture(autouse=True)

@@ -51,9 +51,6 @@ def serve(path: str) -> None:
     warnings.simplefilter("ignore")
     for name in PRELOADED:
         importlib.import_module(name)
-    from bmkit.nn import products
-
-    products.LEAST_WORK = 0  # tiny models multiply as large ones do
     server = socket.socket(socket.AF_UNIX)
     server.bind(path + ".new")
     server.listen(16)

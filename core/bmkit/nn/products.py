@@ -8,6 +8,7 @@ bits.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -23,7 +24,7 @@ LEAST_ROWS = 16
 """Of fewer rows, oneDNN's products aren't quicker,"""
 MANY_OUTPUTS = 8192
 """but for a matrix of so many outputs, which comes from memory: a head."""
-LEAST_WORK = 2**20
+LEAST_WORK = int(os.environ.get("BMKIT_LEAST_WORK", 2**20))
 """Multiplications below which calling it takes longer than it saves."""
 
 

@@ -94,6 +94,20 @@ def test_text_with_braces_on_the_command_line_is_shown_how_to_be_quoted(
     assert """not valid YAML; text in quotes is: 'template.text="…"'""" in text
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("""{text: '{"placeholder": "text_b"} {"mask"}'}""", "did you mean `text_a`?"),
+        ("""{jinja: '{{ text_b }} {{ mask }}'}""", "'text_b' is undefined"),
+    ],
+)
+def test_a_field_that_rows_do_not_have_is_told_of_by_the_plan(
+    refused: Refused, written: Callable[..., Path], template: str, said: str
+) -> None:
+    told = refused(written(template=template), 3, "--plan")
+    assert "rows.jsonl:1" in told and said in told
+
+
 def test_a_delta_that_goes_nowhere_is_told_of_by_the_plan(
     bmkit: Run, tiny: Path, written: Callable[..., Path]
 ) -> None:

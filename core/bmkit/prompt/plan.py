@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 
 from bmkit.deltas.recipe import names
@@ -18,8 +19,11 @@ from bmkit.prompt import kept as shelf
 from bmkit.prompt import rows, templates
 from bmkit.prompt.kinds import kind_of
 from bmkit.prompt.recipe import PromptRecipe
+from bmkit.prompt.rows import Split
 from bmkit.prompt.searching import Search
 from bmkit.prompt.tasks import longest
+from bmkit.prompting.chat import Chat
+from bmkit.prompting.wrap import wrap
 from bmkit.runtime import budget
 from bmkit.runtime.budget import Placement, Sizes, place_any
 from bmkit.runtime.family import readable
@@ -44,6 +48,7 @@ def estimate(job: Job) -> Estimate:
     kind = kind_of(headers.config, recipe.model_kind)
     templates.written(recipe.template.model_dump(), job.files.get("template.file_path"))
     splits = rows.read(recipe, job.files)
+    _require_fields(job, recipe, splits.values())
     counts = [f"{len(split.records)} rows of {name}" for name, split in splits.items()]
     steps = [f"ask a {kind} model about {', '.join(counts) or 'no rows'}"]
     trains = recipe.tune.mode != "none"
@@ -106,6 +111,24 @@ def _searches(job: Job, spec: Search, most: int) -> list[str]:
         what = f"write {spec.num_templates} templates with {writer.path.name}"
         found.insert(0, f"{what}, going on with {spec.beam_width} texts")
     return found
+
+
+def _require_fields(job: Job, recipe: PromptRecipe, splits: Iterable[Split]) -> None:
+    """Raise InputError if the first row of a split lacks what a template reads.
+
+    A chat is put together by the tokenizer alone: that is looked at when it is run.
+    """
+    specs = templates.every(recipe.template.model_dump(), job.files.get("template.file_path"))
+    for split in splits:
+        record = split.records[0]
+        for spec in specs:
+            parsed = templates.parse(spec)
+            if isinstance(parsed, Chat):
+                continue
+            try:
+                wrap(parsed, record.values, record.line)
+            except InputError as exc:
+                raise InputError(f"{record.where}: {exc}", hint=exc.hint) from None
 
 
 def _has_soft(job: Job, recipe: PromptRecipe) -> bool:

@@ -283,7 +283,14 @@ def test_a_delta_that_was_trained_answers_when_it_is_asked(
         draw = random.Random(name)
         lines = [json.dumps(dialogue(draw, i)) + "\n" for i in range(count)]
         (tmp_path / "data" / f"{name}.jsonl").write_text("".join(lines))
-    words = ("-s", "train.max_steps=150", "-s", "train.learning_rate=0.01", "-s", "data.mix=null")
+    words = (
+        "-s",
+        "train.max_steps=150",
+        "-s",
+        "train.learning_rate=0.01",
+        "-s",
+        "data.own_words=0",
+    )
     words = (*words, "-s", "data.max_length=256", "-s", "merge=false", "-o", "d")
     made = bmkit("tune", "duplex", "-m", tiny, "--data", tmp_path / "data", *words)
     assert made.returncode == 0, made.stderr

@@ -19,6 +19,7 @@ from bmkit.data.slices.layout import Pair, rendered
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 FEW = ("-s", "train.max_steps=2", "-s", "train.per_device_train_batch_size=2", "--json")
+FEW = (*FEW, "-s", "data.own_words=0")
 
 
 def dialogue(draw: random.Random, number: int) -> dict[str, Any]:
@@ -58,7 +59,14 @@ def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 def test_a_tiny_model_learns_when_to_be_silent(
     bmkit: Run, tiny: Path, data: Path, tmp_path: Path
 ) -> None:
-    words = ("-s", "train.max_steps=150", "-s", "train.learning_rate=0.01", "-s", "data.mix=null")
+    words = (
+        "-s",
+        "train.max_steps=150",
+        "-s",
+        "train.learning_rate=0.01",
+        "-s",
+        "data.own_words=0",
+    )
     words = (*words, "-s", "data.max_length=256", "-s", "seed=3", "--json")
     done = result(bmkit("tune", "duplex", "-m", tiny, "--data", data, "-o", "m", *words))
     figures = done["metrics"]
@@ -85,7 +93,8 @@ def test_a_tiny_model_learns_when_to_be_silent(
 def test_a_delta_brings_its_tokens_along(
     bmkit: Run, tiny: Path, data: Path, tmp_path: Path
 ) -> None:
-    words = ("-s", "merge=false", "-s", "data.mix_share=0.5", *FEW)
+    mix = "data.mix=builtin:data/instructions-train.jsonl"
+    words = ("-s", "merge=false", "-s", mix, "-s", "data.mix_share=0.5", *FEW)
     done = result(bmkit("tune", "duplex", "-m", tiny, "--data", data, "-o", "d", *words))
     assert done["kind"] == "delta" and done["metrics"]["delta_bytes"] < 300_000
     assert done["metrics"]["rows"] == 192  # as many ordinary rows as dialogues
@@ -108,7 +117,7 @@ def test_a_delta_brings_its_tokens_along(
 def test_what_the_model_says_itself_is_mixed_in(
     bmkit: Run, tiny: Path, data: Path, texts: Path
 ) -> None:
-    words = ("-s", "data.mix=null", "-s", "data.mix_share=0.25", *FEW)
+    words = ("-s", "data.mix_share=0.25", *FEW)
     asked = ("tune", "duplex", "-m", tiny, "--data", data)
     alone = result(bmkit(*asked, "-o", "a", *words))["metrics"]
     both = result(bmkit(*asked, "-o", "b", *words, "-s", "data.own_words=400"))["metrics"]

@@ -229,3 +229,29 @@ def test_tokens_alone_keep_no_new_head_and_say_so(
     both = recipe(tmp_path, tokens, "type: bitfit")
     found = metrics(bmkit("tune", both, "-m", "tiny", "--data", labelled, "-o", "d", *SHORT))
     assert found["dev_accuracy"] >= 0
+
+
+def test_lora_on_a_rounded_model_begins_with_what_was_lost(
+    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path
+) -> None:
+    assert bmkit("compress", "int4", "-m", tiny, "-o", "c").returncode == 0
+    words = ("-s", "train.max_steps=1", "-s", "train.learning_rate=1e-9", "-s", "deltas.0.r=32")
+
+    def loss(model: object, out: str, *more: str) -> dict[str, float]:
+        asked = ("tune", "lora", "-m", model, "--data", texts, "-o", out, *words, *more, "--json")
+        done = bmkit(*asked)
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout)["metrics"])
+
+    whole, rounded = loss(tiny, "a")["dev_loss"], loss("c", "b")["dev_loss"]
+    begun = loss("c", "d", "-s", f"original={tiny}")
+    # Of so high a rank nothing is left of it.
+    assert abs(begun["dev_loss"] - whole) < 0.01 < abs(rounded - whole)
+    assert begun["lost_share_left"] < 1e-6
+    # It is a plain LoRA of the rounded model.
+    assert json.loads((tmp_path / "d" / "adapter_config.json").read_text())["r"] == 32
+    same = bmkit("tune", "lora", "-m", tiny, "--data", texts, "-o", "f", "-s", f"original={tiny}")
+    assert same.returncode == 3 and "nothing was lost" in same.stderr
+    twice = ("-s", f"original={tiny}", "-s", "deltas.0.use_dora=true")
+    refused = bmkit("tune", "lora", "-m", "c", "--data", texts, "-o", "g", *twice)
+    assert refused.returncode == 2 and "original" in refused.stderr

@@ -123,6 +123,11 @@ def require_once(unfrozen: Collection[str], deltas: Mapping[str, Collection[str]
 
 def require_placed(recipe: TuneRecipe, task: Task) -> None:
     """Raise RecipeError for what needs dense weights, which a budget doesn't leave."""
+    if recipe.original is not None:
+        raise RecipeError(
+            "original: it is compared with dense weights, which a budget doesn't leave",
+            hint="leave the budget out",
+        )
     if recipe.unfreeze:
         raise RecipeError("unfreeze: weights in a budget stay as they are", hint="leave one out")
     if task == "duplex":

@@ -65,7 +65,9 @@ def estimate(job: Job) -> Estimate:
     require_rows(task, job.files)
     parts, trained = _trained(job, headers)
     _warn_of_ranks(job, headers)
-    steps = [*parts, *(["merge it into the model"] if recipe.merge else [])]
+    own = recipe.data.own_words if task == "duplex" and recipe.data.mix_share else 0
+    said = [f"let the model say {own} tokens of its own, to be mixed in"] if own else []
+    steps = [*said, *parts, *(["merge it into the model"] if recipe.merge else [])]
     disk = (2 * headers.dense_numel if recipe.merge else 4 * trained) + 2**24
     work = 3 * (12 * trained + 2**22)  # two checkpoints are kept while a third is written
     placed = placement(job)

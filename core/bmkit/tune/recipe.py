@@ -146,11 +146,13 @@ class TuneRecipe(Recipe):
         "threshold",
         "steps",
         "best_step",
+        "lost_share_left",
         "tokens",
         "trainable_parameters",
         "delta_bytes",
     )
     FILES: ClassVar = ("data.train", "data.dev", "data.mix")
+    MODELS: ClassVar = ("original",)
 
     kind: Literal["tune"]
     task: Task = Field(
@@ -164,6 +166,11 @@ class TuneRecipe(Recipe):
         default=[],
         description="Modules of the model that are trained as well, addressed as `target_modules` "
         "are; `all` is the whole model.",
+    )
+    original: str | None = Field(
+        default=None,
+        description="The model that a rounded or pruned one was made from: `lora` begins with the "
+        "best approximation of what was lost (LoftQ, arXiv 2310.08659), not with nothing.",
     )
     beta: float = Field(
         default=0.1,
@@ -201,6 +208,17 @@ class TuneRecipe(Recipe):
         if "all" in self.unfreeze and self.deltas:
             raise contradiction("unfreeze", "`all` goes without `deltas`")
         names(self.deltas)
+        plain = [d for d in self.deltas if d.type == "lora"]
+        if self.original is not None and (
+            len(plain) != 1
+            or plain[0].use_dora
+            or plain[0].target_parameters
+            or plain[0].init_lora_weights != "default"
+        ):
+            raise contradiction(
+                "original",
+                "it goes with one `lora`, without DoRA, `init_lora_weights` or `target_parameters`",
+            )
         if sum(delta.PROMPT for delta in self.deltas) > 1:
             raise contradiction("deltas", "only one may stand in front of what the model reads")
         return self

@@ -31,6 +31,7 @@ from bmkit.tune.attach import METHODS, attach
 from bmkit.tune.base import Base, open_base
 from bmkit.tune.duplex import finish, mixed
 from bmkit.tune.lean import lean_rows
+from bmkit.tune.lost import begin_with_lost
 from bmkit.tune.merging import write_whole
 from bmkit.tune.objectives import Batch, Objective, batches_of, objective
 from bmkit.tune.own_words import own_words
@@ -62,12 +63,18 @@ def run(job: Job) -> Outcome:
     base = open_base(job, goal, tokenizer, device)
     model, called = attach(job, recipe, goal, base, tokenizer)
     experts.attach_stored(model, job.checkpoint)
+    lost: dict[str, float] = {}
+    if recipe.original is not None:
+        name = next(n for n, d in zip(called, recipe.deltas, strict=True) if d.type == "lora")
+        left = begin_with_lost(model, name, job.models["original"].path, job.reporter)
+        lost = {"lost_share_left": round(left, 6)}
     masks = keep_pruned(recipe, model)
     if goal.task == "preference":
         encoded, dev = _referred(recipe, goal, model, encoded, dev, device)
     size = recipe.train.per_device_eval_batch_size
     batches = [] if dev is None else batches_of(dev, goal.collate_dev, size)
     metrics = _train(job, recipe, goal, base, model, encoded, batches, device)
+    metrics |= lost
     metrics |= {
         "rows": len(encoded.examples),
         "tokens": encoded.tokens,

@@ -140,6 +140,7 @@ _DEVICE_LOST = (
     *("GPU is lost", "has fallen off the bus", "device not ready", "unspecified launch failure"),
     *("uncorrectable ECC", "CUDA driver", "no CUDA-capable device", "all CUDA-capable devices"),
 )
+_NO_TEMPORARY = "No usable temporary directory"  # of Python's tempfile, as «not found»
 _TORCH_WRITER = ("PytorchStreamWriter failed", "unexpected pos ")
 
 
@@ -166,6 +167,8 @@ def _one_refusal(exc: BaseException) -> str | None:
         return os.strerror(exc.errno)
     if (found := _OS_ERROR.search(text)) and int(found[1]) in _REFUSALS:
         return os.strerror(int(found[1]))
+    if isinstance(exc, FileNotFoundError) and _NO_TEMPORARY in text:
+        return "there is no folder that temporary files can be written to"
     if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError":
         return "out of memory"
     if isinstance(exc, RuntimeError) and any(word in text for word in _NO_MEMORY):
@@ -186,6 +189,11 @@ def first_line(exc: BaseException | None) -> str:
 def counted(count: int, one: str, several: str) -> str:
     """Return a number with the words that go with one, or with several."""
     return f"{count} {one if count == 1 else several}"
+
+
+def an_artifact(kind: str) -> str:
+    """Return what an artifact of a kind is called in a sentence."""
+    return {"data": "data", "phrases": "a phrase pool"}.get(kind, f"a {kind}")
 
 
 def did_you_mean(word: str, known: Iterable[str], *, otherwise: str | None = None) -> str | None:

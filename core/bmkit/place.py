@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import os
@@ -15,6 +16,7 @@ from bmkit.artifact import MANIFEST, Artifact, open_artifact, read_manifest
 from bmkit.errors import BmkitError, InputError, OutputTaken, ResourceError, machine_refusal
 
 OTHER_DISK = "free some, or name an --out on another disk"
+FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
 
 def occupied(out: Path, key: str, *, force: bool) -> Artifact | None:
@@ -114,6 +116,8 @@ def refusals(
         if said in (None, "out of memory"):
             raise
         where = getattr(exc, "filename", None) or out
+        if said not in FULL:
+            way = way.removeprefix("free some, or ")
         raise ResourceError(
             f"cannot write {where}: {said}",
             hint=f"{way}; {kept}",

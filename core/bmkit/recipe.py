@@ -251,7 +251,8 @@ def override(doc: Document, assignments: Sequence[str], *, flag: str = "--set ")
                 parsed = found.data
                 doc.problems += found.problems
         except RecipeError as exc:
-            doc.problems.append(f"  --> {label}\n   = {str(exc).splitlines()[0]}")
+            said = str(exc).splitlines()[0].removeprefix(f"{label}: ")
+            doc.problems.append(f"  --> {label}\n   = {said}; text in quotes is: '{dotted}=\"…\"'")
             continue
         if problem := _assign(doc.data, path, parsed):
             doc.problems.append(f"  --> {label}\n   = {problem}")
@@ -450,8 +451,10 @@ def _inside(data: Any, loc: Sequence[Key]) -> bool:
 def _explain(doc: Document, model: type[Model], problem: Any) -> str:
     kind, ctx = problem["type"], problem.get("ctx", {})
     if kind == "contradiction":
-        keys = (*problem["loc"], *ctx["key"].split("."))
-        return at(doc, _resolve(doc, model, keys)[0], problem["msg"])
+        part = _resolve(doc, model, problem["loc"])[0] if problem["loc"] else ()
+        keys = (*part, *(int(k) if k.isdigit() else k for k in ctx["key"].split(".")))
+        absent = "" if _inside(doc.data, keys) else f"`{'.'.join(map(str, keys))}`: "
+        return at(doc, keys, absent + problem["msg"])
     path, known = _resolve(doc, model, problem["loc"])
     name = str(path[-1]) if path else doc.source
     if kind == "extra_forbidden":

@@ -68,6 +68,18 @@ def test_data_of_ones_own_take_the_place_of_what_ships(bmkit: Run, tmp_path: Pat
     assert moved["digest"] == json.loads(done.stdout)["digest"], "a place has got into the data"
 
 
+def test_few_chats_leave_nothing_to_calibrate_on_which_is_said(
+    bmkit: Run, tiny: Path, tmp_path: Path
+) -> None:
+    built = bmkit("duplex", "build", "-s", "limit=1", "-o", "a")
+    assert "no dialogue is in dev" in built.stderr
+    planned = bmkit("tune", "duplex", "-m", tiny, "--data", "a", "--plan")
+    assert planned.returncode == 0, planned.stderr
+    assert "no data.dev to calibrate it on" in planned.stderr
+    said = bmkit("tune", "duplex", "-m", tiny, "--data", "a", "--plan", "-s", "slice.threshold=0.5")
+    assert "calibrate" not in said.stderr
+
+
 def test_what_was_built_is_shown_and_can_be_built_again(bmkit: Run, tmp_path: Path) -> None:
     bmkit("duplex", "build", "-o", "data", "-s", "limit=50", "-q")
     shown = bmkit("show", "data").stdout

@@ -158,6 +158,7 @@ def test_a_transcript_of_another_scheme_is_refused(
         ("{", "it is not JSON"),
         ('{"type": "usr", "t": 9000}', "did you mean `user`"),
         ('{"type": "user", "t": 9000, "t_end": 8000, "text": "x"}', "before `t`"),
+        ('{"type": "user", "t": 1700000000000, "text": "x"}', "over a week"),
     ],
 )
 def test_a_broken_transcript_is_refused_with_its_line(
@@ -169,6 +170,29 @@ def test_a_broken_transcript_is_refused_with_its_line(
     done = bmkit("duplex", "replay", path, "-m", listener)
     assert done.returncode == 3 and not done.stdout
     assert f"{path}:6:" in done.stderr and said in done.stderr
+
+
+def test_words_that_a_revision_takes_back_before_they_are_over_are_never_heard(
+    bmkit: Run, listener: Path, talk: Callable[..., Path], tmp_path: Path
+) -> None:
+    said = (Said(1900, 3100, "about penguins"), Said(1900, 3400, "about pelicans", rev=1))
+    revised = bmkit("duplex", "replay", talk(*said), "-m", listener, "--json").stdout
+    heard = [row["text"] for row in rows(revised) if row["type"] == "user"]
+    assert heard == ["about", "pelicans"]
+    other = (Said(1900, 3100, "about pelicans"),)
+    assert bmkit("duplex", "replay", talk(*other), "-m", listener, "--json").stdout == revised
+    (tmp_path / "again.jsonl").write_text(revised)
+    assert bmkit("duplex", "replay", "again.jsonl", "-m", listener, "--json").stdout == revised
+
+
+def test_a_plan_names_no_place_of_what_is_not_written(
+    bmkit: Run, listener: Path, talk: Callable[..., Path]
+) -> None:
+    done = bmkit("duplex", "replay", talk(), "-m", listener, "--plan")
+    assert done.returncode == 0 and "needs" in done.stdout
+    assert "out " not in done.stdout
+    done = bmkit("duplex", "serve", "-m", listener, "--plan", "--json")
+    assert json.loads(done.stdout)["path"] is None
 
 
 def test_what_is_not_there_is_refused(bmkit: Run, listener: Path, tmp_path: Path) -> None:

@@ -343,6 +343,17 @@ def test_a_port_that_is_taken_is_told_of_before_the_model_is_opened(
         assert time.monotonic() - start < 30
 
 
+def test_a_folder_that_can_not_be_written_is_told_of_before_the_model_is_opened(
+    bmkit: Callable[..., Any], listener: Path, tmp_path: Path
+) -> None:
+    words = ("duplex", "serve", "-m", listener, "--port", 0, "--sessions")
+    refused = bmkit(*words, "/proc/sessions")
+    assert refused.returncode == 4 and "cannot write /proc/sessions" in refused.stderr
+    (tmp_path / "file").touch()
+    refused = bmkit(*words, tmp_path / "file")
+    assert refused.returncode == 3 and "is not a folder" in refused.stderr
+
+
 def test_others_are_let_in_with_a_token_only(bmkit: Callable[..., Any], listener: Path) -> None:
     refused = bmkit("duplex", "serve", "-m", listener, "--host", "0.0.0.0", "--port", 0)
     assert refused.returncode == 2 and "serve.auth=token" in refused.stderr

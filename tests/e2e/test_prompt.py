@@ -373,6 +373,11 @@ def test_examples_show_each_token_and_need_no_weights(
     assert {"placeholder", "text"} <= roles
     asked_at = [t for t in last.get("decoder", last["tokens"]) if t["asked"]]
     assert len(asked_at) == 1
+    swapped = "data.labels={negative: good, positive: bad}"
+    words = "verbalizer.label_words={good: great, bad: terrible}"
+    more = ("-s", swapped, "-s", words, "-s", "verbalizer.multi_token_handler=first")
+    (named,) = told(bmkit("prompt", file, "-m", path, "--examples", 4, "--json", *more))
+    assert {row["label"] for row in named["examples"]} <= {"good", "bad"}
     text = bmkit("prompt", file, "-m", path, "--examples", 1).stdout
     assert "It" in text
     assert "asked" in text

@@ -64,6 +64,70 @@ def test_the_recipe_that_the_others_change_is_fine(
     assert json.loads(done.stdout)["metrics"]["rows"] == 2
 
 
+def test_a_text_alone_does_not_fill_a_template_of_several_fields(
+    bmkit: Run, tiny: Path, written: Callable[..., Path]
+) -> None:
+    template = """{text: '{"placeholder": "a"} {"placeholder": "b"} {"mask"}'}"""
+    rows = '{"a": "x", "b": "y", "label": "positive"}\n{"a": "z", "b": "y", "label": "negative"}\n'
+    file = written(rows=rows, template=template)
+    file.write_text(file.read_text().replace("  columns: {text_a: t, label: l}\n", ""))
+    assert bmkit("prompt", file, "-m", "tiny", "-o", "p").returncode == 0
+    done = bmkit("infer", "-m", "p", "-p", "x")
+    assert done.returncode == 3
+    assert "`prompt` alone fills no template with `a`, `b`" in done.stderr
+
+
+@pytest.mark.parametrize("option", [("--system", "x"), ("--logprobs", "2")])
+def test_options_that_a_prompt_has_no_place_for_are_refused(
+    bmkit: Run, tiny: Path, written: Callable[..., Path], option: tuple[str, str]
+) -> None:
+    assert bmkit("prompt", written(), "-m", "tiny", "-o", "p").returncode == 0
+    done = bmkit("infer", "-m", "p", "-p", "x", *option)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"leave {option[0]} out" in done.stderr
+
+
+def test_text_with_braces_on_the_command_line_is_shown_how_to_be_quoted(
+    refused: Refused, written: Callable[..., Path]
+) -> None:
+    text = refused(written(), 2, "-s", 'template.text={"placeholder": "text_a"} {"mask"}')
+    assert """not valid YAML; text in quotes is: 'template.text="…"'""" in text
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("""{text: '{"placeholder": "text_b"} {"mask"}'}""", "did you mean `text_a`?"),
+        ("""{jinja: '{{ text_b }} {{ mask }}'}""", "'text_b' is undefined"),
+    ],
+)
+def test_a_field_that_rows_do_not_have_is_told_of_by_the_plan(
+    refused: Refused, written: Callable[..., Path], template: str, said: str
+) -> None:
+    told = refused(written(template=template), 3, "--plan")
+    assert "rows.jsonl:1" in told and said in told
+
+
+def test_a_delta_that_goes_nowhere_is_told_of_by_the_plan(
+    bmkit: Run, tiny: Path, written: Callable[..., Path]
+) -> None:
+    few = "learning_setting: {type: full}\n"
+    deltas = "tune: {mode: delta, deltas: [{type: lora, r: 4, target_modules: [MODULE]}]}\n"
+    file = written(more=few + deltas)
+    file.write_text(file.read_text().replace("  test: rows", "  train: rows"))
+    text = file.read_text()
+    file.write_text(text.replace("MODULE", "nope"))
+    done = bmkit("prompt", file, "-m", "tiny", "--plan")
+    assert done.returncode == 2 and "`nope`" in done.stderr
+    file.write_text(text.replace("MODULE", "q_proj"))
+    plan = json.loads(bmkit("prompt", file, "-m", "tiny", "--plan", "--json").stdout)
+    assert plan["steps"][0] == "train lora"
+    done = bmkit("prompt", file, "-m", "tiny", "-o", "p", "-s", "train.max_steps=1")
+    assert done.returncode == 0, done.stderr
+    size = sum(f.stat().st_size for f in (file.parent / "p").rglob("*.safetensors"))
+    assert size <= plan["peak"]["disk_bytes"]
+
+
 @pytest.mark.parametrize(
     ("template", "said"),
     [

@@ -317,7 +317,7 @@ def test_several_pairs_are_trained_and_the_best_on_dev_is_kept(bmkit: Run, tmp_p
 
 
 def test_a_killed_search_goes_on_with_what_was_written_and_trained(
-    bmkit: Run, tmp_path: Path
+    fresh: Run, tmp_path: Path
 ) -> None:
     path = make("causal", tmp_path / "asked")
     make("t5", tmp_path / "writer", "<extra_id_0> It was<extra_id_1>")
@@ -342,12 +342,12 @@ def test_a_killed_search_goes_on_with_what_was_written_and_trained(
         assert process.poll() is None and time.monotonic() < end, "it never came to that"
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.wait()  # what was at work is to go on in a process of its kind, by the same products
     assert not (tmp_path / "p").exists()
-    done = bmkit("prompt", file, "-m", path, "-o", "p", "--json")
+    done = fresh("prompt", file, "-m", path, "-o", "p", "--json")
     (made,) = told(done)
     assert "write templates" not in done.stderr
-    done = bmkit("prompt", file, "-m", path, "-o", "q", "--json")
+    done = fresh("prompt", file, "-m", path, "-o", "q", "--json")
     (whole,) = told(done)
     assert "write templates" in done.stderr
     assert not whole["reused"]

@@ -13,6 +13,11 @@ from bmkit.errors import machine_refusal
     ("error", "said"),
     [
         (OSError(errno.ENOSPC, "write"), "No space left on device"),
+        (
+            FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
+            "there is no folder that temporary files can be written to",
+        ),
+        (FileNotFoundError(errno.ENOENT, "No such file"), None),
         (MemoryError(), "out of memory"),
         (
             RuntimeError("[enforce fail] not enough memory: you tried to allocate 9"),

@@ -15,6 +15,7 @@ from bmkit.compress.recipe import CompressRecipe
 from bmkit.errors import BmkitError, InputError, RecipeError
 from bmkit.infer.recipe import InferRecipe
 from bmkit.pipeline.stage import Request, load_recipe
+from bmkit.prompt.recipe import PromptRecipe
 from bmkit.recipe import Model, Recipe
 from bmkit.tune.recipe import TuneRecipe
 
@@ -519,6 +520,21 @@ def test_keys_that_contradict_each_other_are_named_at_the_line_of_one_of_them() 
     said = places(refusal("kind: infer\n\ndo_sample: true\ntemperature: 0\n", InferRecipe))
     assert len(said) == 1
     assert said[0].line in {3, 4}
+
+
+def test_a_contradiction_about_a_key_that_is_not_there_names_the_whole_key() -> None:
+    text = """
+kind: prompt
+data: {test: rows.jsonl, labels: [bad, good]}
+template: {text: 'It was {"mask"}'}
+verbalizer: {label_words: {bad: [no], good: [yes]}}
+"""
+    multilabel = str(refusal(text + "task: multilabel\n", PromptRecipe))
+    assert "`calibrate.type`: `task: multilabel` asks" in multilabel
+    trained = text + "tune: {mode: delta}\nlearning_setting: {type: full}\n"
+    assert "`tune.deltas`: `mode: delta` takes one" in str(refusal(trained, PromptRecipe))
+    there = str(refusal(text + "task: multilabel\ncalibrate: {type: none}\n", PromptRecipe))
+    assert "`calibrate.type`" not in there
 
 
 # --- --set ---------------------------------------------------------------------------------------

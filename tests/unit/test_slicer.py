@@ -48,6 +48,23 @@ def test_a_revision_is_known_when_it_ends() -> None:
     assert [heard.text for heard in found] == ["their you are", None, None]
 
 
+def test_what_a_revision_replaces_before_it_is_heard_is_never_heard() -> None:
+    said = [Said(1900, 3100, "about penguins"), Said(1900, 3400, "about pelicans", rev=1)]
+    found = by_time(said, 1000)
+    assert [heard.text for heard in found] == [None, None, "about", "pelicans"]
+    assert not any(heard.revisions for heard in found)
+    said = [Said(0, 4000, "a b c d"), Said(0, 2500, "A b", rev=1)]
+    found = by_time(said, 1000)
+    assert [heard.revisions for heard in found] == [(), (), (Revision(0, "A b"),), ()]
+    assert [heard.text for heard in found] == ["a", "b", None, None]
+    assert texts([*said, Said(0, 3500, "w x y z", rev=2)], 1000) == ["a", "b", None, "y z"]
+
+
+def test_a_revision_known_before_anything_was_heard_stands_where_the_words_would() -> None:
+    said = [Said(0, 3000, "a b c"), Said(0, 900, "x y z w", rev=1)]
+    assert texts(said, 1000) == ["x", "y", "z w"]
+
+
 def test_a_revision_of_nothing_is_said_for_the_first_time() -> None:
     assert texts([Said(0, 900, "there", rev=2)], 1000) == ["there"]
 

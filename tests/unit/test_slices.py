@@ -185,6 +185,13 @@ def test_what_makes_a_model_duplex_is_kept_beside_it(tmp_path: Path) -> None:
     assert stored.read(tmp_path) is None
     stored.write(tmp_path, told)
     assert stored.read(tmp_path) == told
-    (tmp_path / stored.FILE).write_text('{"version": 1}')
-    with pytest.raises(InputError, match="damaged"):
-        stored.read(tmp_path)
+    whole = (tmp_path / stored.FILE).read_text()
+    for text, said in (
+        ('{"version": 1}', "it has no `tokens`"),
+        ("[]", "it is not an object"),
+        (whole.replace("0.9", "7"), "`threshold` is 7, and no probability"),
+        ("{", "damaged"),
+    ):
+        (tmp_path / stored.FILE).write_text(text)
+        with pytest.raises(InputError, match=said):
+            stored.read(tmp_path)

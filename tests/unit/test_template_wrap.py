@@ -125,7 +125,7 @@ def test_what_an_expression_shows_may_be_shortened() -> None:
     [
         ("{{ text_c }} {{ mask }}", "row 5: 'text_c' is undefined; it has `text_a`"),
         ("{{ meta.wrd }}", "row 5: .*'wrd'"),
-        ("{{ text_a + n }}", "row 5: the template jinja fails"),
+        ("{{ text_a + n }}", "row 5: the template fails"),
         ("{{ n / 0 }}", "row 5: .*division"),
         ("{{ meta }}", "row 5: .*an object"),
         ("{{ text_a.__class__.__mro__ }}", "row 5: "),

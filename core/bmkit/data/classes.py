@@ -138,7 +138,7 @@ def listed(names: Iterable[str]) -> str:
 def _texts(record: Record, column: str, separator: str | None = None) -> list[str]:
     if column not in record.values:
         there = list(record.values)
-        close = did_you_mean(column, there, otherwise=f"there are {listed(there)}")
+        close = did_you_mean(column, there, otherwise=f"there are {listed(there)};")
         raise InputError(
             f"{record.where}: it has no column `{column}`",
             hint=f"{close} data.columns says which one it is",

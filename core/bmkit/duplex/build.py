@@ -76,6 +76,8 @@ def run(job: Job) -> Outcome:
         job.reporter.info(f"there are more than {recipe.limit} chats; `-s limit=null` takes all")
     if not metrics["train_dialogues"]:
         job.reporter.warn("no dialogue is in train: there are few chats, and all are held out")
+    elif not metrics["dev_dialogues"]:
+        job.reporter.warn("no dialogue is in dev: there are few chats, and none is held out for it")
     return Outcome("data", metrics, table=builder.audit.table())
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from bmkit import artifact, builtin
 from bmkit.data.slices import dialogue
 from bmkit.data.slices.dialogue import Dialogue
-from bmkit.errors import InputError
+from bmkit.errors import InputError, an_artifact
 
 OWN = "data/duplex-eval.jsonl"
 """Dialogues written by hand, in the folder of built-in recipes."""
@@ -24,7 +24,7 @@ def find(given: Path) -> Path:
             found = artifact.open_artifact(given)
             if found.kind != "data":
                 raise InputError(
-                    f"--data {given} is a {found.kind}, not data",
+                    f"--data {given} is {an_artifact(found.kind)}, not data",
                     hint="`bmkit duplex build` makes data",
                 )
         file = given / "test.jsonl"

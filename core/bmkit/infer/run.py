@@ -13,7 +13,7 @@ import torch
 from bmkit import model as models
 from bmkit.data.rows import BadRow, Row
 from bmkit.deltas import plugged
-from bmkit.errors import InputError, ResourceError, UsageError
+from bmkit.errors import InputError, ResourceError, UsageError, an_artifact
 from bmkit.infer import encode, score
 from bmkit.infer.recipe import InferRecipe
 from bmkit.plan import Job
@@ -339,5 +339,5 @@ def _config(job: Job, tokenizer: Any) -> tuple[Any, heads.Head | None]:
 def run(job: Job) -> Session:
     """Load what the job names. Raises InputError for what can't be loaded."""
     if job.model.kind not in {"model", "delta"}:
-        raise InputError(f"{job.model.path} is a {job.model.kind}")
+        raise InputError(f"{job.model.path} is {an_artifact(job.model.kind)}")
     return Session(job)

@@ -9,7 +9,7 @@ from typing import Any
 import bmkit
 from bmkit import artifact, env, place, registry
 from bmkit.artifact import Artifact, Step
-from bmkit.errors import InputError, UsageError
+from bmkit.errors import InputError, UsageError, an_artifact
 from bmkit.pipeline.resolve import find_asked, find_base, find_model, warn_foreign_base
 from bmkit.report import Reporter
 
@@ -41,7 +41,7 @@ def merge(
     base = find_base(first, reporter) if first.kind == "delta" else first
     for found in deltas:
         if found.kind != "delta":
-            raise InputError(f"--adapter {found.path} is a {found.kind}, not a delta")
+            raise InputError(f"--adapter {found.path} is {an_artifact(found.kind)}, not a delta")
     for found in others:
         warn_foreign_base(found, base, reporter)
     folders = [folder for delta in deltas for folder in artifact.deltas(delta.path)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from bmkit import artifact, hashes, report
 from bmkit.artifact import Artifact, InputEntry
 from bmkit.data.rows import BadRow, read
-from bmkit.errors import InputError
+from bmkit.errors import InputError, an_artifact
 from bmkit.pipeline.resolve import find_base, find_model
 from bmkit.report import Reporter
 
@@ -29,7 +29,9 @@ def build(
     named = find_model(model, reporter)
     base = find_base(named, reporter) if named.kind == "delta" else named
     if base.kind != "model":
-        raise InputError(f"{base.path} is a {base.kind}; phrases need a model's tokenizer")
+        raise InputError(
+            f"{base.path} is {an_artifact(base.kind)}; phrases need a model's tokenizer"
+        )
     try:
         stream = corpus.open("rb")
     except OSError as exc:

@@ -17,7 +17,7 @@ from bmkit import artifact, builtin, env, hashes, place, plan, registry
 from bmkit import recipe as recipes
 from bmkit.artifact import NOTHING, Artifact, InputEntry, Step
 from bmkit.data.tabular import split_files
-from bmkit.errors import BmkitError, GateError, InputError, OutputTaken, UsageError
+from bmkit.errors import BmkitError, GateError, InputError, OutputTaken, UsageError, an_artifact
 from bmkit.pipeline.resolve import find_asked, find_base, find_model, taught_rows, warn_foreign_base
 from bmkit.plan import Estimate, Job, Outcome
 from bmkit.prompt.kept import own_model
@@ -187,7 +187,7 @@ def _take_data(doc: Document, kind: type[Recipe], data: str) -> None:
     if (path / artifact.MANIFEST).is_file():
         given = artifact.open_artifact(path).kind
         if given != "data":
-            raise InputError(f"--data {data} is a {given}, not data")
+            raise InputError(f"--data {data} is {an_artifact(given)}, not data")
     found = {"train": path}
     if path.is_dir() and "test" in splits:
         found = split_files(path)
@@ -230,8 +230,8 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
     if model.kind not in stage.takes:
         merge = "; merge it into its base first" if model.kind == "delta" else ""
         raise InputError(
-            f"{model.path} is a {model.kind}; `bmkit {stage.name}` takes a "
-            f"{' or a '.join(kind for kind in stage.takes if kind != NOTHING.kind)}{merge}",
+            f"{model.path} is {an_artifact(model.kind)}; `bmkit {stage.name}` takes "
+            f"{' or '.join(an_artifact(k) for k in stage.takes if k != NOTHING.kind)}{merge}",
             hint="`-s merge=true` makes `bmkit tune` write a model" if merge else None,
         )
     named = (*_adapters(doc, recipe, request), *request.adapters)
@@ -250,7 +250,7 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
         if any(found.path.resolve() == other.path.resolve() for other in adapters[:number]):
             raise UsageError(f"--adapter {found.path} is there twice")
         if found.kind != "delta":
-            raise InputError(f"--adapter {found.path} is a {found.kind}, not a delta")
+            raise InputError(f"--adapter {found.path} is {an_artifact(found.kind)}, not a delta")
     base = find_base(model, reporter, bring=bring) if model.kind == "delta" else None
     for found in adapters:
         warn_foreign_base(found, base or model, reporter)
@@ -348,7 +348,7 @@ def _draft(
         return target if name else None
     found = find_model(name, reporter, bring=bring)
     if found.kind != "model":
-        raise InputError(f"--draft {found.path} is a {found.kind}, not a model")
+        raise InputError(f"--draft {found.path} is {an_artifact(found.kind)}, not a model")
     plan.read_headers(found.path)
     return found
 
@@ -363,7 +363,7 @@ def _models(recipe: Recipe, reporter: Reporter, *, bring: bool) -> dict[str, Art
             found[dotted] = find_model(holder[path[-1]], reporter, bring=bring)
             if found[dotted].kind != "model":
                 here = found[dotted]
-                raise InputError(f"{dotted}: {here.path} is a {here.kind}, not a model")
+                raise InputError(f"{dotted}: {here.path} is {an_artifact(here.kind)}, not a model")
             plan.read_headers(found[dotted].path)
     return found
 

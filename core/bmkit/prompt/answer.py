@@ -205,6 +205,9 @@ class Session:
         values = row.values
         if set(values) - {"id"} == {"prompt"} and len(fields) == 1 and "prompt" not in fields:
             values = {**values, fields[0]: values["prompt"]}
+        elif set(values) - {"id"} == {"prompt"} and "prompt" not in fields:
+            needed = ", ".join(f"`{name}`" for name in fields)
+            return BadRow(row.line, f"`prompt` alone fills no template with {needed}: name them")
         record = Record(f"line {row.line}", row.line, values)
         columns = {k: v for k, v in self.kept.columns.items() if k not in ANSWERS}
         try:

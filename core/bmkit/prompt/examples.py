@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bmkit.data.classes import Classes
 from bmkit.data.tabular import Record
 from bmkit.errors import RecipeError
 from bmkit.plan import Job
@@ -59,12 +60,20 @@ def _shown(ready: Ready, records: Sequence[Record]) -> list[dict[str, Any]]:
         found.append(
             {
                 "row": record.where,
-                **({} if label is None else {"label": label}),
+                **({} if label is None else {"label": _named(ready.classes, label)}),
                 "text": show(ready.prompts.wrap(record)),
                 **_tokens(ready.tokenizer, prompt, ready.soft_start),
             }
         )
     return found
+
+
+def _named(classes: Classes, label: Any) -> Any:
+    """Return a label, or several, by name, whatever the file has in its place."""
+    if isinstance(label, list):
+        return [_named(classes, one) for one in label]
+    number = classes.numbers.get(str(label))
+    return label if number is None else classes.names[number]
 
 
 def _tokens(tokenizer: Any, prompt: Encoded, start: int) -> dict[str, Any]:

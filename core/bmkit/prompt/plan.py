@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 
 from bmkit.deltas.recipe import names
+from bmkit.deltas.sizes import parameters
+from bmkit.deltas.stacked import stacked_of_headers
+from bmkit.deltas.stored import modules_of_headers
+from bmkit.deltas.targets import addressed, parameters_addressed
 from bmkit.env import format_bytes
 from bmkit.errors import InputError, RecipeError, UsageError
 from bmkit.plan import RUNTIME_BYTES, Estimate, Headers, Job, Peak, read_headers, task
@@ -13,13 +19,17 @@ from bmkit.prompt import kept as shelf
 from bmkit.prompt import rows, templates
 from bmkit.prompt.kinds import kind_of
 from bmkit.prompt.recipe import PromptRecipe
+from bmkit.prompt.rows import Split
 from bmkit.prompt.searching import Search
 from bmkit.prompt.tasks import longest
+from bmkit.prompting.chat import Chat
+from bmkit.prompting.wrap import wrap
 from bmkit.runtime import budget
 from bmkit.runtime.budget import Placement, Sizes, place_any
 from bmkit.runtime.family import readable
 from bmkit.runtime.recipe import GenerateRecipe
 
+_SOFT = re.compile(r"""['"]soft(_id)?\\?['"]""")
 WRITER_ROWS = 64
 """Rows that are reckoned with for the model that writes templates."""
 TOKENS = 128
@@ -38,12 +48,15 @@ def estimate(job: Job) -> Estimate:
     kind = kind_of(headers.config, recipe.model_kind)
     templates.written(recipe.template.model_dump(), job.files.get("template.file_path"))
     splits = rows.read(recipe, job.files)
+    _require_fields(job, recipe, splits.values())
     counts = [f"{len(split.records)} rows of {name}" for name, split in splits.items()]
     steps = [f"ask a {kind} model about {', '.join(counts) or 'no rows'}"]
     trains = recipe.tune.mode != "none"
     if trains:
         seeds = len(recipe.learning_setting.seeds) or 1
-        what = ", ".join(["soft tokens", *names(recipe.tune.deltas)])
+        soft = ["soft tokens"] if _has_soft(job, recipe) else []
+        own = [f"a {recipe.verbalizer.type} verbalizer"] if recipe.verbalizer.reads_states else []
+        what = ", ".join([*soft, *own, *names(recipe.tune.deltas)])
         if recipe.tune.mode == "full":
             what = "the whole model"
         steps.insert(0, f"train {what}" + (f", with {seeds} seeds" if seeds > 1 else ""))
@@ -67,6 +80,8 @@ def estimate(job: Job) -> Estimate:
     found = _estimate(job, headers, steps, size, most, layers)
     if recipe.tune.mode == "full":
         found = _with_whole(job, headers, found)
+    if recipe.tune.deltas:
+        found = _with_deltas(job, headers, found)
     writer = job.models.get("search.model")
     return found if writer is None else _with_writer(job, found, read_headers(writer.path))
 
@@ -98,6 +113,54 @@ def _searches(job: Job, spec: Search, most: int) -> list[str]:
     return found
 
 
+def _require_fields(job: Job, recipe: PromptRecipe, splits: Iterable[Split]) -> None:
+    """Raise InputError if the first row of a split lacks what a template reads.
+
+    A chat is put together by the tokenizer alone: that is looked at when it is run.
+    """
+    specs = templates.every(recipe.template.model_dump(), job.files.get("template.file_path"))
+    for split in splits:
+        record = split.records[0]
+        for spec in specs:
+            parsed = templates.parse(spec)
+            if isinstance(parsed, Chat):
+                continue
+            try:
+                wrap(parsed, record.values, record.line)
+            except InputError as exc:
+                raise InputError(f"{record.where}: {exc}", hint=exc.hint) from None
+
+
+def _has_soft(job: Job, recipe: PromptRecipe) -> bool:
+    """Tell whether any template of the recipe has trainable tokens."""
+    specs = templates.every(recipe.template.model_dump(), job.files.get("template.file_path"))
+    if recipe.ensemble is not None:
+        specs += [member.template.model_dump() for member in recipe.ensemble.members]
+    return any(_SOFT.search(str(spec)) for spec in specs)
+
+
+def _with_deltas(job: Job, headers: Headers, found: Estimate) -> Estimate:
+    """Return what it takes to keep the deltas, and the checkpoints of a run.
+
+    Raises RecipeError for one that goes nowhere in this model.
+    """
+    recipe = job.recipe
+    assert isinstance(recipe, PromptRecipe)  # as above
+    sizes, modules = Sizes.of(headers.config), modules_of_headers(headers)
+    stacked = stacked_of_headers(headers)
+    count = 0
+    for spec in recipe.tune.deltas:
+        shapes = [modules[name].shape for name in addressed(spec, modules)[0]]
+        shapes += [stacked[name].shape for name in parameters_addressed(spec, modules, stacked)]
+        count += parameters(spec, shapes, sizes.hidden, sizes.layers)
+    members = 1 if recipe.ensemble is None else 1 + len(recipe.ensemble.members)
+    runs = members * max(len(recipe.learning_setting.seeds), 1)
+    peak = found.peak
+    disk = peak.disk_bytes + 4 * count * (1 if recipe.ensemble is None else runs)
+    work = peak.work_bytes + 4 * count * runs + 12 * count  # with the moments of the one at work
+    return Estimate(found.steps, replace(peak, disk_bytes=disk, work_bytes=work))
+
+
 def _with_whole(job: Job, headers: Headers, found: Estimate) -> Estimate:
     """Return what it takes to train all weights as well: gradients, two moments, what is kept.
 
@@ -127,6 +190,10 @@ def estimate_answers(job: Job) -> Estimate:
         raise UsageError("a prompt tells labels: it has nothing to --score")
     assert job.prompt is not None  # the pipeline sends prompts here
     kept = shelf.read(job.prompt.path)
+    if kept.first.task != "generation":
+        for name in ("system", "logprobs"):
+            if getattr(recipe, name, None) is not None:
+                raise UsageError(f"a prompt has a template, and tells labels: leave --{name} out")
     headers = read_headers(job.checkpoint)
     kind_of(headers.config, kept.first.model_kind)
     told = {"probing": "the likeliest words", "generation": "a text"}

@@ -178,7 +178,8 @@ class PromptRecipe(Recipe):
         if not learns and how != "zero_shot":
             raise contradiction(
                 "tune.mode",
-                f"`none` learns nothing: say what is trained, as `learning_setting` is {how}",
+                f"`none` learns nothing: say what is trained, as `learning_setting` is {how}: "
+                "soft, delta or full",
             )
         if learns and self.data.train is None:
             raise contradiction("data.train", "it is missing: there are no rows to learn from")

@@ -59,7 +59,10 @@ def require_together(recipe: PromptRecipe) -> None:
     if ensemble.weights == "dev_accuracy" and not held_out:
         raise contradiction("ensemble.weights", "`dev_accuracy` needs data.dev")
     if ensemble.weights == "untrained_accuracy" and setting.type == "zero_shot":
-        raise contradiction("ensemble.weights", "`untrained_accuracy` needs rows to learn from")
+        raise contradiction(
+            "ensemble.weights",
+            "`untrained_accuracy` needs rows to learn from: learning_setting.type few_shot or full",
+        )
     for number, member in enumerate(ensemble.members):
         key = f"ensemble.members.{number}"
         if member.template.file_path or (member.verbalizer and member.verbalizer.file_path):

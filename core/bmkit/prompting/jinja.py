@@ -85,7 +85,7 @@ class Jinja:
             *(TemplateError, TypeError, ValueError, ArithmeticError),
             *(LookupError, AttributeError, RecursionError),
         ) as exc:
-            raise InputError(f"row {number}: the template {self.where} fails: {exc}") from None
+            raise InputError(f"row {number}: the template fails: {exc}") from None
         return _parts(text)
 
 

@@ -15,7 +15,7 @@ import torch
 from bmkit import model as models
 from bmkit.data.rows import BadRow, Row
 from bmkit.deltas import plugged
-from bmkit.errors import InputError, ResourceError
+from bmkit.errors import InputError, ResourceError, an_artifact
 from bmkit.plan import Job
 from bmkit.runtime import frequent
 from bmkit.runtime.adapters import adapters_of
@@ -451,5 +451,5 @@ def figures(speculator: Speculator) -> dict[str, Any]:
 def run(job: Job) -> Session:
     """Load what the job names. Raises InputError for what can't be loaded."""
     if job.model.kind not in {"model", "delta"}:
-        raise InputError(f"{job.model.path} is a {job.model.kind}")
+        raise InputError(f"{job.model.path} is {an_artifact(job.model.kind)}")
     return Session(job)

@@ -60,6 +60,8 @@ def estimate(job: Job) -> Estimate:
     require_measured(recipe, task)
     require_front(recipe, task)
     require_duplex(recipe, task)
+    if task == "duplex" and recipe.slice.threshold == "calibrate" and "data.dev" not in job.files:
+        job.reporter.warn("slice.threshold: there is no data.dev to calibrate it on: it is argmax")
     require_rows(task, job.files)
     parts, trained = _trained(job, headers)
     _warn_of_ranks(job, headers)

@@ -70,7 +70,7 @@ def replay(
         bring=not plan,
     )
     if plan:
-        show_plan(stages.describe_plan(prepared, reporter), as_json=as_json)
+        show_plan({**stages.describe_plan(prepared, reporter), "path": None}, as_json=as_json)
         stages.check_fits(prepared, reporter)
         return
     with closing(talking.open_sessions(prepared, reporter)) as opened:

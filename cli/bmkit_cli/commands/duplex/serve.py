@@ -81,7 +81,7 @@ def serve(
     assert isinstance(spec, DuplexRecipe)  # the registry pairs recipe and engine
     prepared = replace(prepared, request=replace(request, rows=spec.serve.max_sessions))
     if plan:
-        show_plan(stages.describe_plan(prepared, reporter), as_json=as_json)
+        show_plan({**stages.describe_plan(prepared, reporter), "path": None}, as_json=as_json)
         stages.check_fits(prepared, reporter)
         return
     from bmkit.duplex.server import serving

@@ -58,7 +58,8 @@ def by_time(said: Sequence[Said], period_ms: int) -> list[Heard]:
     """Cut what was said into slices of `period_ms`, silent ones among them.
 
     The words of a `Said` are spread evenly from `t` to `t_end`; one is heard once it is over.
-    A `Said` that takes the place of an earlier one is a revision, which is known at its `t_end`.
+    A `Said` that takes the place of an earlier one is a revision, which is known at its `t_end`:
+    words that were not heard until then are never heard, the new ones stand in their place.
     """
     parts: dict[int, list[Words]] = {}
     revisions: dict[int, list[Revision]] = {}
@@ -66,7 +67,8 @@ def by_time(said: Sequence[Said], period_ms: int) -> list[Heard]:
     for one in said:
         if one.t in known and one.rev:
             number = _slice(one.t_end, period_ms)
-            revisions.setdefault(number, []).append(Revision(one.t, one.text))
+            if (heard := _put(parts, one, number)) is not None:
+                revisions.setdefault(number, []).append(Revision(one.t, heard))
             continue
         known.add(one.t)
         for number, text in _spread(one, period_ms):
@@ -76,6 +78,29 @@ def by_time(said: Sequence[Said], period_ms: int) -> list[Heard]:
         Heard(number, tuple(parts.get(number, ())), tuple(revisions.get(number, ())))
         for number in range(last + 1)
     ]
+
+
+def _put(parts: dict[int, list[Words]], said: Said, known: int) -> str | None:
+    """Put the words of a revision where those of its key wait to be heard: from slice `known` on.
+
+    Returns what those that were heard before are to become; None if there are none, or they stay.
+    """
+    places = [
+        (number, part) for number in sorted(parts) for part in parts[number] if part.key == said.t
+    ]
+    heard = [part for number, part in places if number < known]
+    if len(heard) == len(places):
+        return said.text
+    words = pieces(said.text)
+    count = sum(len(pieces(part.text)) for part in heard)
+    before, words = words[:count], words[count:]
+    for number, part in places[len(heard) :]:
+        count = len(words) if part is places[-1][1] else len(pieces(part.text))
+        new = Words(said.t, "".join(words[:count]).strip())
+        parts[number] = [new if p is part else p for p in parts[number]]
+        words = words[count:]
+    same = before == [word for part in heard for word in pieces(part.text)]
+    return None if same else "".join(before).strip()
 
 
 def _spread(said: Said, period_ms: int) -> Iterator[tuple[int, str]]:

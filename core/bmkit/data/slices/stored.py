@@ -58,10 +58,14 @@ def read(folder: Path) -> Stored | None:
         return None
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it is not an object")
         if values["version"] != VERSION:
             raise InputError(f"{file} is of version {values['version']}", hint="update bmkit")
         return _stored(values)
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+    except KeyError as exc:
+        raise InputError(f"{file} is damaged: it has no `{exc.args[0]}`") from None
+    except (ValueError, TypeError, AttributeError) as exc:
         raise InputError(f"{file} is damaged: {exc}") from None
 
 
@@ -70,6 +74,8 @@ def _stored(values: dict[str, Any]) -> Stored:
     states = {str(name): int(token) for name, token in marks["states"].items()}
     if states and set(states) != set(STATES):
         raise ValueError(f"`states` are not {', '.join(STATES)}")
+    if threshold is not None and not 0 <= float(threshold) <= 1:
+        raise ValueError(f"`threshold` is {threshold}, and no probability")
     layout = Layout(
         tuple(int(token) for token in marks["user"]),
         tuple(int(token) for token in marks["agent"]),

@@ -13,6 +13,8 @@ from bmkit.errors import InputError, did_you_mean
 
 VERSION = 1
 TYPES = ("session", "user", "agent", "label")
+MOST_MS = 7 * 24 * 3600 * 1000
+"""Of a session; a time of the day in milliseconds since 1970 is far beyond."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,8 @@ def _time(values: Mapping[str, Any], name: str) -> int:
     time = values.get(name)
     if type(time) is not int or time < 0:
         raise ValueError(f"`{name}` is not a number of milliseconds")
+    if time > MOST_MS:
+        raise ValueError(f"`{name}` is {time}, over a week: count from the session's beginning")
     return time
 
 

@@ -6,11 +6,12 @@ import errno
 import secrets
 import socket
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from bmkit.duplex.recipe import DuplexRecipe
 from bmkit.duplex.server.limits import FRAME_BYTES, is_local
-from bmkit.errors import RecipeError, ResourceError
+from bmkit.errors import OutputTaken, RecipeError, ResourceError
 from bmkit.report import Reporter
 
 MISSING = "the server isn't installed"
@@ -20,8 +21,8 @@ HINT = "pip install 'bmkit[serve]'"
 class Listening:
     """A socket that is bound before the model is opened.
 
-    Raises ResourceError if the port is taken or the extra isn't installed, RecipeError if others
-    could reach it without a token.
+    Raises ResourceError if the port is taken, the extra isn't installed or the folder can't be
+    written, OutputTaken if that is a file, RecipeError if others could reach it without a token.
     """
 
     def __init__(self, recipe: DuplexRecipe, folder: Path | None) -> None:
@@ -34,8 +35,8 @@ class Listening:
             )
         self.recipe, self.folder = recipe, folder
         self.token = secrets.token_urlsafe(24) if spec.auth == "token" else None
-        if folder is not None and folder.exists() and not folder.is_dir():
-            raise RecipeError(f"--sessions: {folder} is not a folder")
+        if folder is not None:
+            _require_writable(folder)
         self.socket = _bound(spec.host, spec.port)
 
     def address(self) -> dict[str, Any]:
@@ -61,6 +62,21 @@ def _require_extra() -> None:
     except ImportError as exc:
         raise ResourceError(f"{MISSING}: {exc.name} is missing", hint=HINT) from None
     del starlette, uvicorn
+
+
+def _require_writable(folder: Path) -> None:
+    """Make the folder. Raises OutputTaken for a file, ResourceError if nothing can be written."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputTaken(f"--sessions: {folder} is not a folder", hint="name another")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as exc:
+        said = exc.strerror or "it refuses"
+        raise ResourceError(
+            f"--sessions: cannot write {folder}: {said}", hint="name another folder"
+        ) from None
 
 
 def _bound(host: str, port: int) -> socket.socket:

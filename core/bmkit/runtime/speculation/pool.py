@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import bmkit
 from bmkit import artifact, place
 from bmkit.artifact import InputEntry, Step
-from bmkit.errors import InputError
+from bmkit.errors import InputError, an_artifact
 from bmkit.runtime.speculation.phrases import END, Phrases
 
 TOKENS, ABOUT = "phrases.safetensors", "phrases.json"
@@ -37,7 +37,7 @@ def read(path: Path, tokenizer: str, vocabulary: int) -> Phrases:
     """
     found = artifact.open_artifact(path)
     if found.kind != "phrases":
-        raise InputError(f"{path} is a {found.kind}, not a phrase pool")
+        raise InputError(f"{path} is {an_artifact(found.kind)}, not a phrase pool")
     about = _about(path)
     if about.get("format") != FORMAT:
         raise InputError(f"{path} is a pool of format {about.get('format')}, this reads {FORMAT}")

@@ -153,6 +153,7 @@ def learn(
         device=device,
         reporter=reporter,
         loss=loss,
+        recomputes=step.train.gradient_checkpointing is True,
     )
     return gates
 

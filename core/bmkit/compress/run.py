@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ from bmkit.plan import Job, Outcome
 from bmkit.runtime.placed.load import empty
 from bmkit.runtime.placed.origin import Origin
 
+CALIBRATED = ("gptq", "awq", "smoothquant", "wanda", "sparsegpt")
+"""Methods that only read texts; those that train choose their products themselves."""
+
 
 def run(job: Job) -> Outcome:
     """Apply the recipe's steps to the model, writing the last one's result into `job.out`.
@@ -63,7 +67,7 @@ def run(job: Job) -> Outcome:
                 shutil.rmtree(out, ignore_errors=True)
                 out.mkdir(parents=True)
             folder = job.work / f"part-{i}"
-            with products.quick():
+            with products.quick() if step.method in CALIBRATED else nullcontext():
                 found = METHODS[step.method](Work(source, out, folder, shared, i), step)
             if not last:
                 write_text(note, json.dumps(found))

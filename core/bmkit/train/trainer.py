@@ -78,6 +78,7 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     replay: bool = True,
     rates: Rates = (),
+    recomputes: bool = False,
 ) -> Trained:
     """Train what is trainable in `model`, in place.
 
@@ -85,17 +86,28 @@ def train(
     the same batches, random draws and final loss as if it had never stopped. `loss` takes the model
     and a batch, and returns the sum and what it is divided by; if there is none, it is that of
     `default_loss`. `dev` measures in between. With `replay`, activations that are cheap to make
-    aren't kept (`train.replay`). `rates` are modules with learning rates of their own. Raises
+    aren't kept (`train.replay`). `rates` are modules with learning rates of their own.
+    `recomputes` says that the loss computes activations again by itself. Raises
     DivergedError when a loss is not a number, leaving the last good checkpoint in `work`.
     """
-    with _as_asked(device), products.quick():
-        loss = loss or default_loss(model)
+    with _as_asked(device):
+        plain = loss or default_loss(model)
         batch = _longest(examples, collate, device)
-        with noted(model, loss, batch) if replay else nullcontext(loss) as loss:
-            return _train(
-                *(model, examples, collate, spec, seed, work, device, reporter, loss, dev),
-                *(callbacks, rates),
-            )
+        # On the way back torch leaves the quick products out, and what is computed again there has
+        # to be what it was: they are for models that keep all.
+        for quick in (True, False) if replay and not recomputes else (False,):
+            with (
+                products.quick() if quick else nullcontext(),
+                noted(model, plain, batch) if replay else nullcontext(plain) as loss,
+            ):
+                again = _again(model, examples, collate, spec, device, loss)
+                if quick and again != []:
+                    continue
+                return _train(
+                    *(model, examples, collate, spec, seed, work, device, reporter, loss, again),
+                    *(dev, callbacks, rates),
+                )
+    raise AssertionError  # the last way returns
 
 
 def _longest(
@@ -127,6 +139,7 @@ def _train(
     device: torch.device,
     reporter: Reporter,
     loss: Loss,
+    again: list[Any] | None,
     dev: Dev | None,
     callbacks: Sequence[TrainerCallback],
     rates: Rates,
@@ -134,7 +147,6 @@ def _train(
     rank, world = env.process()
     together = world > 1
     last = _last_whole_checkpoint(work, clean=rank == 0)
-    again = _again(model, examples, collate, spec, device, loss)
     if again and spec.gradient_checkpointing is not True:
         reporter.info(f"{len(again)} blocks compute their activations again, to fit in memory")
     arguments = TrainingArguments(

@@ -62,6 +62,15 @@ def process() -> tuple[int, int]:
     return int(rank), int(world)
 
 
+def shares_weights() -> bool:
+    """Tell whether several processes were asked to share out the frozen weights.
+
+    `accelerate launch --use_fsdp` does so by this variable, and so can other launchers.
+    """
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1", "yes")
+    return asked and process()[1] > 1
+
+
 def started_alone() -> bool:
     """Tell whether accelerate was asked for several processes, and has started this one alone.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -596,6 +597,76 @@ def test_two_processes_learn_what_one_does(
     losses = [[json.loads(line)["loss"] for line in log] for log in logs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert result(again)["reused"] is True and again.stderr.count("is reused") == 1
+
+
+SHARED = {
+    "llama": ("lora", "-s", "deltas.0.use_dora=true"),
+    "t5": ("lora", "-s", "train.gradient_checkpointing=true"),
+    "gpt2": ("adapter",),
+}
+
+
+@pytest.mark.parametrize("model", SHARED)
+def test_processes_that_share_out_the_weights_learn_the_same(
+    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path, with_tokenizer: Any, model: str
+) -> None:
+    torch.manual_seed(0)
+    if model == "llama":
+        tiny.rename(tmp_path / "llama")
+    elif model == "t5":
+        sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+        t5 = T5Config(vocab_size=400, **sizes, decoder_start_token_id=0)  # type: ignore[arg-type]
+        AutoModelForSeq2SeqLM.from_config(t5).save_pretrained(tmp_path / "t5")
+    else:
+        gpt2 = GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=128)
+        AutoModelForCausalLM.from_config(gpt2).save_pretrained(tmp_path / "gpt2")
+    if model != "llama":
+        with_tokenizer(tmp_path / model)
+    words = ["tune", *SHARED[model], "-m", model, "--data", str(texts), "--json"]
+    words += ["-s", "train.max_steps=3", "-s", "train.per_device_train_batch_size=2"]
+    found = {}
+    for shared in ("false", "true"):
+        launch = [sys.executable, "-m", *LAUNCHERS["torchrun"], "-m", "bmkit_cli", *words]
+        launch += ["-o", f"shared-{shared}"]
+        found[shared] = subprocess.run(
+            launch,
+            cwd=tmp_path,
+            env={**os.environ, "ACCELERATE_USE_FSDP": shared},
+            capture_output=True,
+            text=True,
+        )
+        assert found[shared].returncode == 0, found[shared].stderr
+    told = "each process keeps"
+    assert [told in found[s].stderr for s in ("true", "false")] == [True, False]
+    one, two = (metrics(found[s]) for s in ("true", "false"))
+    assert one.keys() == two.keys() and one["steps"] == 3
+    for name in one:
+        assert one[name] == pytest.approx(two[name], rel=1e-5), name
+    deltas = [
+        load_file(tmp_path / f"shared-{s}" / "adapter_model.safetensors") for s in ("true", "false")
+    ]
+    assert deltas[0].keys() == deltas[1].keys()
+    for name, tensor in deltas[0].items():
+        assert torch.allclose(tensor, deltas[1][name], atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("-s", "merge=true"), "merge: no process has the whole model"),
+        (("--cpu-memory", "2GiB"), "a budget and sharing the weights out"),
+        (("-s", "cache_states=true"), "cache_states: they can't be kept"),
+    ],
+)
+def test_what_needs_whole_weights_is_refused_where_they_are_shared_out(
+    bmkit: Run, tiny: Path, texts: Path, more: tuple[str, ...], told: str
+) -> None:
+    words = ("tune", "lora", "-m", "tiny", "--data", texts, "--plan")
+    env = {**of(0, 2), "ACCELERATE_USE_FSDP": "true"}
+    good = bmkit(*words, **env)
+    assert good.returncode == 0 and "share the frozen weights out among 2" in good.stdout
+    refused = bmkit(*words, *more, **env)
+    assert refused.returncode == 2 and told in refused.stderr
 
 
 def free_port() -> int:

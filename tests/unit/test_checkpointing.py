@@ -54,6 +54,15 @@ def with_lora() -> Any:
     return get_peft_model(llama(), config).train()
 
 
+def t5() -> Any:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": BLOCKS, "num_heads": 2}
+    config = T5Config(vocab_size=47, **sizes, decoder_start_token_id=0)  # type: ignore[arg-type]
+    return T5ForConditionalGeneration(config).train()
+
+
 MODELS = [llama, gpt2, with_lora]
 
 
@@ -79,7 +88,7 @@ def test_gradients_are_the_same_to_the_bit(made: Any, count: int) -> None:
     for i, block in enumerate(blocks):
         inner = next(block.children())
         inner.register_forward_hook(lambda *_, i=i: ran.append(i))
-    with checkpointing.recomputed(blocks[:count]):
+    with checkpointing.recomputed(model, blocks[:count]):
         found = gradients(model)
     assert sorted(ran) == sorted([*range(BLOCKS), *range(count)])
     assert found.keys() == wanted.keys()
@@ -92,12 +101,24 @@ def test_blocks_run_once_when_nothing_is_learned() -> None:
     blocks = checkpointing.blocks_of(model)
     ran: list[int] = []
     blocks[0].mlp.register_forward_hook(lambda *_: ran.append(1))
-    with checkpointing.recomputed(blocks), torch.no_grad():
+    with checkpointing.recomputed(model, blocks), torch.no_grad():
         model(**batch())
         model.eval()
-    with checkpointing.recomputed(blocks):
+    with checkpointing.recomputed(model, blocks):
         model(**batch()).loss.backward()
     assert len(ran) == 2
+
+
+def test_blocks_that_run_again_find_no_keys_of_theirs_in_a_cache() -> None:
+    model = t5()
+    model.config.use_cache = model.decoder.config.use_cache = True
+    blocks = checkpointing.blocks_of(model)
+    ids = torch.arange(12).view(2, 6)
+    with checkpointing.recomputed(model, blocks):
+        said = model(input_ids=ids, labels=ids)
+        said.loss.backward()
+        assert said.past_key_values is None
+    assert model.config.use_cache and model.decoder.config.use_cache
 
 
 def test_blocks_get_their_own_forward_back() -> None:
@@ -105,7 +126,7 @@ def test_blocks_get_their_own_forward_back() -> None:
     blocks = checkpointing.blocks_of(model)
     mine = blocks[1].forward
     blocks[1].forward = mine
-    with checkpointing.recomputed(blocks):
+    with checkpointing.recomputed(model, blocks):
         assert all("forward" in vars(b) for b in blocks)
     assert ["forward" in vars(b) for b in blocks] == [False, True, False, False]
     assert blocks[1].forward is mine
@@ -138,7 +159,7 @@ def test_what_is_foretold_is_what_is_kept(made: Any) -> None:
     foretold = checkpointing.measured(model, one, next_token_loss).times(3)
     blocks = checkpointing.blocks_of(model)
     for count in range(BLOCKS):
-        with checkpointing.recomputed(blocks[:count]), counted(model) as kept:
+        with checkpointing.recomputed(model, blocks[:count]), counted(model) as kept:
             next_token_loss(model, batch())
         assert 0.95 * kept.total <= foretold.peak(count) <= 1.1 * kept.total
 

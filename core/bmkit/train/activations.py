@@ -36,13 +36,13 @@ def counted(
     With `drop` they are let go at once, so that counting takes no more memory than a forward pass
     without gradients; a backward pass then fails.
     """
-    own = {_address(t) for t in chain(model.parameters(), model.buffers())}
+    own = {_storage(t) for t in chain(model.parameters(), model.buffers())}
     seen: dict[int, StorageWeakRef] = {}  # while it lives, a storage's address isn't given again
     kept = Kept(blocks=[0] * len(blocks))
     inside: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor | None:
-        if _address(tensor) not in own:
+        if _storage(tensor) not in own:
             reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
             if reference.cdata not in seen:
                 seen[reference.cdata] = reference
@@ -56,9 +56,16 @@ def counted(
         assert tensor is not None, "what was kept has been let go"
         return tensor
 
+    def enter(number: int, block: nn.Module) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            inside.append(number)
+            own.update(map(_storage, block.parameters()))  # those that are there while it runs
+
+        return hook
+
     hooks = []
     for number, block in enumerate(blocks):
-        hooks.append(block.register_forward_pre_hook(lambda *_, n=number: inside.append(n)))
+        hooks.append(block.register_forward_pre_hook(enter(number, block)))
         hooks.append(block.register_forward_hook(lambda *_: void(inside.pop())))
     _WATCHING.append(pack)
     try:
@@ -88,5 +95,7 @@ def void(_: object) -> None:
     """Take a value and say nothing: a forward hook that returns one would replace the output."""
 
 
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _storage(tensor: Tensor) -> int:
+    """Return what tells a storage that lives from others, wherever its bytes lie."""
+    found: int = tensor.untyped_storage()._cdata
+    return found

@@ -117,14 +117,26 @@ def again(
 
 
 @contextmanager
-def recomputed(blocks: Sequence[Any]) -> Iterator[None]:
-    """Let each of `blocks` keep only its input while it trains, and run again backwards."""
+def recomputed(model: nn.Module, blocks: Sequence[Any]) -> Iterator[None]:
+    """Let each of `blocks` keep only its input while it trains, and run again backwards.
+
+    The `model` that they are in keeps no cache meanwhile: a block would find there what it has put
+    there itself.
+    """
     before = [vars(block).get("forward") for block in blocks]
+    configs: dict[int, Any] = {
+        id(c): c for m in model.modules() if (c := getattr(m, "config", None))
+    }
+    caching = [c for c in configs.values() if blocks and getattr(c, "use_cache", False)]
+    for config in caching:
+        config.use_cache = False
     for block in blocks:
         block.forward = _twice(block, block.forward)
     try:
         yield
     finally:
+        for config in caching:
+            config.use_cache = True
         for block, forward in zip(blocks, before, strict=True):
             restore(block, forward)
 

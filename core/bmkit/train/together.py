@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bmkit import env
+from bmkit.train.sharing import shared
 
 Loss = Callable[[Any, dict[str, Tensor]], tuple[Tensor, int]]
 
@@ -21,6 +22,8 @@ class Learner(nn.Module):
         super().__init__()
         self.model = model
         self.loss = loss
+        # What is shared out has no gradients to average, and no process has it to send.
+        self._ddp_params_and_buffers_to_ignore = [f"model.{name}" for name in shared(model)]
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the summed loss of a batch, and what it is divided by."""

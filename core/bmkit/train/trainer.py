@@ -39,7 +39,7 @@ from bmkit.train.order import Dated, Order
 from bmkit.train.rates import Rates, apart
 from bmkit.train.recipe import Train
 from bmkit.train.replay import noted
-from bmkit.train.together import Learner, leave
+from bmkit.train.together import Learner
 
 Loss = Callable[[Any, dict[str, Tensor]], tuple[Tensor, int]]
 WHOLE = "bmkit-whole"  # marks a checkpoint whose every file has been written
@@ -209,7 +209,7 @@ def _train(
     try:
         disk = "free some there, or let BMKIT_HOME be on another disk"
         kept = "the same command goes on from the last whole checkpoint"
-        with place.refusals(work, kept, disk), checkpointing.recomputed(again or []):
+        with place.refusals(work, kept, disk), checkpointing.recomputed(model, again or []):
             if progress is not None and progress.out_of_patience and last is not None:
                 trainer.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
             else:
@@ -223,7 +223,6 @@ def _train(
         ) from None
     finally:
         watch.close()
-        leave()
     history = [_measured(entry) for entry in trainer.state.log_history if "loss" in entry]
     losses = [entry["loss"] for entry in history]
     best = None
@@ -318,7 +317,9 @@ class _Trainer(Trainer):  # type: ignore[misc]
         return apart(super().create_optimizer(*args, **kwargs), self.rates)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write what is trained, not the frozen base."""
+        """Write what is trained, not the frozen base; of several processes, the first does."""
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_learned(_inner(self.model), folder / "learned.safetensors")
@@ -382,6 +383,8 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark the checkpoint that was just written as whole."""
         folder = self.work / f"checkpoint-{state.global_step}"
+        if args.world_size > 1:
+            torch.distributed.barrier()  # each has a file of its own there
         if folder.is_dir() and state.is_world_process_zero:
             (folder / WHOLE).touch()
 

@@ -50,13 +50,18 @@ def open_base(job: Job, objective: Objective, tokenizer: Any, device: torch.devi
     torch.manual_seed(recipe.seed)  # a new head is drawn
     if placement(job) is None:
         report["rss_before_bytes"] = env.rss_bytes()
+        dtype: str = recipe.dtype
+        if env.shares_weights():  # the GPU may be too small for all that is to be shared out
+            stored = models.stored_dtype(models.load_config(job.checkpoint))
+            chosen = models.compute_dtype(dtype, stored, device)
+            device, dtype = torch.device("cpu"), str(chosen).removeprefix("torch.")
         if objective.head is None:
-            model = models.load_model(job.checkpoint, device=device, dtype=recipe.dtype)
+            model = models.load_model(job.checkpoint, device=device, dtype=dtype)
             if objective.marks is not None:
                 grow(model, objective.marks, tokenizer, seed=recipe.seed)
             return Base(model, report=report)
         config = heads.config_of(job.checkpoint, objective.head, tokenizer)
-        model, fresh = heads.load(job.checkpoint, config, device=device, dtype=recipe.dtype)
+        model, fresh = heads.load(job.checkpoint, config, device=device, dtype=dtype)
         return Base(model, fresh, report=report)
     return _placed(job, recipe, device, report)
 

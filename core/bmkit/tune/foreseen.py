@@ -121,6 +121,25 @@ def require_once(unfrozen: Collection[str], deltas: Mapping[str, Collection[str]
                 )
 
 
+def require_shared(recipe: TuneRecipe, *, placed: bool) -> None:
+    """Raise RecipeError for what doesn't go with frozen weights that processes share out."""
+    if placed:
+        raise RecipeError(
+            "a budget and sharing the weights out (FSDP) can't be had together",
+            hint="leave out --cpu-memory and --gpu-memory, or the launcher's --use_fsdp",
+        )
+    if recipe.merge:
+        raise RecipeError(
+            "merge: no process has the whole model where the weights are shared out (FSDP)",
+            hint="tune without merge, then `bmkit merge` the delta",
+        )
+    if recipe.cache_states is True:
+        raise RecipeError(
+            "cache_states: they can't be kept where the weights are shared out (FSDP)",
+            hint="leave it out",
+        )
+
+
 def require_placed(recipe: TuneRecipe, task: Task) -> None:
     """Raise RecipeError for what needs dense weights, which a budget doesn't leave."""
     if recipe.original is not None:

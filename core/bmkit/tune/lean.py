@@ -84,6 +84,8 @@ def _prefix(
         reason = "rows are packed"
     elif job.cpu_memory is not None or job.gpu_memory is not None:
         reason = "the model is placed in a budget"
+    elif env.shares_weights():
+        reason = "the weights are shared out"
     reason = reason or cacheable(model)
     if reason is not None:
         if recipe.cache_states is True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from bmkit import env
 from bmkit.artifact import QUANTO
 from bmkit.data.slices.tokens import marks
 from bmkit.deltas import address
@@ -34,6 +35,7 @@ from bmkit.tune.foreseen import (
     require_once,
     require_placed,
     require_rows,
+    require_shared,
 )
 from bmkit.tune.recipe import TuneRecipe
 from bmkit.tune.task import new_head, task_of
@@ -71,6 +73,9 @@ def estimate(job: Job) -> Estimate:
     disk = (2 * headers.dense_numel if recipe.merge else 4 * trained) + 2**24
     work = 3 * (12 * trained + 2**22)  # two checkpoints are kept while a third is written
     placed = placement(job)
+    if env.shares_weights():
+        require_shared(recipe, placed=placed is not None)
+        steps.append(f"share the frozen weights out among {env.process()[1]} processes")
     if placed is not None:
         kept = f"{len(placed.resident)} of {len(placed.units)} units resident"
         steps.insert(0, f"{kept}, {format_bytes(placed.streamed_bytes)} streamed there and back")
@@ -82,6 +87,8 @@ def estimate(job: Job) -> Estimate:
     activations = _activations(job, headers, kept_layers)
     ram = RUNTIME_BYTES + 4 * headers.dense_numel + 16 * trained + activations
     gpu = ram - RUNTIME_BYTES if recipe.device != "cpu" else 0
+    if gpu and env.shares_weights():  # each has its part; RAM the whole, until it is shared out
+        gpu -= 4 * headers.dense_numel * (env.process()[1] - 1) // env.process()[1]
     return Estimate(steps, Peak(ram, gpu, disk_bytes=disk, work_bytes=work))
 
 

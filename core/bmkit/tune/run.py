@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bmkit import artifact, plan
+from bmkit import artifact, env, plan
 from bmkit import model as models
 from bmkit.data.chat import Encoded, Example
 from bmkit.data.slices.examples import weighed
@@ -25,7 +25,8 @@ from bmkit.train.dropout import replace_dropout
 from bmkit.train.head import prompted
 from bmkit.train.preference import with_reference
 from bmkit.train.ranks import Ranks
-from bmkit.train.together import own_device
+from bmkit.train.sharing import share_out
+from bmkit.train.together import leave, own_device
 from bmkit.train.trainer import steps_of, train
 from bmkit.tune.attach import METHODS, attach
 from bmkit.tune.base import Base, open_base
@@ -46,8 +47,16 @@ __all__ = ["METHODS", "run"]
 def run(job: Job) -> Outcome:
     """Train the recipe's deltas, writing PEFT adapters (or the merged model) into `job.out`.
 
-    Peak memory: the dense model in the compute dtype, and the activations of one batch.
+    Peak memory: the dense model in the compute dtype, and the activations of one batch; of several
+    processes that share out the weights, each has its part on its GPU.
     """
+    try:
+        return _run(job)
+    finally:
+        leave()
+
+
+def _run(job: Job) -> Outcome:
     recipe = job.recipe
     assert isinstance(recipe, TuneRecipe)  # the registry pairs recipe and engine
     if job.threads:
@@ -69,6 +78,9 @@ def run(job: Job) -> Outcome:
         left = begin_with_lost(model, name, job.models["original"].path, job.reporter)
         lost = {"lost_share_left": round(left, 6)}
     masks = keep_pruned(recipe, model)
+    if env.shares_weights():
+        kept = share_out(model, device)
+        job.reporter.info(f"each process keeps {env.format_bytes(kept)} of the frozen weights")
     if goal.task == "preference":
         encoded, dev = _referred(recipe, goal, model, encoded, dev, device)
     size = recipe.train.per_device_eval_batch_size

@@ -153,7 +153,7 @@ class Asked(NamedTuple):
 @contextmanager
 def asked(prompts: list[str] | None, source: str | None) -> Iterator[Asked]:
     """Give the rows to answer, opened."""
-    from bmkit.data import rows
+    from bmkit.data import rows, tabular
     from bmkit.errors import InputError
 
     if prompts:
@@ -176,6 +176,13 @@ def asked(prompts: list[str] | None, source: str | None) -> Iterator[Asked]:
             stream: IO[bytes] = path.open("rb")
         except OSError as exc:
             raise InputError(f"{path} cannot be read: {exc.strerror}") from None
+        if tabular.is_table(path):
+            with stream:
+                digest = hashlib.sha256(stream.read())
+            found = [rows.Row(r.line, r.values) for r in tabular.read_table(path).records]
+            whole = (" ".join(map(str, row.values.values())) for row in found)
+            yield Asked(found, len(found), digest.hexdigest(), max(whole, key=len))
+            return
         with stream:
             digest, total, longest = hashlib.sha256(), 0, b""
             for line in stream:

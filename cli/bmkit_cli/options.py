@@ -61,7 +61,9 @@ PromptOpt = Annotated[
 ]
 InputOpt = Annotated[
     str | None,
-    typer.Option("--input", "-i", help="JSON lines with `prompt` or `messages`; - is stdin."),
+    typer.Option(
+        "--input", "-i", help="JSON lines with `prompt` or `messages`, or CSV or TSV; - is stdin."
+    ),
 ]
 LinesOpt = Annotated[
     Path | None, typer.Option("--out", "-o", help="Write JSON lines to this file instead.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 from collections.abc import Callable
@@ -354,6 +355,32 @@ def test_rows_have_the_users_columns_or_the_templates_and_a_text_alone_will_do(
     assert (done.returncode, len(done.stdout.splitlines())) == (3, 1)
     assert "in.jsonl:1" in done.stderr
     assert "text" in done.stderr
+
+
+def test_rows_come_from_a_table_too_and_those_that_are_cut_are_counted(
+    bmkit: Run, tmp_path: Path
+) -> None:
+    path = make("causal", tmp_path / "asked")
+    assert bmkit("prompt", recipe(tmp_path), "-m", path, "-o", "p").returncode == 0
+    texts = [TEXTS[0], TEXTS[1], "long " * 800, "longer " * 800]
+    rows = [{"id": f"n{i}", "text": text} for i, text in enumerate(texts)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = "id\ttext\n" + "".join(f"{row['id']}\t{row['text']}\n" for row in rows)
+    (tmp_path / "in.tsv").write_text(table)
+    (tmp_path / "in.tsv.gz").write_bytes(gzip.compress(table.encode()))
+    words = ("infer", "-m", "p", "--json", "--report", "report.json", "-i")
+    lines = told(bmkit(*words, "in.jsonl"))
+    for file in ("in.tsv", "in.tsv.gz"):
+        done = bmkit(*words, file)
+        assert told(done) == lines
+        assert "warning: 2 rows were cut: a prompt has" in done.stderr
+        assert json.loads((tmp_path / "report.json").read_text())["rows_truncated"] == 2
+    (tmp_path / "in.tsv").write_text("id\ttext\n1\ta\tb\n")
+    done = bmkit(*words, "in.tsv")
+    assert done.returncode == 3 and "in.tsv:2" in done.stderr
+    (tmp_path / "in.tsv.gz").write_bytes(b"no gzip")
+    done = bmkit(*words, "in.tsv.gz")
+    assert done.returncode == 3 and "is not a whole gzip file" in done.stderr
 
 
 def test_examples_show_each_token_and_need_no_weights(

@@ -95,6 +95,11 @@ def read_table(path: Path, *, header: bool = True, quoted: bool | None = None) -
     return Table(_filled(path, _named(path, found, header)), named=header)
 
 
+def is_table(path: Path) -> bool:
+    """Tell whether a file is CSV or TSV, or compressed: what isn't read as a stream of rows."""
+    return path.suffix == ".gz" or LAYOUTS.get(_ending(path)) in ("csv", "tsv")
+
+
 def _ending(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix.lower()
 

@@ -18,7 +18,7 @@ from bmkit import model as models
 from bmkit.data.columns import map_columns
 from bmkit.data.rows import BadRow, Row
 from bmkit.data.tabular import Record
-from bmkit.errors import BmkitError, InputError, RecipeError
+from bmkit.errors import BmkitError, InputError, RecipeError, counted
 from bmkit.plan import Job
 from bmkit.prompt import kept as shelf
 from bmkit.prompt.ask import Asker
@@ -85,6 +85,11 @@ class Asked:
         """Return how many tokens are asked."""
         return sum(len(prompt.ids) for prompt in self.encoded)
 
+    @property
+    def cut(self) -> bool:
+        """Tell whether a prompt had no room for all of the row."""
+        return any(prompt.cut for prompt in self.encoded)
+
 
 def run(job: Job) -> Session:
     """Open the job's prompt and what it was made on."""
@@ -114,7 +119,9 @@ class Session:
         self.opened = self._opened(job, recipe.batch_size, found.tokens)
         self.rss_before_bytes = self.opened[0].rss_before_bytes
         self.batch_size = recipe.batch_size
+        self.reporter = job.reporter
         self.tokens = 0
+        self.truncated = 0
         self.seconds = 0.0
 
     @property
@@ -162,8 +169,13 @@ class Session:
             answers = iter(self._tell(good) if good else ())
             self.seconds += time.perf_counter() - start
             self.tokens += sum(found.tokens for found in good)
+            self.truncated += sum(found.cut for found in good)
             for found in taken:
                 yield found if isinstance(found, BadRow) else next(answers)
+        if self.truncated:
+            most = min(part.kept.max_seq_length for part in self.parts)
+            cut = counted(self.truncated, "row was", "rows were")
+            self.reporter.warn(f"{cut} cut: a prompt has {most} tokens at most")
 
     def _tell(self, asked: list[Asked]) -> Sequence[Any]:
         each = [self._said(number, asked) for number in range(len(self.parts))]
@@ -225,7 +237,7 @@ class Session:
 
     def figures(self) -> dict[str, Any]:
         """Return what a report says besides time and memory."""
-        return {}
+        return {"rows_truncated": self.truncated}
 
     def peak_gpu_bytes(self) -> int:
         """Return the most GPU memory that was held, CUDA's own included; 0 on the CPU."""

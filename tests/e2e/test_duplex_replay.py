@@ -161,6 +161,16 @@ def test_a_transcript_of_another_scheme_is_refused(
         ('{"type": "user", "t": 1700000000000, "text": "x"}', "over a week"),
     ],
 )
+def test_a_recipe_of_another_scheme_is_refused(
+    bmkit: Run, listener: Path, talk: Callable[..., Path]
+) -> None:
+    words = ("duplex", "replay", talk(), "-m", listener, "-s")
+    done = bmkit(*words, "scheme=state")
+    assert done.returncode == 2
+    assert "scheme: it is `state`, and the model was trained with `idle`" in done.stderr
+    assert bmkit(*words, "scheme=idle", "--plan").returncode == 0
+
+
 def test_a_broken_transcript_is_refused_with_its_line(
     bmkit: Run, listener: Path, talk: Callable[..., Path], line: str, said: str
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from bmkit import registry
 from bmkit.data.slices.stored import Stored
 from bmkit.duplex.trained import known_of
+from bmkit.errors import RecipeError
 from bmkit.pipeline import stage
 from bmkit.pipeline.stage import Prepared, Request
 from bmkit.report import Reporter
@@ -26,6 +27,13 @@ def prepare(
     """
     prepared = stage.prepare(request, reporter, bring=bring)
     known, _ = known_of(prepared.job(prepared.out, prepared.out, reporter))
+    asked = prepared.recipe
+    scheme = getattr(asked, "scheme", known.scheme)
+    if "scheme" in asked.model_fields_set and scheme != known.scheme:
+        raise RecipeError(
+            f"scheme: it is `{scheme}`, and the model was trained with `{known.scheme}`",
+            hint="leave it out: the model says its own",
+        )
     if check is not None:
         check(known)
     return prepared

@@ -151,16 +151,6 @@ def test_a_transcript_of_another_scheme_is_refused(
     assert "`state`" in done.stderr and "`idle`" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ('{"type": "user", "t": 10, "text": "x"}', "sort by time"),
-        ("{", "it is not JSON"),
-        ('{"type": "usr", "t": 9000}', "did you mean `user`"),
-        ('{"type": "user", "t": 9000, "t_end": 8000, "text": "x"}', "before `t`"),
-        ('{"type": "user", "t": 1700000000000, "text": "x"}', "over a week"),
-    ],
-)
 def test_a_recipe_of_another_scheme_is_refused(
     bmkit: Run, listener: Path, talk: Callable[..., Path]
 ) -> None:
@@ -171,6 +161,16 @@ def test_a_recipe_of_another_scheme_is_refused(
     assert bmkit(*words, "scheme=idle", "--plan").returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"type": "user", "t": 10, "text": "x"}', "sort by time"),
+        ("{", "it is not JSON"),
+        ('{"type": "usr", "t": 9000}', "did you mean `user`"),
+        ('{"type": "user", "t": 9000, "t_end": 8000, "text": "x"}', "before `t`"),
+        ('{"type": "user", "t": 1700000000000, "text": "x"}', "over a week"),
+    ],
+)
 def test_a_broken_transcript_is_refused_with_its_line(
     bmkit: Run, listener: Path, talk: Callable[..., Path], line: str, said: str
 ) -> None:

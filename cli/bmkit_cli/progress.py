@@ -70,7 +70,7 @@ class _Lines:
     def _line(self, shown: dict[str, float]) -> str:
         seconds = time.monotonic() - self.start
         rate = (self.done - self.skipped) / max(seconds, 1e-9)
-        figures = "".join(f", {name} {value:.4g}" for name, value in shown.items())
+        figures = "".join(f", {figure}" for figure in _figures(shown))
         if rate:  # else nothing is known of it yet
             left = _span((self.total - self.done) / rate)
             figures = f", {rate:.3g} {self.unit}/s, {left} left{figures}"
@@ -119,7 +119,7 @@ class _Bar:
             self.skipped = amount
         self.done += amount
         rate = (self.done - self.skipped) / max(time.monotonic() - self.start, 1e-9)
-        figures = "".join(f"  {name} {value:.4g}" for name, value in shown.items())
+        figures = "".join(f"  {figure}" for figure in _figures(shown))
         self.progress.update(self.task, advance=amount, shown=f"{rate:.3g} {self.unit}/s{figures}")
 
 
@@ -158,6 +158,17 @@ class _EventTask:
         self.done += amount
         figures = {name: value for name, value in shown.items() if value == value}
         self.owner._event("progress", task=self.title, done=self.done, total=self.total, **figures)
+
+
+def _figures(shown: dict[str, float]) -> list[str]:
+    """Return figures in words: `loss 1.23`, `840 tokens/s`."""
+    rates = "_per_second"
+    return [
+        f"{value:{'.0f' if value > 100 else '.3g'}} {name.removesuffix(rates)}/s"
+        if name.endswith(rates)
+        else f"{name} {value:.4g}"
+        for name, value in shown.items()
+    ]
 
 
 def _span(seconds: float) -> str:

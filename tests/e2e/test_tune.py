@@ -636,6 +636,7 @@ def test_processes_that_share_out_the_weights_learn_the_same(
             text=True,
         )
         assert found[shared].returncode == 0, found[shared].stderr
+    assert "tokens/s" in found["false"].stderr
     told = "each process keeps"
     assert [told in found[s].stderr for s in ("true", "false")] == [True, False]
     one, two = (metrics(found[s]) for s in ("true", "false"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -198,7 +199,7 @@ def _train(
     start = int(last.name.rpartition("-")[2]) if last else 0
     if last is not None:
         reporter.info(f"going on from step {start}, where the last run was stopped")
-    watch = _Watch(reporter, total, work, start)
+    watch = _Watch(reporter, total, work, start, trainer)
     trainer.remove_callback(PrinterCallback)
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -311,6 +312,8 @@ class _Trainer(Trainer):  # type: ignore[misc]
     loss_is_scaled_for_ga = True  # it is divided by the labels of the whole accumulated step
     loss_of: Loss
     rates: Rates = ()
+    tokens = 0
+    """Read in this run, of all processes."""
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Return the optimizer, in which some modules have learning rates of their own."""
@@ -342,6 +345,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
     ) -> Tensor:
         """Return the loss of one batch: a mean over the labelled tokens of the whole step."""
         world = self.args.world_size
+        self.tokens += world * _tokens(inputs)
         if world > 1:  # the mean of all processes' gradients is taken
             loss, counted = model(inputs)
             items = counted if num_items_in_batch is None else num_items_in_batch
@@ -352,6 +356,14 @@ class _Trainer(Trainer):  # type: ignore[misc]
         return loss / items
 
 
+def _tokens(batch: dict[str, Tensor]) -> int:
+    """Return how many tokens a batch has, without padding; 0 if it has none by that name."""
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if ids is None:
+        return 0
+    return ids.numel() if mask is None or mask.shape != ids.shape else int(mask.sum())
+
+
 def _inner(model: Any) -> Any:
     return model.model if isinstance(model, Learner) else model
 
@@ -359,8 +371,11 @@ def _inner(model: Any) -> Any:
 class _Watch(TrainerCallback):  # type: ignore[misc]
     """Show progress, mark whole checkpoints, stop when the loss is not a number."""
 
-    def __init__(self, reporter: Reporter, total: int, work: Path, start: int) -> None:
-        self.reporter, self.work, self.start = reporter, work, start
+    def __init__(
+        self, reporter: Reporter, total: int, work: Path, start: int, trainer: _Trainer
+    ) -> None:
+        self.reporter, self.work, self.start, self.trainer = reporter, work, start, trainer
+        self.begun = time.monotonic()
         self.task: Task | None = reporter.begin("train", total, "steps")
         if start:
             self.task.advance(start)
@@ -378,7 +393,8 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
                 f"{what} is not a number at step {state.global_step}; {kept}",
                 hint="lower train.learning_rate, or look for NaN in the model",
             )
-        self.task.advance(1, loss=loss)
+        read = self.trainer.tokens / max(time.monotonic() - self.begun, 1e-9)
+        self.task.advance(1, loss=loss, **({"tokens_per_second": read} if read else {}))
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark the checkpoint that was just written as whole."""

@@ -30,10 +30,12 @@ def share_out(model: Any, device: torch.device) -> int:
     Raises InputError if it isn't clear which the model's blocks are.
     """
     core: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
     mesh = init_device_mesh(device.type, (env.process()[1],))
-    whole = {p for p in model.parameters() if p.requires_grad}
+    whole = {p for p in model.parameters() if p.requires_grad or not p.ndim}
     for name, _ in walk.stacks(core):
         blocks = list(core.get_submodule(name).children())
         for block in blocks:

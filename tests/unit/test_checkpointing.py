@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from bmkit.data.batch import Padding
 from bmkit.errors import InputError
+from bmkit.nn import products
 from bmkit.report import Silent
 from bmkit.train import checkpointing
 from bmkit.train.activations import counted
@@ -80,15 +82,17 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("made", MODELS)
 @pytest.mark.parametrize("count", [1, BLOCKS])
-def test_gradients_are_the_same_to_the_bit(made: Any, count: int) -> None:
+@pytest.mark.parametrize("way", [nullcontext, products.quick])
+def test_gradients_are_the_same_to_the_bit(made: Any, count: int, way: Any) -> None:
     model = made()
-    wanted = gradients(model)
+    with way():
+        wanted = gradients(model)
     ran: list[int] = []
     blocks = checkpointing.blocks_of(model)
     for i, block in enumerate(blocks):
         inner = next(block.children())
         inner.register_forward_hook(lambda *_, i=i: ran.append(i))
-    with checkpointing.recomputed(model, blocks[:count]):
+    with way(), checkpointing.recomputed(model, blocks[:count]):
         found = gradients(model)
     assert sorted(ran) == sorted([*range(BLOCKS), *range(count)])
     assert found.keys() == wanted.keys()

@@ -57,7 +57,25 @@ def quick() -> AbstractContextManager[Any]:
     return _Quick() if can() else nullcontext()
 
 
+def again() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Return contexts for a block that is computed, and computed again on the way back.
+
+    There torch leaves out modes as this one, and what is computed again has to be what it was.
+    """
+    return nullcontext(), _Quick() if _Quick.entered else nullcontext()
+
+
 class _Quick(TorchFunctionMode):
+    entered = 0
+
+    def __enter__(self) -> Any:
+        _Quick.entered += 1
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *raised: Any) -> None:
+        _Quick.entered -= 1
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+
     def __torch_function__(
         self,
         func: Callable[..., Any],

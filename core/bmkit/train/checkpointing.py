@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bmkit import env
-from bmkit.nn import walk
+from bmkit.nn import products, walk
 from bmkit.train.activations import Kept, counted
 
 Loss = Callable[[Any, dict[str, Tensor]], tuple[Tensor, int]]
@@ -153,7 +153,8 @@ def _twice(block: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not (block.training and torch.is_grad_enabled()):
             return run(*args, **kwargs)
-        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+        how: dict[str, Any] = {"use_reentrant": False, "context_fn": products.again}
+        return checkpoint(run, *args, **how, **kwargs)
 
     return forward
 

@@ -94,15 +94,15 @@ def train(
     with _as_asked(device):
         plain = loss or default_loss(model)
         batch = _longest(examples, collate, device)
-        # On the way back torch leaves the quick products out, and what is computed again there has
-        # to be what it was: they are for models that keep all.
+        # What is computed again has to be what it was: quick products are for models that keep
+        # all, and for those whose blocks are known (`products.again`).
         for quick in (True, False) if replay and not recomputes else (False,):
             with (
                 products.quick() if quick else nullcontext(),
                 noted(model, plain, batch) if replay else nullcontext(plain) as loss,
             ):
                 again = _again(model, examples, collate, spec, device, loss)
-                if quick and again != []:
+                if quick and again is None:
                     continue
                 return _train(
                     *(model, examples, collate, spec, seed, work, device, reporter, loss, again),

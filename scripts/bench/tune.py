@@ -344,13 +344,14 @@ def main() -> None:
         groups[f"top 10 blocks, {workload}"] = {kind: {**top, "way": kind} for kind in ways}
     chosen = given.only or groups
     results = known() if given.only else {}  # groups that aren't run again stay
-    for name in chosen:
-        load = os.getloadavg()[0]
-        results[name] = compared(groups[name], given.rounds)
-        results[name] |= {"load_average_before": load, "rounds": given.rounds}
     settings = {"rounds": given.rounds, "steps": given.steps, "threads": given.threads}
     facts |= {**settings, "batch": [4, TOKENS], "workloads": WORKLOADS}
-    machine.save("tune", {**facts, "load_average_after": os.getloadavg()[0], "results": results})
+    for name in chosen:  # each is saved when it is done
+        load = os.getloadavg()[0]
+        results[name] = compared(groups[name], given.rounds)
+        after = os.getloadavg()[0]
+        results[name] |= {"load_average_before": load, "rounds": given.rounds}
+        machine.save("tune", {**facts, "load_average_after": after, "results": results})
 
 
 if __name__ == "__main__":

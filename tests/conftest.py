@@ -15,6 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Properties meet the same examples in every run; `--hypothesis-profile explore` draws new ones.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("explore", deadline=None, print_blob=True)
+settings.load_profile("same")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["BMKIT_LEAST_WORK"] = "0"  # tiny models multiply as large ones do

@@ -15,6 +15,7 @@ import yaml
 from bmkit.data.classes import Classes
 from bmkit.data.columns import read_rows
 from bmkit.errors import InputError
+from bmkit.prompt.recipe import PromptRecipe
 from bmkit.prompting.imported import TEMPLATES, VERBALIZERS, convert
 from bmkit.prompting.processors import DATASETS
 
@@ -215,6 +216,68 @@ def test_calibration_is_taken_over() -> None:
     assert "never used it" in notes[0]
     empty, _ = with_(calibrate="pmi_calibrate", pmi_calibrate={"parent_config": "calibrate"})
     assert empty["calibrate"] == {"type": "content_free"}
+
+
+SEARCH: dict[str, Any] = {
+    "classification": {"parent_config": "task", "auto_t": True, "auto_v": True},
+    "template_generator": {
+        "plm": {"model_name": "t5", "model_path": "t5-large"},
+        "max_length": 18,
+        "target_number": 2,
+        "beam_width": 12,
+        "length_limit": None,
+    },
+    "verbalizer_generator": {
+        "candidate_num": 40,
+        "label_word_num_per_class": 7,
+        "score_fct": "llr",
+        "normalize": True,
+    },
+    "lmbff_template": {
+        "text": '{"placeholder": "text_a"} {"mask"} {"meta": "labelword"} {"mask"}',
+    },
+}
+GAPS = '{"placeholder": "text_a"} {"special": "<extra_id_0>"} {"mask"} {"special": "<extra_id_1>"}'
+
+
+def test_a_search_of_lm_bff_becomes_a_search() -> None:
+    recipe, notes = with_(**SEARCH)
+    assert recipe["search"] == {
+        "num_candidates": 40,
+        "model": "t5-large",
+        "beam_width": 12,
+        "max_new_tokens": 18,
+        "num_templates": 12,
+        "forms": [GAPS],
+        "num_combinations": 7,
+    }
+    (note,) = notes
+    assert "search.num_trained" in note
+    PromptRecipe.model_validate(recipe | {"data": {"train": "a.tsv", **recipe["data"]}})
+
+
+def test_what_isnt_searched_isnt_read_or_told() -> None:
+    flags = {"classification": {"parent_config": "task", "auto_t": False, "auto_v": False}}
+    recipe, notes = with_(**(SEARCH | flags))
+    assert "search" not in recipe
+    assert notes == []
+    words, _ = with_(**(SEARCH | {"classification": {"auto_v": True}}))
+    assert words["search"] == {"num_candidates": 40, "num_combinations": 7}
+
+
+def test_a_search_whose_gaps_or_model_arent_said_tells_so() -> None:
+    generator = {"template_generator": {"beam_width": 3}}
+    asked = {"classification": {"auto_t": True}}
+    for lmbff in ({"file_path": "initial.txt", "choice": 0}, {"text": "It was <mask>."}):
+        recipe, notes = with_(**(SEARCH | generator | asked | {"lmbff_template": lmbff}))
+        assert recipe["search"] == {"num_candidates": 0, "beam_width": 3, "num_templates": 3}
+        assert "search.model" in notes[0]
+        assert str(next(iter(lmbff.values()))) in notes[1]
+
+
+def test_a_template_to_be_written_is_tried_without_what_is_written() -> None:
+    recipe, _ = with_(template="lmbff_template", lmbff_template=SEARCH["lmbff_template"])
+    assert recipe["template"]["text"] == '{"placeholder": "text_a"} {"mask"}'
 
 
 def test_all_that_is_left_out_is_said() -> None:

@@ -51,6 +51,10 @@ class Form:
             kept[0] = replace(kept[0], space=False)
         return self._with(kept)
 
+    def bare(self) -> str:
+        """Return the template with nothing in its gaps, in the mini-language."""
+        return language.to_text(self.filled([Said("")] * len(self.gaps)))
+
     def _with(self, pieces: object) -> Template:
         return Template(tuple(pieces), self.template.where)  # type: ignore[arg-type]
 

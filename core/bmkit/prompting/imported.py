@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bmkit.errors import InputError, did_you_mean
+from bmkit.prompting import forms, importedsearch
 from bmkit.prompting.processors import DATASETS
 
 VERBALIZERS = {
@@ -88,6 +89,8 @@ def convert(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     recipe["template"] = _template(from_, tune, notes)
     if (verbalizer := _verbalizer(from_, notes)) is not None:
         recipe["verbalizer"] = verbalizer
+    if (search := importedsearch.search(from_.take, notes)) is not None:
+        recipe["search"] = search
     if (calibrate := _calibrate(from_, notes)) is not None:
         recipe["calibrate"] = calibrate
     recipe["learning_setting"] = _learning_setting(from_, notes)
@@ -131,6 +134,8 @@ def _template(from_: _Config, tune: dict[str, Any], notes: list[str]) -> dict[st
     template = _text_or_file(from_, name, "text")
     if text := template.get("text"):
         template["text"] = _pieces(str(text))
+        if name == "lmbff_template" and (form := importedsearch.form(template["text"])):
+            template["text"] = forms.parse(form).bare()
     elif "file_path" not in template:
         notes.append("template: it has neither text nor file_path: write template.text")
     if "file_path" in template:
@@ -171,8 +176,6 @@ def _trained_template(from_: _Config, name: str, tune: dict[str, Any], notes: li
             "mlp" if name == "ptr_template" else "lstm"
         )
         tune["encoder"] = encoder
-    elif name == "lmbff_template":
-        notes.append("template: LM-BFF's search for templates became no search")
     trains = deltas or "encoder" in tune or name in ("mixed_template", "soft_manual_template")
     if frozen:
         tune["mode"] = "delta" if deltas else "soft" if trains else "none"
@@ -332,8 +335,12 @@ def _rest(from_: _Config, config: Mapping[str, Any]) -> Iterator[str]:
         section = key.partition(".")[0]
         held = config.get(section)
         optional = isinstance(held, Mapping) and "parent_config" in held
-        unused = section not in chosen and (
-            optional or section in VERBALIZERS or section in TEMPLATES
+        flag = importedsearch.SECTIONS.get(section)
+        unused = (
+            not from_.values.get(f"classification.{flag}")
+            if flag
+            else section not in chosen
+            and (optional or section in VERBALIZERS or section in TEMPLATES)
         )
         if unused or key.endswith(".parent_config") or section in told:
             continue

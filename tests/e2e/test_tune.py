@@ -250,6 +250,15 @@ def test_without_a_delta_the_model_itself_is_trained(
     AutoModelForCausalLM.from_pretrained(tmp_path / "m")
 
 
+def test_a_run_of_one_step_trains(bmkit: Run, tiny: Path, texts: Path, tmp_path: Path) -> None:
+    one = (*SHORT, "-s", "train.max_steps=1", "-s", "merge=false")
+    done = bmkit("tune", "lora", "-m", "tiny", "--data", texts, "-o", "one", *one)
+    assert done.returncode == 0, done.stderr
+    (weights,) = (tmp_path / "one").glob("**/adapter_model.safetensors")
+    grown = [value for name, value in load_file(weights).items() if "lora_B" in name]
+    assert grown and all(value.any() for value in grown)
+
+
 def test_the_best_weights_are_kept_and_training_stops_where_nothing_gets_better(
     bmkit: Run, tiny: Path, texts: Path, tmp_path: Path
 ) -> None:

@@ -150,13 +150,14 @@ def _train(
     last = _last_whole_checkpoint(work, clean=rank == 0)
     if again and spec.gradient_checkpointing is not True:
         reporter.info(f"{len(again)} blocks compute their activations again, to fit in memory")
+    total = steps_of(spec, len(examples))
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=spec.max_steps,
         num_train_epochs=spec.num_train_epochs,
         learning_rate=spec.learning_rate,
         lr_scheduler_type=spec.lr_scheduler_type,
-        warmup_steps=spec.warmup_steps,
+        warmup_steps=spec.warmup_steps if total > 1 else 0,  # the first step's rate is 0
         per_device_train_batch_size=spec.per_device_train_batch_size,
         gradient_accumulation_steps=spec.gradient_accumulation_steps,
         gradient_checkpointing=again is None,
@@ -195,7 +196,6 @@ def _train(
     trainer.loss_of, trainer.rates = loss, rates
     trainer._loss_shifts_labels = False  # every label that a batch has counts
     trainer.model_accepts_loss_kwargs = True  # our loss takes the number of labelled tokens
-    total = steps_of(spec, len(examples))
     start = int(last.name.rpartition("-")[2]) if last else 0
     if last is not None:
         reporter.info(f"going on from step {start}, where the last run was stopped")

@@ -96,6 +96,20 @@ def test_what_a_replay_writes_is_a_transcript_that_replays_the_same(
     assert first.splitlines()[1:same] == second.splitlines()[1:]
 
 
+def test_a_transcript_comes_from_stdin(
+    bmkit: Run, listener: Path, talk: Callable[..., Path]
+) -> None:
+    words = ("-m", listener, "--json")
+    file = bmkit("duplex", "replay", talk(), *words)
+    piped = bmkit("duplex", "replay", "-", *words, stdin=talk().read_text(encoding="utf-8"))
+    assert piped.returncode == 0, piped.stderr
+    assert piped.stdout == file.stdout
+    both = bmkit("duplex", "replay", "-", "-m", "-", stdin="x")
+    assert both.returncode == 2 and "stdin" in both.stderr
+    broken = bmkit("duplex", "replay", "-", *words, stdin='{"type": "session"}\n{"t')
+    assert broken.returncode == 3 and "stdin:2: it is not JSON" in broken.stderr
+
+
 def test_without_json_both_sides_stand_beside_each_other(
     bmkit: Run, listener: Path, talk: Callable[..., Path]
 ) -> None:

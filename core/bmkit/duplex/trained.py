@@ -24,7 +24,7 @@ def known_of(job: Job) -> tuple[Stored, Path]:
     )
 
 
-def require_scheme(known: Stored, scheme: str | None, where: Path) -> None:
+def require_scheme(known: Stored, scheme: str | None, where: str) -> None:
     """Raise InputError if a transcript is of another scheme than the model."""
     if scheme is not None and scheme != known.scheme:
         raise InputError(

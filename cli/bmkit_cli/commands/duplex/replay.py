@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from bmkit_cli.options import (
 
 def replay(
     transcript: Annotated[
-        Path, typer.Argument(help="A timed transcript: JSON lines.", show_default=False)
+        Path, typer.Argument(help="A timed transcript: JSON lines; - is stdin.", show_default=False)
     ],
     model: ModelOpt,
     recipe: Annotated[str, typer.Argument(help="A recipe file or a built-in name.")] = "talk",
@@ -54,19 +55,27 @@ def replay(
     reporter = session.start(how, quiet=quiet, loud=verbose)
     from bmkit.data.slices import transcript as transcripts
     from bmkit.duplex.trained import require_scheme
+    from bmkit.errors import UsageError
     from bmkit.pipeline import stage as stages
     from bmkit.pipeline import talking
     from bmkit_cli.commands.stages import show_plan
     from bmkit_cli.output import out as stdout
 
     stream = stdout()
-    given = transcripts.read(transcript)
+    piped = str(transcript) == "-"
+    if piped and "-" in (model, recipe):
+        raise UsageError("only one of the transcript, the recipe and -m can be stdin")
+    if piped:
+        given = transcripts.of_lines(sys.stdin.buffer, "stdin", "stdin")
+    else:
+        given = transcripts.read(transcript)
+    named = "stdin" if piped else str(transcript)
     checked = stages.check(request_of(words))
     request = replace(checked, model=session.model_path(model))
     prepared = talking.prepare(
         request,
         reporter,
-        check=lambda known: require_scheme(known, given.scheme, transcript),
+        check=lambda known: require_scheme(known, given.scheme, named),
         bring=not plan,
     )
     if plan:
@@ -78,7 +87,7 @@ def replay(
 
         if given.slice_ms not in {None, opened.period_ms}:
             reporter.warn(
-                f"{transcript} has slices of {given.slice_ms} ms, the model of {opened.period_ms}"
+                f"{named} has slices of {given.slice_ms} ms, the model of {opened.period_ms}"
             )
         if as_json:
             stream.json(replays.head(opened, given))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,36 +67,44 @@ def read(path: Path) -> Transcript:
     """Read one. Raises InputError naming the line that is wrong, unsorted times included."""
     if not path.is_file():
         raise InputError(f"{path} is not a file")
+    with path.open("rb") as stream:
+        return of_lines(stream, str(path), path.stem)
+
+
+def of_lines(lines: Iterable[bytes], where: str, name: str) -> Transcript:
+    """Read one. `where` is what errors call it, `name` its id if it says none.
+
+    Raises InputError, as `read` does.
+    """
     head: dict[str, Any] | None = None
     said: list[Said] = []
     labels: list[Label] = []
     agent: list[dict[str, Any]] = []
     last = 0
-    with path.open("rb") as stream:
-        for row in rows.read(stream):
-            if isinstance(row, rows.BadRow):
-                raise InputError(f"{path}:{row.line}: {row.problem}")
-            try:
-                kind = _kind(row.values, first=head is None)
-                if kind == "session":
-                    head = _head(row.values)
-                    continue
-                time = _time(row.values, "t")
-                if time < last:
-                    raise ValueError(f"`t` is {time}, before {last} on a line above: sort by time")
-                last = time
-                if kind == "user":
-                    said.append(_said(row.values))
-                elif kind == "label":
-                    labels.append(Label(time, str(row.values.get("kind", ""))))
-                else:
-                    agent.append(row.values)
-            except ValueError as exc:
-                raise InputError(f"{path}:{row.line}: {exc}") from None
+    for row in rows.read(lines):
+        if isinstance(row, rows.BadRow):
+            raise InputError(f"{where}:{row.line}: {row.problem}")
+        try:
+            kind = _kind(row.values, first=head is None)
+            if kind == "session":
+                head = _head(row.values)
+                continue
+            time = _time(row.values, "t")
+            if time < last:
+                raise ValueError(f"`t` is {time}, before {last} on a line above: sort by time")
+            last = time
+            if kind == "user":
+                said.append(_said(row.values))
+            elif kind == "label":
+                labels.append(Label(time, str(row.values.get("kind", ""))))
+            else:
+                agent.append(row.values)
+        except ValueError as exc:
+            raise InputError(f"{where}:{row.line}: {exc}") from None
     if head is None:
-        raise InputError(f"{path} holds no rows", hint="its first line is of the type session")
+        raise InputError(f"{where} holds no rows", hint="its first line is of the type session")
     return Transcript(
-        str(head.get("id", path.stem)),
+        str(head.get("id", name)),
         head.get("scheme"),
         head.get("slice_ms"),
         tuple(said),

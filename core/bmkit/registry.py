@@ -105,6 +105,7 @@ STAGES = {
             "bmkit.duplex.build:run",
             takes=("nothing", "model", "delta"),
             gives="data",
+            version=2,
             others=(
                 ("model", "bmkit.duplex.plan:estimate_sessions", "bmkit.duplex.opening:run"),
                 ("delta", "bmkit.duplex.plan:estimate_sessions", "bmkit.duplex.opening:run"),

@@ -40,6 +40,8 @@ def test_the_starter_needs_no_input_and_no_model(bmkit: Run, tmp_path: Path) -> 
         for split in ("train", "dev", "test")
     }
     assert sum(map(len, found.values())) == 120
+    wrong = bmkit("merge", "-m", "data", "-o", "m")
+    assert wrong.returncode == 3 and "data is data; `bmkit merge` takes" in wrong.stderr
     again = bmkit("duplex", "build", "-o", "data", "-s", "limit=120", "--json")
     values = json.loads(again.stdout)
     assert (values["kind"], values["reused"]) == ("data", True)

@@ -108,6 +108,27 @@ def test_nothing_that_is_said_is_lost(kind: str) -> None:
             assert in_order(turn.user.split(), asked), "it is answered before it is asked"
 
 
+def test_others_are_heard_between_turns_within_queries_and_during_answers() -> None:
+    found: Counter[str] = Counter()
+    rounds = []
+    for seed in range(60):
+        slices = scene("noise", seed, CHAT).slices
+        before = [None, *(one.tag for one in slices)]
+        behind = [*(one.tag for one in slices[1:]), None]
+        starts = 0
+        for one, last, after in zip(slices, before, behind, strict=False):
+            if one.tag == "noise" and last != "noise":
+                starts += 1
+                found["within" if last == "mid" else "between"] += 1
+            elif one.tag == "backchannel" and last != "backchannel":
+                starts += 1
+                found["during"] += 1
+            assert one.tag != "noise" or after in ("noise", "mid", "end", "quiet"), slices
+        rounds.append(starts)
+    assert min(rounds) == 1 and max(rounds) == len(TURNS)
+    assert all(found[place] > 8 for place in ("between", "within", "during")), found
+
+
 def test_a_basic_dialogue_is_its_chat_and_silence() -> None:
     made = scene("basic", 1, CHAT)
     assert heard(made.slices) == " ".join(turn.user for turn in TURNS)

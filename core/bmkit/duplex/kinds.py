@@ -1,7 +1,7 @@
 """The interactions that data are built of, and their shares by default."""
 
 MIX: dict[str, float] = {
-    "basic": 0.24,
+    "basic": 0.20,
     "interweave": 0.06,
     "termination": 0.14,
     "regeneration": 0.08,
@@ -9,7 +9,7 @@ MIX: dict[str, float] = {
     "back_on_topic": 0.07,
     "pause": 0.12,
     "backchannel": 0.09,
-    "noise": 0.05,
+    "noise": 0.09,
     "late_answer": 0.05,
     "late_correction": 0.04,
 }

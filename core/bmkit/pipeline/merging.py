@@ -32,6 +32,9 @@ def merge(
     go together, UsageError for words that don't.
     """
     first = find_model(model, reporter)
+    if first.kind not in ("model", "delta", "prompt"):
+        takes = "`bmkit merge` takes a model, a delta or a prompt"
+        raise InputError(f"{first.path} is {an_artifact(first.kind)}; {takes}")
     if first.kind == "prompt":
         if adapters or weights is not None:
             raise UsageError("a prompt is merged alone", hint="leave --adapter and --weights out")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from bmkit.duplex.chats import Turn
 from bmkit.duplex.scene import Scene
+
+AGAIN = 0.4
+"""How often a further turn of a dialogue has words of others as well."""
 
 
 def backchannel(scene: Scene) -> None:
@@ -29,23 +33,39 @@ def backchannel(scene: Scene) -> None:
 
 
 def noise(scene: Scene) -> None:
-    """Let others be heard: while nobody speaks, or while the agent does, which then goes on."""
+    """Let others be heard: between turns, within a query, or while the agent speaks, which goes on.
+
+    In one turn at least, and at times in others.
+    """
     turns = scene.chat.turns
     at = scene.draw.randrange(len(turns))
     for number, turn in enumerate(turns):
-        parts = scene.heard(scene.words("noise")) if number == at else []
-        pieces = scene.said(turn.agent)
-        meanwhile = len(pieces) > len(parts) and scene.draw.random() < 0.4
-        if parts and not meanwhile:
-            scene.listen(parts, "noise")
-            scene.quiet()
-        if not parts or not meanwhile:
-            scene.plain(turn)
+        if number == at or scene.draw.random() < AGAIN:
+            _beside_noise(scene, turn)
         else:
-            scene.lay(scene.ask(scene.query(turn)), pieces[0], "end")
-            start = scene.draw.randint(1, len(pieces) - len(parts))
-            scene.go_on(pieces[1:start])
-            for part, piece in zip(parts, pieces[start:], strict=False):
-                scene.lay(part, piece, "backchannel")
-            scene.go_on(pieces[start + len(parts) :])
+            scene.plain(turn)
         scene.quiet()
+
+
+def _beside_noise(scene: Scene, turn: Turn) -> None:
+    """Lay a turn with words of others before it, within its query, or during its answer."""
+    noise = scene.heard(scene.words("noise"))
+    query, pieces = scene.heard(scene.query(turn)), scene.said(turn.agent)
+    (where,) = scene.draw.choices(("before", "within", "during"), (4, 2, 4))
+    if where == "within" and len(query) > 1:
+        cut = scene.draw.randrange(1, len(query))
+        scene.listen(query[:cut])
+        scene.listen(noise, "noise")
+        scene.listen(query[cut:-1])
+        scene.answer(query[-1], pieces)
+    elif where == "during" and len(pieces) > len(noise):
+        scene.listen(query[:-1])
+        start = scene.draw.randint(1, len(pieces) - len(noise))
+        scene.answer(query[-1], pieces[:start])
+        for part, piece in zip(noise, pieces[start:], strict=False):
+            scene.lay(part, piece, "backchannel")
+        scene.go_on(pieces[start + len(noise) :])
+    else:
+        scene.listen(noise, "noise")
+        scene.quiet()
+        scene.plain(turn)

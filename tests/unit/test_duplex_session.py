@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -20,8 +20,9 @@ from bmkit.data.slices.layout import Layout, Pair, parsed, rendered
 from bmkit.data.slices.layout import collapsed as trained
 from bmkit.data.slices.slicer import Words
 from bmkit.duplex.agent import AgentSlice
+from bmkit.duplex.forgetting import Spares
 from bmkit.duplex.journal import LOG, Journal
-from bmkit.duplex.places import TargetPlace
+from bmkit.duplex.places import Place, TargetPlace
 from bmkit.duplex.policy import Policy
 from bmkit.duplex.session import DuplexSession
 from bmkit.duplex.settings import Settings
@@ -54,6 +55,23 @@ NEVER = Policy(threshold=0.0, max_wait=None)
 ALWAYS = Policy(threshold=1.1, max_wait=None)
 
 
+class OneSpare:
+    """A place that sessions take in turns."""
+
+    def __init__(self, place: TargetPlace) -> None:
+        self.place: Place | None = place
+        self.taken = 0
+
+    def take(self) -> Place | None:
+        found, self.place = self.place, None
+        self.taken += found is not None
+        return found
+
+    def give(self, place: Place) -> None:
+        place.cut(0)
+        self.place = place
+
+
 class Bench:
     """A tiny model, its own code to compare with, and sessions on it."""
 
@@ -73,18 +91,23 @@ class Bench:
         self.target: Target
         if name == "llama":
             self.model.save_pretrained(folder)
-            self.target = DecoderTarget(load_decoder(folder, threads=1), rows=4)
+            self.target = DecoderTarget(load_decoder(folder, threads=1), rows=5)
         elif name == "static":
-            self.target = StaticTarget(self.model, 4)
+            self.target = StaticTarget(self.model, 5)
         else:
             self.target = ModelTarget(self.model)
         self.lock = Lock()
         self.count = 0
 
-    def session(self, settings: Settings | None = None) -> DuplexSession:
+    def session(
+        self, settings: Settings | None = None, spares: Spares | None = None
+    ) -> DuplexSession:
         place = TargetPlace(self.target, self.count % 4, self.lock)
         self.count += 1
-        return DuplexSession(place, self.tokenizer, self.layout, settings)
+        return DuplexSession(place, self.tokenizer, self.layout, settings, spares)
+
+    def spares(self, number: int = 4) -> OneSpare:
+        return OneSpare(TargetPlace(self.target, number, self.lock))
 
     def whole(self, ids: list[int]) -> Tensor:
         """Return the logits behind `ids`, read in one go by the model's own code."""
@@ -127,15 +150,16 @@ def chance(random: Random) -> str | None:
 
 @pytest.mark.parametrize("name", list(CONFIGS))
 @pytest.mark.parametrize("scheme", ["idle", "state", "minicpm"])
-@pytest.mark.parametrize("threshold", [None, 0.01])
+@pytest.mark.parametrize(("threshold", "ahead"), [(None, 0), (0.01, 0), (0.01, 7)])
 def test_after_any_operation_it_says_what_the_model_says_of_the_whole_log(
-    bench: Callable[..., Bench], name: str, scheme: str, threshold: float | None
+    bench: Callable[..., Bench], name: str, scheme: str, threshold: float | None, ahead: int
 ) -> None:
     made = bench(name, scheme=scheme)
     random = Random(f"{name} {scheme} {threshold}")
     policy = Policy(threshold=threshold, max_wait=2, sure=1.0)
-    settings = Settings(agent_tokens=4, high=120, low=70, sinks=4, policy=policy)
-    session = made.session(settings)
+    settings = Settings(agent_tokens=4, high=120, low=70, sinks=4, ahead=ahead, policy=policy)
+    spares = made.spares()
+    session = made.session(settings, spares)
     done: set[str] = set()
     for number in range(60):
         parts = (Words(number, text),) if (text := chance(random)) else ()
@@ -155,6 +179,7 @@ def test_after_any_operation_it_says_what_the_model_says_of_the_whole_log(
         made.check(session)
     assert {"evicted", "revise"} <= done
     assert done & {"speak"}
+    assert (spares.taken > 1) == (ahead > 0)
 
 
 def test_a_session_renders_as_its_model_was_trained(bench: Callable[..., Bench]) -> None:
@@ -368,6 +393,70 @@ def test_a_long_session_stays_within_its_room(bench: Callable[..., Bench]) -> No
     assert session.units[0].number == 0  # the beginning stays
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "static"])
+def test_a_session_that_forgets_reads_little_in_each_slice(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    made = bench(name)
+    read: list[int] = []
+    append = TargetPlace.append
+
+    def counted(self: TargetPlace, ids: Sequence[int]) -> Tensor:
+        read[-1] += len(ids)
+        return append(self, ids)
+
+    monkeypatch.setattr(TargetPlace, "append", counted)
+    most = {}
+    for ahead in (0, 64):
+        policy = Policy(threshold=0.004, max_wait=None)
+        settings = Settings(agent_tokens=5, high=700, low=200, ahead=ahead, policy=policy)
+        session = made.session(settings, made.spares())
+        random = Random(3)
+        read.clear()
+        longest = 0
+        for _ in range(300):
+            read.append(0)
+            agent = session.step(chance(random))
+            longest = max(longest, len(session.log), agent.kv_length)
+        most[ahead] = max(read)
+        assert longest <= 700 and session.evicted > 400
+        made.check(session)
+    assert most[0] > 150
+    assert most[64] < 64 + 70, "words of a slice, some tokens each, and what is read ahead"
+
+
+def test_what_is_being_forgotten_is_left_at_once_where_it_gets_too_much(
+    bench: Callable[..., Bench],
+) -> None:
+    made = bench()
+    spares = made.spares()
+    settings = Settings(agent_tokens=5, high=160, low=100, ahead=1, policy=ALWAYS)
+    session = made.session(settings, spares)
+    for _ in range(80):
+        session.step("what is the capital")
+        assert len(session.log) <= 160
+        made.check(session)
+    assert session.evicted > 300 and spares.taken > 2
+
+
+def test_sessions_take_turns_at_the_spare_place(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    spares = made.spares()
+    settings = Settings(agent_tokens=5, high=160, low=100, ahead=8, policy=ALWAYS)
+    sessions = [made.session(settings, spares) for _ in range(3)]
+    alone = made.session(settings, made.spares(4))
+    for _ in range(60):
+        for session in sessions:
+            session.step("what is the capital")
+        assert len({session.place for session in sessions}) == 3
+        assert len({session.place.number for session in sessions}) == 3  # type: ignore[attr-defined]
+        for session in sessions:
+            assert len(session.log) <= 160
+            made.check(session)
+    assert alone.evicted == 0
+    assert all(session.evicted > 300 for session in sessions)
+
+
 def test_more_words_than_there_is_room_for_are_cut_to_the_last(bench: Callable[..., Bench]) -> None:
     made = bench()
     session = made.session(Settings(agent_tokens=5, high=96, low=64, policy=ALWAYS))
@@ -377,25 +466,26 @@ def test_more_words_than_there_is_room_for_are_cut_to_the_last(bench: Callable[.
     made.check(session)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("temperature", "ahead"), [(0.0, 0), (1.0, 0), (0.0, 5)])
+@pytest.mark.parametrize("slices", [40, 43, 46])
 def test_a_killed_session_goes_on_as_if_nothing_had_happened(
-    bench: Callable[..., Bench], tmp_path: Path, temperature: float
+    bench: Callable[..., Bench], tmp_path: Path, temperature: float, ahead: int, slices: int
 ) -> None:
     made = bench()
     policy = Policy(threshold=0.004, max_wait=2, sure=1.0)
     how = Sampling(temperature=temperature, seed=5)
-    settings = Settings(agent_tokens=4, high=120, low=70, policy=policy, sampling=how)
-    session = made.session(settings)
+    settings = Settings(agent_tokens=4, high=120, low=70, ahead=ahead, policy=policy, sampling=how)
+    session = made.session(settings, made.spares())
     journal = Journal.begin(tmp_path / "kept", session, {"model": "m"})
     random = Random(2)
-    for number in range(40):
+    for number in range(slices):
         journal.note(session.step(parts=(Words(number, chance(random) or ""),)))
         if number % 9 == 8:
             session.revise(number - 1, "capital")
             journal.note()
     with (tmp_path / "kept" / LOG).open("a") as stream:
         stream.write('{"keep": [[0, 3')  # the next line, half written
-    again = made.session(settings)
+    again = made.session(settings, made.spares(2))
     Journal.resume(tmp_path / "kept", again, {"model": "m"})
     assert again.log == session.log and again.counters() == session.counters()
     made.check(again)

@@ -12,7 +12,7 @@ import torch
 from bmkit import model as models
 from bmkit.data.slices.stored import Stored
 from bmkit.deltas import plugged
-from bmkit.duplex.places import TargetPlace
+from bmkit.duplex.places import Place, TargetPlace
 from bmkit.duplex.policy import Policy
 from bmkit.duplex.recipe import DuplexRecipe
 from bmkit.duplex.session import DuplexSession
@@ -39,25 +39,53 @@ class Opened:
     sessions: int
     model: str
     """The digest of what was opened: a session is resumed with the same."""
+    places: int
+    """Those of sessions, and spare ones at which what stays is read while a session forgets."""
     lock: Lock = field(default_factory=Lock)
     taken: set[int] = field(default_factory=set)
+    spare: int = 0
+    """How many of `taken` are spare ones."""
+    _seats: Lock = field(default_factory=Lock)
 
     def session(self, settings: Settings | None = None) -> DuplexSession:
         """Return a new session at a free place. Raises ResourceError if there is none."""
-        free = next((n for n in range(self.sessions) if n not in self.taken), None)
-        if free is None:
-            raise ResourceError(f"all {self.sessions} places for sessions are taken")
-        self.taken.add(free)
-        settings = settings or self.settings
-        place = TargetPlace(self.target, free, self.lock, most=settings.high)
-        return DuplexSession(place, self.tokenizer, self.known.layout, settings)
+        with self._seats:
+            if len(self.taken) - self.spare >= self.sessions:
+                raise ResourceError(f"all {self.sessions} places for sessions are taken")
+            place = self._free()
+        layout = self.known.layout
+        return DuplexSession(place, self.tokenizer, layout, settings or self.settings, self)
 
     def end(self, session: DuplexSession) -> None:
         """Give a session's place to others."""
+        if (spare := session.forgetting.taken()) is not None:
+            self.give(spare)
         place = session.place
         if isinstance(place, TargetPlace):
             place.cut(0)
-            self.taken.discard(place.number)
+            with self._seats:
+                self.taken.discard(place.number)
+
+    def take(self) -> TargetPlace | None:
+        """Return a spare place, if there is one: see `Spares`."""
+        with self._seats:
+            if self.spare >= self.places - self.sessions:
+                return None
+            self.spare += 1
+            return self._free()
+
+    def give(self, place: Place) -> None:
+        """Take back a place: the spare one, or that of the session which has the spare one now."""
+        if isinstance(place, TargetPlace):
+            place.cut(0)
+            with self._seats:
+                self.taken.discard(place.number)
+                self.spare -= 1
+
+    def _free(self) -> TargetPlace:
+        free = next(number for number in range(self.places) if number not in self.taken)
+        self.taken.add(free)
+        return TargetPlace(self.target, free, self.lock, most=self.settings.high)
 
     def head(self) -> dict[str, Any]:
         """Return what a session that goes on later is compared by."""
@@ -82,6 +110,7 @@ def settings_of(recipe: DuplexRecipe, known: Stored, *, most: int | None = None)
         high=high,
         low=kv.low if kv.low < high else max(2 * high // 3, 1),
         sinks=kv.sink_tokens,
+        ahead=kv.ahead_tokens,
         revisable=kv.revisable_slices,
         collapse_idle=known.collapse_idle,
         evicts=kv.eviction == "window",
@@ -124,7 +153,7 @@ def run(job: Job) -> Opened:
     tokenizer = models.load_tokenizer(with_tokenizer(folder, job.checkpoint))
     sessions = job.rows or 1
     given = recipe.generating(sessions).model_copy(update={"device": recipe.device})
-    engine = open_engine(replace(job, recipe=given, rows=sessions), config)
+    engine = open_engine(replace(job, recipe=given, rows=recipe.places(sessions)), config)
     if plugged.in_front(engine.model) is not None:
         raise InputError("a delta stands in front of what the model reads: a session has no front")
     if engine.rows < sessions:
@@ -152,6 +181,7 @@ def run(job: Job) -> Opened:
         period_of(recipe, known),
         sessions,
         " ".join([digest, *(delta.digest for delta in job.deltas)]),
+        max(min(engine.rows, recipe.places(sessions)), sessions),
     )
 
 

@@ -44,7 +44,9 @@ def estimate_sessions(job: Job) -> Estimate:
     """Return what a model and the caches of its sessions take: as many as `job.rows`, else one."""
     recipe = job.recipe
     assert isinstance(recipe, DuplexRecipe)  # the registry pairs recipe and plan
-    return estimate_answers(replace(job, recipe=recipe.generating(job.rows or 1)))
+    sessions = job.rows or 1
+    rows = recipe.places(sessions)
+    return estimate_answers(replace(job, recipe=recipe.generating(sessions), rows=rows))
 
 
 def estimate_evaluation(job: Job) -> Estimate:

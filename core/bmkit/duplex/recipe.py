@@ -117,14 +117,20 @@ class Kv(Model):
 
     eviction: Literal["window", "none"] = Field(
         default="window",
-        description="`window`: whole slices are forgotten from `high` tokens on, down to `low`, "
-        "and what is left is read anew; `none`: the session ends there.",
+        description="`window`: whole slices are forgotten, before there are `high` tokens, down to "
+        "`low`, and what is left is read anew; `none`: the session ends there.",
     )
     sink_tokens: int = Field(
         default=4, ge=0, description="Tokens at the beginning whose slices stay."
     )
     high: int = Field(default=3000, ge=16, description="Tokens at which something has to go.")
     low: int = Field(default=2000, ge=8, description="Tokens that are left then.")
+    ahead_tokens: int = Field(
+        default=128,
+        ge=0,
+        description="What is left is read beside the session, so many tokens in each slice, at a "
+        "further place that all sessions share; 0: at once, when the session is full.",
+    )
     revisable_slices: int = Field(
         default=8, ge=1, description="Slices within which words may turn out to be others."
     )
@@ -279,6 +285,10 @@ class DuplexRecipe(Recipe):
     )
     adapters: list[str] = Field(default=[], description="Deltas to put on the model.")
 
+    def places(self, sessions: int) -> int:
+        """Return how many caches so many sessions have: one is for what stays of one of them."""
+        return sessions + (self.kv.eviction == "window" and self.kv.ahead_tokens > 0)
+
     def generating(self, sessions: int) -> GenerateRecipe:
         """Return how a model for so many sessions is opened."""
         return GenerateRecipe(
@@ -287,7 +297,7 @@ class DuplexRecipe(Recipe):
             device=self.device,
             dtype=self.dtype,
             max_new_tokens=self.kv.high,
-            batch_size=sessions,
+            batch_size=self.places(sessions),
             quant=self.quant,
             gpu_memory=self.gpu_memory,
             cpu_memory=self.cpu_memory,

@@ -19,6 +19,7 @@ from bmkit.data.slices.layout import Layout, collapsed
 from bmkit.data.slices.slicer import Words, joined, pieces
 from bmkit.duplex.agent import AgentSlice
 from bmkit.duplex.delivery import delivered
+from bmkit.duplex.forgetting import Forgetting, Spares, common
 from bmkit.duplex.places import Place
 from bmkit.duplex.policy import Verdict
 from bmkit.duplex.settings import Settings
@@ -31,7 +32,7 @@ COUNTERS = (
     *("slices", "epoch", "answers", "goes_on"),
     *("waiting", "asked", "rest", "ignored", "evicted"),
 )
-"""What a session knows beside its units."""
+"""What a session knows beside its units and what it forgets."""
 
 
 class DuplexSession:
@@ -41,7 +42,12 @@ class DuplexSession:
     """
 
     def __init__(
-        self, place: Place, tokenizer: Any, layout: Layout, settings: Settings | None = None
+        self,
+        place: Place,
+        tokenizer: Any,
+        layout: Layout,
+        settings: Settings | None = None,
+        spares: Spares | None = None,
     ) -> None:
         self.place, self.tokenizer, self.layout = place, tokenizer, layout
         self.settings = settings or Settings()
@@ -60,6 +66,7 @@ class DuplexSession:
         self.ignored = 0
         """Revisions that came too late."""
         self.forwards = self.evicted = 0
+        self.forgetting = Forgetting(spares)
         self._lock = RLock()
         self._stop = Event()
         self._busy = False
@@ -85,12 +92,13 @@ class DuplexSession:
 
     def _rewrite(self, units: Sequence[Unit]) -> None:
         """Let the log be that of `units`; what it shares with the old one needn't be read again."""
-        self.units = list(collapsed(units) if self.settings.collapse_idle else units)
+        self.units = self._collapsed(units)
         new = log_of(self.layout, self.units)
-        pairs = zip(self.place.ids, new, strict=False)
-        same = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-        self.place.cut(len(new) if same is None else same)
+        self.place.cut(common(self.place.ids, new))
         self.log = new
+
+    def _collapsed(self, units: Sequence[Unit]) -> list[Unit]:
+        return list(collapsed(units) if self.settings.collapse_idle else units)
 
     # A slice.
 
@@ -143,6 +151,7 @@ class DuplexSession:
             if found is not None:
                 unit, text, p_idle, rewound = found
                 verdict = Verdict(True, "max_wait")
+        self._forget_ahead()
         interrupted = self._stop.is_set()
         if interrupted:
             self._interrupted()
@@ -178,7 +187,8 @@ class DuplexSession:
             tail = len(self.units.pop().agent_side(self.layout))
             del self.log[-tail:]
             self.place.cut(len(self.log))  # as a rule that side hasn't been read
-            most = (self.settings.high + self.settings.low) // 2  # now nobody waits
+            if not self._forgets_ahead:
+                most = self.settings.soon  # now nobody waits
             if len(self.log) + incoming <= most or not self.units or not self.settings.evicts:
                 return len(self.log) - len(side)
             del self.log[-len(side) :]
@@ -193,9 +203,48 @@ class DuplexSession:
                 f"the session is full: it has {len(self.log)} tokens of {self.settings.high}",
                 hint="kv.eviction: window forgets the oldest slices",
             )
+        if self.forgetting.begun:  # it hasn't been read to its end
+            self._forget()
+            if len(self.log) + incoming <= self.settings.high:
+                return
         before = len(self.log)
         room = self.settings.low - incoming
         self._rewrite(kept(self.layout, self.units, room=room, sinks=self.settings.sinks))
+        self.evicted += before - len(self.log)
+
+    @property
+    def _forgets_ahead(self) -> bool:
+        settings = self.settings
+        return settings.evicts and settings.ahead > 0 and self.forgetting.spares is not None
+
+    def _forget_ahead(self) -> None:
+        """Behind a slice: choose what stays if there is much, and read some of it beside the log.
+
+        Once all of it is read, the rest is forgotten.
+        """
+        if not self._forgets_ahead:
+            return
+        if not self.forgetting.begun:
+            if len(self.log) <= self.settings.soon:
+                return
+            room, sinks = self.settings.low, self.settings.sinks
+            self.forgetting.begin(self.layout, self.units, room=room, sinks=sinks)
+        if self.forgetting.begun:
+            stay = self._collapsed(self.forgetting.stays(self.units))
+            left = self.forgetting.advance(self.layout, stay, self.settings.ahead)
+            self.forwards += left is not None
+            if left == 0:
+                self._forget()
+
+    def _forget(self) -> None:
+        """Leave what is being forgotten, and go on at the place where the rest has been read."""
+        before = len(self.log)
+        units = self.forgetting.stays(self.units)
+        place = self.forgetting.taken()
+        if place is not None:
+            self.place, place = place, self.place
+            self.forgetting.give(place)
+        self._rewrite(units)
         self.evicted += before - len(self.log)
 
     def _is_due(self, waited: int | None) -> bool:
@@ -376,7 +425,8 @@ class DuplexSession:
 
     def counters(self) -> dict[str, float | None]:
         """Return what is to be known beside the units, to go on from them."""
-        return {name: getattr(self, name) for name in COUNTERS}
+        found = {name: getattr(self, name) for name in COUNTERS}
+        return found | self.forgetting.counters()
 
     def restore(self, units: Sequence[Unit], counters: Mapping[str, float | None]) -> None:
         """Go on from units and counters, as they were here before or in another session.
@@ -387,6 +437,8 @@ class DuplexSession:
             self._rewrite(units)
             for name in COUNTERS:
                 setattr(self, name, counters[name])
+            for name, nothing in Forgetting().counters().items():
+                setattr(self.forgetting, name, counters.get(name, nothing))
             mine = [unit for unit in self.units if unit.answer == self.answers]
             self._spelling = Spelling(self.tokenizer, mine[0].before if mine else 0)
             for token in (token for unit in mine for token in unit.agent or ()):

@@ -20,6 +20,8 @@ class Settings:
     """Tokens that are left then."""
     sinks: int = 4
     """Tokens at the beginning whose slices stay."""
+    ahead: int = 128
+    """Tokens of what is left that are read in each slice beforehand, if there is a spare place."""
     revisable: int = 8
     """Slices within which words may turn out to be others."""
     collapse_idle: bool = True
@@ -29,3 +31,8 @@ class Settings:
     """Whether the decision to speak is drawn, as words are."""
     policy: Policy = field(default_factory=Policy)
     sampling: Sampling = field(default_factory=Sampling)
+
+    @property
+    def soon(self) -> int:
+        """Tokens from which on something is forgotten as soon as that keeps nobody waiting."""
+        return (self.high + self.low) // 2

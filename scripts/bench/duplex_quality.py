@@ -2,6 +2,7 @@
 
 python scripts/bench/duplex_quality.py MODEL [--base smollm2-135m] [--data DATA] [--limit N]
     [--suites decision,replay,simulate] [--sst2 FOLDER] [--gsm8k FILE.jsonl] [--rows 300]
+    [--sst2-rows 872]
 
 Each target is said with what was measured and whether it is met. With --sst2 (a folder with
 dev.tsv) labels are asked for as `bmkit prompt sentiment` does, of the base and of MODEL; with
@@ -50,7 +51,8 @@ def main() -> None:
     parser.add_argument("--suites", default="decision,replay,simulate")
     parser.add_argument("--sst2", type=Path)
     parser.add_argument("--gsm8k", type=Path)
-    parser.add_argument("--rows", type=int, default=300)
+    parser.add_argument("--rows", type=int, default=300, help="of --gsm8k")
+    parser.add_argument("--sst2-rows", type=int, default=872)
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
     values = machine.facts()
@@ -146,7 +148,7 @@ def ordinary(asked: argparse.Namespace, folder: Path) -> dict[str, float]:
     if asked.sst2:
         lines = (asked.sst2 / "dev.tsv").read_text(encoding="utf-8").splitlines()
         rows = folder / "sst2.tsv"
-        rows.write_text("\n".join(lines[: asked.rows]) + "\n", encoding="utf-8")
+        rows.write_text("\n".join(lines[: asked.sst2_rows]) + "\n", encoding="utf-8")
         for when, model in (("before", asked.base), ("after", asked.model)):
             found[f"sst2_{when}"] = sentiment(model, rows, folder / f"sst2-{when}", asked.threads)
     if asked.gsm8k:

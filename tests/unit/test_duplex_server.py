@@ -28,6 +28,12 @@ def test_words_are_understood() -> None:
         ("[" * 100_000, "invalid_json", "one JSON object"),
         ('{"type": "input_text.apend"}', "unknown_event", "did you mean `input_text.append`"),
         ('{"type": 3}', "unknown_event", "is not an event"),
+        (json.dumps({"type": "x" * 60_000}), "unknown_event", f"`{'x' * 200}` is not"),
+        (
+            json.dumps({"type": "playback.ack", "response_id": "r" * 201, "chars": 0}),
+            "invalid_event",
+            "at most 200 characters",
+        ),
         ('{"type": "input_text.append"}', "invalid_event", "`text`"),
         ('{"type": "input_text.append", "text": 5}', "invalid_event", "`text`"),
         ('{"type": "input_text.append", "text": "a", "t": -1}', "invalid_event", "`t`"),

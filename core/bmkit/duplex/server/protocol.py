@@ -16,6 +16,8 @@ from bmkit.errors import did_you_mean
 VERSION = 1
 MAX_TEXT = 4000
 """Characters of one piece of text."""
+MAX_NAME = 200
+"""Characters of what a client calls something."""
 
 
 @dataclass
@@ -31,7 +33,7 @@ class Event(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    event_id: str | None = Field(default=None, max_length=200)
+    event_id: str | None = Field(default=None, max_length=MAX_NAME)
     """Comes back in an error about this event."""
 
 
@@ -77,7 +79,7 @@ class Truncate(Event):
     """Say how much of an answer was heard; the rest never was."""
 
     type: Literal["conversation.item.truncate"]
-    response_id: str
+    response_id: str = Field(max_length=MAX_NAME)
     chars: int = Field(ge=0)
 
 
@@ -85,7 +87,7 @@ class Ack(Event):
     """Say how much of an answer has been heard so far."""
 
     type: Literal["playback.ack"]
-    response_id: str
+    response_id: str = Field(max_length=MAX_NAME)
     chars: int = Field(ge=0)
 
 
@@ -99,8 +101,8 @@ class Resume(Event):
     """Come back to a session, as the first thing said; events after `after` are sent again."""
 
     type: Literal["session.resume"]
-    session_id: str
-    resume_token: str
+    session_id: str = Field(max_length=MAX_NAME)
+    resume_token: str = Field(max_length=MAX_NAME)
     after: int = Field(default=0, ge=0)
 
 
@@ -125,8 +127,9 @@ def understand(frame: str | bytes) -> Client:
         raise Refused("invalid_json", "a frame is one JSON object")
     name = values.get("type")
     if name not in NAMES:
-        near = did_you_mean(str(name), NAMES, otherwise=", ".join(NAMES))
-        raise Refused("unknown_event", f"`{name}` is not an event; {near}")
+        shown = str(name)[:MAX_NAME]
+        near = did_you_mean(shown, NAMES, otherwise=", ".join(NAMES))
+        raise Refused("unknown_event", f"`{shown}` is not an event; {near}")
     try:
         return _ADAPTER.validate_python(values)
     except ValidationError as exc:

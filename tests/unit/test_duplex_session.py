@@ -150,14 +150,23 @@ def chance(random: Random) -> str | None:
 
 @pytest.mark.parametrize("name", list(CONFIGS))
 @pytest.mark.parametrize("scheme", ["idle", "state", "minicpm"])
-@pytest.mark.parametrize(("threshold", "ahead"), [(None, 0), (0.01, 0), (0.01, 7)])
+@pytest.mark.parametrize(
+    ("threshold", "ahead", "guesses"), [(None, 0, 0), (0.01, 0, 3), (0.01, 7, 0)]
+)
 def test_after_any_operation_it_says_what_the_model_says_of_the_whole_log(
-    bench: Callable[..., Bench], name: str, scheme: str, threshold: float | None, ahead: int
+    bench: Callable[..., Bench],
+    name: str,
+    scheme: str,
+    threshold: float | None,
+    ahead: int,
+    guesses: int,
 ) -> None:
     made = bench(name, scheme=scheme)
     random = Random(f"{name} {scheme} {threshold}")
     policy = Policy(threshold=threshold, max_wait=2, sure=1.0)
-    settings = Settings(agent_tokens=4, high=120, low=70, sinks=4, ahead=ahead, policy=policy)
+    settings = Settings(
+        agent_tokens=4, high=120, low=70, sinks=4, ahead=ahead, guesses=guesses, policy=policy
+    )
     spares = made.spares()
     session = made.session(settings, spares)
     done: set[str] = set()
@@ -423,6 +432,49 @@ def test_a_session_that_forgets_reads_little_in_each_slice(
         made.check(session)
     assert most[0] > 150
     assert most[64] < 64 + 70, "words of a slice, some tokens each, and what is read ahead"
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("temperature", [0.0, 0.3])
+def test_guesses_change_nothing_but_the_number_of_forwards(
+    bench: Callable[..., Bench], name: str, temperature: float
+) -> None:
+    made = bench(name)
+    how = Sampling(temperature=temperature, seed=4)
+    settings = Settings(agent_tokens=8, policy=replace(ALWAYS, cooldown=0), sampling=how)
+    plain, guessing = made.session(settings), made.session(replace(settings, guesses=4))
+    texts = ["what is it" if number % 4 == 0 else None for number in range(40)]
+    expected = [plain.step(text) for text in texts]
+    for one in expected[::2]:  # a model that hasn't learned to speak seldom repeats itself
+        guessing.guesses.note(one.ids)
+    for text, one in zip(texts, expected, strict=True):
+        other = guessing.step(text)
+        assert one.ids == other.ids and one.text == other.text
+        assert abs(one.p_idle - other.p_idle) < 1e-5
+        assert other.forwards <= one.forwards
+    tried, right = guessing.guesses.tried, guessing.guesses.right
+    assert 40 < right <= tried
+    assert guessing.forwards == plain.forwards - right
+    made.check(guessing)
+
+
+def test_a_slice_that_is_stopped_among_guesses_ends_there(bench: Callable[..., Bench]) -> None:
+    made = bench("gpt2")
+    settings = Settings(agent_tokens=8, policy=ALWAYS, guesses=6)
+    session = made.session(settings)
+    free = made.session(replace(settings, guesses=0)).step("what is it")
+    session.guesses.note(free.ids)
+    seen: list[str] = []
+
+    def write(text: str) -> None:
+        seen.append(text)
+        if len(seen) == 2:
+            session.abort()
+
+    agent = session.step("what is it", write=write)
+    assert session.guesses.tried > session.guesses.right, "nothing is left that was guessed"
+    assert agent.interrupted and agent.ids == free.ids[: len(agent.ids)] and len(agent.ids) < 6
+    made.check(session)
 
 
 def test_what_is_being_forgotten_is_left_at_once_where_it_gets_too_much(

@@ -111,6 +111,7 @@ def settings_of(recipe: DuplexRecipe, known: Stored, *, most: int | None = None)
         low=kv.low if kv.low < high else max(2 * high // 3, 1),
         sinks=kv.sink_tokens,
         ahead=kv.ahead_tokens,
+        guesses=recipe.sampling.prompt_lookup_num_tokens,
         revisable=kv.revisable_slices,
         collapse_idle=known.collapse_idle,
         evicts=kv.eviction == "window",

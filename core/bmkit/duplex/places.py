@@ -28,6 +28,13 @@ class Place(Protocol):
     def append(self, ids: Sequence[int]) -> Tensor:
         """Read more tokens, at least one; return the logits [vocabulary] behind the last."""
 
+    def verify(self, ids: Sequence[int], guesses: Sequence[int]) -> Tensor:
+        """Read more tokens, and guesses at what follows, behind some that were read before.
+
+        Returns the logits [1 + guesses, vocabulary] behind the last of `ids` and each guess. All
+        are held; wrong guesses are to be cut.
+        """
+
     def cut(self, length: int) -> None:
         """Forget all tokens from `length` on."""
 
@@ -57,12 +64,25 @@ class TargetPlace:
         self.ids, self.last = whole, logits.float()
         return self.last
 
+    def verify(self, ids: Sequence[int], guesses: Sequence[int]) -> Tensor:
+        """Read more tokens, and guesses at what follows; see `Place`."""
+        new = [*ids, *guesses]
+        with self._lock, torch.inference_mode():
+            self._make_room(len(self.ids) + len(new))
+            logits = self._chain(new)[-1 - len(guesses) :].float().cpu()
+        self.ids, self.last = [*self.ids, *new], None
+        return logits
+
     def _recorded(self, ids: list[int]) -> Tensor:
+        return self._chain(ids)[-1].cpu()
+
+    def _chain(self, ids: Sequence[int]) -> Tensor:
+        """Return the logits [ids, vocabulary] behind each token."""
         self.target.cut(self.number, len(self.ids))
         tree = Tree.of(ids[0])
         if len(ids) > 1:
-            tree.add(ids[1:], "", [1.0] * (len(ids) - 1))
-        logits = self.target.forward({self.number: tree})[self.number][-1].cpu()
+            tree.add(list(ids[1:]), "", [1.0] * (len(ids) - 1))
+        logits = self.target.forward({self.number: tree})[self.number]
         self.target.keep(self.number, range(len(ids)))
         return logits
 

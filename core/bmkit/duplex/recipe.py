@@ -150,6 +150,13 @@ class SamplingSpec(Model):
     greedy_decision: bool = Field(
         default=True, description="Whether to speak is decided without drawing."
     )
+    prompt_lookup_num_tokens: int = Field(
+        default=0,
+        ge=0,
+        le=32,
+        description="Tokens of what was said before that are read along while the agent speaks, as "
+        "guesses at what comes next: it says the same in fewer forwards.",
+    )
 
 
 class EvalSpec(Model):

@@ -20,6 +20,7 @@ from bmkit.data.slices.slicer import Words, joined, pieces
 from bmkit.duplex.agent import AgentSlice
 from bmkit.duplex.delivery import delivered
 from bmkit.duplex.forgetting import Forgetting, Spares, common
+from bmkit.duplex.guesses import Guesses
 from bmkit.duplex.places import Place
 from bmkit.duplex.policy import Verdict
 from bmkit.duplex.settings import Settings
@@ -67,6 +68,7 @@ class DuplexSession:
         """Revisions that came too late."""
         self.forwards = self.evicted = 0
         self.forgetting = Forgetting(spares)
+        self.guesses = Guesses(self.settings.guesses)
         self._lock = RLock()
         self._stop = Event()
         self._busy = False
@@ -84,6 +86,20 @@ class DuplexSession:
             self.place.cut(start)
             self.forwards += 1
             return self.place.append(self.log[start:])
+
+    def _next(self, room: int) -> Tensor:
+        """Return the logits behind the log; up to `room` guesses at what follows are read along."""
+        found = self.guesses.taken(self.log[-1])
+        if found is not None:
+            return found
+        self.place.cut(len(self.log) - 1)  # guesses that were wrong
+        guessed = self.guesses.after(self.log, room)
+        if not guessed or not self.place.ids:
+            return self.logits()
+        self.forwards += 1
+        logits = self.place.verify(self.log[len(self.place.ids) :], guessed)
+        self.guesses.read(guessed, logits[1:])
+        return logits[0]
 
     def _cut(self, length: int) -> None:
         """Take the log back to `length` tokens."""
@@ -281,6 +297,7 @@ class DuplexSession:
             logits = self.logits()
         said: list[int] = []
         text = ""
+        self.guesses.drop()
         while not self._stop.is_set():
             token = self.chooser.token(logits, said, number=unit.number)
             if token == self.layout.end:
@@ -291,9 +308,11 @@ class DuplexSession:
             text += new
             if new and write is not None:
                 write(new)
-            if len(said) == self.settings.agent_tokens:
+            left = self.settings.agent_tokens - len(said)
+            if not left:
                 break
-            logits = self.logits()
+            logits = self._next(left - 1)
+        self.place.cut(len(self.log))
         if said:
             spoken = replace(unit, agent=tuple(said), state=state)
             return replace(spoken, answer=self.answers, before=before), text
@@ -304,6 +323,8 @@ class DuplexSession:
         """Add a unit, of which the log has the beginning from `start` on."""
         self.units.append(unit)
         self.log[start:] = unit.ids(self.layout)
+        self.guesses.note(unit.user)
+        self.guesses.note(unit.agent)
 
     def _note_waiting(self, unit: Unit, p_idle: float) -> None:
         if unit.agent is not None:

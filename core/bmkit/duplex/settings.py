@@ -22,6 +22,8 @@ class Settings:
     """Tokens at the beginning whose slices stay."""
     ahead: int = 128
     """Tokens of what is left that are read in each slice beforehand, if there is a spare place."""
+    guesses: int = 0
+    """Most tokens that are guessed and read along while the agent speaks."""
     revisable: int = 8
     """Slices within which words may turn out to be others."""
     collapse_idle: bool = True

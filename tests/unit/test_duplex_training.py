@@ -134,6 +134,27 @@ def test_rows_of_a_head_that_are_apart_have_autograds_gradients() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_rows_that_are_apart_may_be_float32_where_the_head_is_bfloat16() -> None:
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(30, 8, generator=draw).bfloat16().requires_grad_()
+    weight = torch.randn(13, 8, generator=draw).bfloat16()
+    rows = torch.randn(2, 8, generator=draw, requires_grad=True)
+    targets, tokens = torch.randint(13, (30,), generator=draw), torch.tensor([4, 9])
+    weights = torch.rand(30, generator=draw)
+    wide = hidden.detach().float().requires_grad_()
+    logits = wide @ weight.float().index_copy(0, tokens, rows).T
+    wanted = torch.nn.functional.cross_entropy(logits, targets, reduction="none") @ weights
+    right = torch.autograd.grad(wanted, (wide, rows))
+    found = linear_cross_entropy(
+        hidden, weight, targets, weights=weights, own=(tokens, rows), rows=7
+    )
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
+    given = torch.autograd.grad(found, (hidden, rows))
+    assert [g.dtype for g in given] == [torch.bfloat16, torch.float32]
+    for mine, theirs in zip(given, right, strict=True):
+        torch.testing.assert_close(mine.float(), theirs, rtol=0.03, atol=0.03)
+
+
 @pytest.mark.parametrize(("family", "config"), MODELS)
 def test_a_saved_delta_is_small_and_plain_peft_says_the_same(
     architecture: Any, family: str, config: dict[str, Any], tmp_path: Path

@@ -94,7 +94,7 @@ class _Chunks(torch.autograd.Function):
             part = slice(i * len(hidden) // parts, (i + 1) * len(hidden) // parts)
             logits = products.linear(hidden[part], weight, bias).float()  # [rows, vocabulary]
             if tokens is not None and trained is not None:
-                said = products.linear(hidden[part], trained)
+                said = products.linear(hidden[part].to(trained.dtype), trained)
                 logits[:, tokens] = (said if bias is None else said + bias[tokens]).float()
             if scale != 1.0:
                 logits = logits * scale
@@ -116,7 +116,6 @@ class _Chunks(torch.autograd.Function):
                 error *= weights[part, None]
             if grads[2] is not None:
                 grads[2] += error.sum(0)
-            error = error.to(weight.dtype)
             if tokens is not None and trained is not None:
                 apart = error[:, tokens].to(trained.dtype)  # [rows, k]
                 error[:, tokens] = 0
@@ -124,6 +123,7 @@ class _Chunks(torch.autograd.Function):
                     grads[0][part] = apart @ trained
                 if grads[3] is not None:
                     grads[3] += apart.T @ hidden[part].to(apart.dtype)
+            error = error.to(weight.dtype)
             if grads[0] is not None:
                 grads[0][part] += products.linear(error, weight.t())
             if grads[1] is not None:

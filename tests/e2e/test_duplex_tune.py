@@ -56,8 +56,9 @@ def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_a_tiny_model_learns_when_to_be_silent(
-    bmkit: Run, tiny: Path, data: Path, tmp_path: Path
+    bmkit: Run, tiny: Path, data: Path, tmp_path: Path, dtype: str
 ) -> None:
     words = (
         "-s",
@@ -67,7 +68,7 @@ def test_a_tiny_model_learns_when_to_be_silent(
         "-s",
         "data.own_words=0",
     )
-    words = (*words, "-s", "data.max_length=256", "-s", "seed=3", "--json")
+    words = (*words, "-s", f"dtype={dtype}", "-s", "data.max_length=256", "-s", "seed=3", "--json")
     done = result(bmkit("tune", "duplex", "-m", tiny, "--data", data, "-o", "m", *words))
     figures = done["metrics"]
     assert done["kind"] == "model"

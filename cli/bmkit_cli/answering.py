@@ -103,7 +103,7 @@ def run(
     request = replace(checked, model=session.model_path(model))
     if plan:
         if prompt or source:
-            with asked(prompt, source) as given:
+            with asked(request, prompt, source) as given:
                 request = replace(request, rows=given.total, longest=given.longest)
         prepared = stages.prepare(request, reporter, bring=False)
         show_plan(stages.describe_plan(prepared, reporter, measure=True), as_json=words["as_json"])
@@ -133,7 +133,7 @@ def answer(
     if isinstance(prompts, str):
         prompts = [prompts]
     source = options.get("input")
-    with asked(prompts, source) as given:
+    with asked(request, prompts, source) as given:
         if given.total == 0:
             _refuse_nothing(source or "-p")
         request = replace(request, rows=given.total, longest=given.longest)
@@ -151,10 +151,11 @@ class Asked(NamedTuple):
 
 
 @contextmanager
-def asked(prompts: list[str] | None, source: str | None) -> Iterator[Asked]:
-    """Give the rows to answer, opened."""
+def asked(request: Any, prompts: list[str] | None, source: str | None) -> Iterator[Asked]:
+    """Give the rows to answer, opened; a prompt says how a table is read."""
     from bmkit.data import rows, tabular
     from bmkit.errors import InputError
+    from bmkit.pipeline import generate
 
     if prompts:
         given = [rows.Row(i, {"prompt": text}) for i, text in enumerate(prompts, 1)]
@@ -179,7 +180,7 @@ def asked(prompts: list[str] | None, source: str | None) -> Iterator[Asked]:
         if tabular.is_table(path):
             with stream:
                 digest = hashlib.sha256(stream.read())
-            found = [rows.Row(r.line, r.values) for r in tabular.read_table(path).records]
+            found = generate.table_rows(request, path)
             whole = (" ".join(map(str, row.values.values())) for row in found)
             yield Asked(found, len(found), digest.hexdigest(), max(whole, key=len))
             return

@@ -383,6 +383,33 @@ def test_rows_come_from_a_table_too_and_those_that_are_cut_are_counted(
     assert done.returncode == 3 and "is not a whole gzip file" in done.stderr
 
 
+def test_a_table_is_read_as_that_was_which_the_prompt_was_made_on(
+    bmkit: Run, tmp_path: Path
+) -> None:
+    path = make("causal", tmp_path / "asked")
+    lines = [f"{text}\t{number % 2}" for number, text in enumerate(TEXTS[:4])]
+    (tmp_path / "rows.tsv").write_text("\n".join(lines) + "\n")
+    data = {
+        "train": None,
+        "test": str(tmp_path / "rows.tsv"),
+        "columns": {"text_a": 0, "label": 1},
+        "labels": {"0": "negative", "1": "positive"},
+    }
+    assert bmkit("prompt", recipe(tmp_path, data=data), "-m", path, "-o", "p").returncode == 0
+    found = told(bmkit("infer", "-m", "p", "-i", "rows.tsv", "--json"))
+    assert [row["id"] for row in found] == [0, 1, 2, 3], "the first line is a row as well"
+    (tmp_path / "named.tsv").write_text("label\ttext_a\n" + "".join(f"x\t{t}\n" for t in TEXTS[:4]))
+    assert told(bmkit("infer", "-m", "p", "-i", "named.tsv", "--json")) == found
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": "k", "sentence": TEXTS[0]}) + "\n")
+    done = bmkit("infer", "-m", "p", "-i", "in.jsonl", "--json")
+    assert done.returncode == 3 and "it has no `text_a`" in done.stderr
+    data = {**data, "header": True, "test": str(tmp_path / "headed.tsv")}
+    (tmp_path / "headed.tsv").write_text("\n".join(["what\tlabel", *lines]) + "\n")
+    file = recipe(tmp_path, data=data)
+    assert bmkit("prompt", file, "-m", path, "-o", "q").returncode == 0
+    assert told(bmkit("infer", "-m", "q", "-i", "headed.tsv", "--json")) == found
+
+
 def test_examples_show_each_token_and_need_no_weights(
     bmkit: Run, asked: tuple[str, Path], tmp_path: Path
 ) -> None:

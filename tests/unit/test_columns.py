@@ -131,9 +131,12 @@ def test_rows_from_elsewhere_may_lack_a_label_and_have_our_names() -> None:
     assert mapped(text_a="t", w="x", label="1") == [
         {"text_a": "t", "label": "1", "meta": {"word": "x"}}
     ]
-    assert mapped(sentence="t", gold="1", w="x") == [
+    assert mapped(**{"0": "t", "1": "1", "w": "x"}) == [
         {"text_a": "t", "label": "1", "meta": {"word": "x"}}
     ]
+    assert mapped(**{"0": "t", "w": "x"}) == [{"text_a": "t", "meta": {"word": "x"}}]
+    with pytest.raises(InputError, match="stdin:1: it has no `text_a`"):
+        mapped(sentence="t", gold="1", w="x")  # a number is no place in an object
     assert mapped(text_a="t", meta={"word": "x"})[0]["meta"] == {"word": "x"}
     short = Record("", 1, {"text_a": "t"})
     (found,) = map_columns(short, {"text_a": 0, "label": 1}, optional=["label"])

@@ -59,13 +59,19 @@ def map_columns(
     values, and `answers.*.text` makes a row of each item of a list. Columns that aren't named keep
     their own names, unless one of ours takes it, or aren't kept without `keep`. Those in `optional`
     may be missing. With `ours_too` a row may have our name in the place of a column that it lacks,
-    or of a number, as rows have that people write for a table without a header. Raises InputError
-    naming the row and the column.
+    or of a number, as rows have that people write for a table without a header; a number is a
+    column's name then, and not its place. Raises InputError naming the row and the column.
     """
     paths: dict[str, str] = {}
     for ours, column in columns.items():
         if ours_too and _is_ours(record, ours, column):
             paths[ours] = ours
+        elif ours_too and isinstance(column, int) and str(column) in record.values:
+            paths[ours] = str(column)
+        elif ours_too and isinstance(column, int):
+            if ours not in optional:
+                hint = _offer(ours, record.values)
+                raise InputError(f"{record.where}: it has no `{ours}`", hint=hint)
         elif not (ours in optional and _beyond(record, column)):
             paths[ours] = _path(record, ours, column)
     for found in _unfold(record.values, paths):

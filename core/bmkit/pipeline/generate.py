@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from bmkit import env, registry
 from bmkit.data.rows import BadRow, Row
+from bmkit.data.tabular import read_table
 from bmkit.pipeline import stage
 from bmkit.pipeline.stage import Prepared, Request
-from bmkit.report import Reporter
+from bmkit.prompt import tables
+from bmkit.report import Reporter, Silent
 
 
 @dataclass
@@ -54,6 +57,17 @@ class Answers:
             **session.figures(),
             "plan": plan,
         }
+
+
+def table_rows(request: Request, path: Path) -> list[Row]:
+    """Return the rows of a CSV or TSV, or of a compressed file: by a prompt's columns if it is one.
+
+    Raises BmkitError if the request is wrong, or the file can't be read.
+    """
+    prompt = stage.prepare(request, Silent(), bring=False).prompt
+    if prompt is not None:
+        return tables.rows(prompt.path, path)
+    return [Row(record.line, record.values) for record in read_table(path).records]
 
 
 def open_session(request: Request, reporter: Reporter) -> tuple[Prepared, Any]:

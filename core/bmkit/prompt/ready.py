@@ -243,6 +243,8 @@ class Ready:
                 "truncate_method": recipe.template.truncate_method,
                 "max_seq_length": recipe.template.max_seq_length,
                 "columns": recipe.data.columns,
+                "header": recipe.data.header,
+                "quoted": recipe.data.quoted,
                 "labels": list(self.classes.names),
                 "verbalizer": recipe.verbalizer.type,
                 "label_words": words.values(),

@@ -48,6 +48,9 @@ class KeptPrompt(_Part):
     truncate_method: Literal["tail", "head", "balanced"]
     max_seq_length: int
     columns: dict[str, str | int]
+    header: bool | None = None
+    quoted: bool | None = None
+    """How CSV and TSV are read; None: by what the columns are, and by the file's ending."""
     labels: list[str]
     verbalizer: str
     label_words: dict[str, list[KeptWord]]

@@ -271,3 +271,12 @@ def test_what_tells_nothing_together_is_refused(
     done = bmkit("prompt", written(tmp_path, **more), "-m", tiny, "-o", "p")
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
+
+
+def test_an_error_of_a_member_shows_the_member(bmkit: Run, tiny: Path, tmp_path: Path) -> None:
+    file = written(tmp_path, SOFT, ensemble={"members": [ONE]}, tune={"mode": "soft"})
+    done = bmkit("prompt", file, "-m", tiny, "-o", "p")
+    assert done.returncode == 2 and "no soft tokens" in done.stderr
+    lines = file.read_text().splitlines()
+    (line,) = [n for n, text in enumerate(lines, 1) if json.dumps(PLAIN) in text]
+    assert f"{file.name}:{line}:" in done.stderr

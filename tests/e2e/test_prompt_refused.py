@@ -212,7 +212,7 @@ def test_a_template_longer_than_the_context_is_told(
     long = "very " * 120
     template = f"""{{text: '{long}{{"placeholder": "text_a"}} {{"mask"}}'}}"""
     told = refused(written(template=template), 2, "-s", "template.max_seq_length=4000")
-    assert "max_seq_length is 512" in told  # what the model reads
+    assert "what the model reads is 512" in told
     assert "recipe.yaml:6:" in refused(written(template=template), 2)
 
 

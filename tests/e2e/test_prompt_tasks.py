@@ -183,6 +183,30 @@ def test_texts_are_learned_generated_and_measured(
     assert said[0]["prompt"] == f"{asks(12)[0]['question']} is"
     line = bmkit("infer", "-m", "p", "-p", asks(12)[0]["question"])
     assert line.stdout.split() == said[0]["text"].split()
+    done = bmkit("infer", "-m", "p", "-p", "x", "--system", "y")
+    assert done.returncode == 2 and "leave --system out" in done.stderr
+
+
+def test_a_row_is_drawn_by_its_number_and_has_as_many_tokens_as_were_measured(
+    bmkit: Run, promptable: Make, tmp_path: Path
+) -> None:
+    values = {**GENERATION, "tune": {"mode": "none"}, "learning_setting": {"type": "zero_shot"}}
+    values["template"] = {"text": '{"soft": "is"} {"placeholder": "text_a"} {"mask"}'}
+    values["generate"] = {"max_new_tokens": 9, "min_new_tokens": 6}
+    path = promptable("causal")
+    file = write(tmp_path, values, train=asks(4), test=asks(6))
+    assert bmkit("prompt", file, "-m", path, "-o", "p").returncode == 0
+    drawn = ("-s", "temperature=2.0", "-s", "repetition_penalty=1.3", "--seed", "3", "--json")
+    rows = [json.dumps(row) for row in asks(6)]
+    (tmp_path / "in.jsonl").write_text("\n".join(rows) + "\n")
+    said = told(bmkit("infer", "sample", "-m", "p", "-i", "in.jsonl", *drawn))
+    assert all(len(row["token_ids"]) >= 6 for row in said)
+    (tmp_path / "in.jsonl").write_text("\n".join([*rows[:2], "{}", *rows[3:]]) + "\n")
+    done = bmkit("infer", "sample", "-m", "p", "-i", "in.jsonl", *drawn)
+    assert done.returncode == 3
+    others = [json.loads(line) for line in done.stdout.splitlines()]
+    kept = [row for number, row in enumerate(said) if number != 2]
+    assert [row["token_ids"] for row in others] == [row["token_ids"] for row in kept]
 
 
 @pytest.mark.parametrize("trained", ["soft", "prefix"])

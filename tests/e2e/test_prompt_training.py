@@ -304,10 +304,22 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(
     assert [row["probabilities"] for row in said] == [row["probabilities"] for row in wanted]
 
 
+LORA: dict[str, Any] = {"mode": "delta", "deltas": [{"type": "lora", "r": 2}]}
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         ({"template": PLAIN}, "no soft tokens"),
+        (
+            {"template": PLAIN, "tune": {**LORA, "learning_rate": 0.3}},
+            "tune.learning_rate is for them alone",
+        ),
+        ({"template": PLAIN, "tune": {**LORA, "encoder": "mlp"}}, "tune.encoder is for them"),
+        (
+            {"train": {"metric_for_best_model": "dev_idle_f1"}},
+            "has dev_loss, dev_accuracy, dev_f1",
+        ),
         ({"learning_setting": {**FEW, "num_examples_per_label": 40}}, "too few rows"),
         ({"learning_setting": {"type": "zero_shot"}}, "take few_shot or full"),
         ({"tune": {"mode": "delta"}}, "takes one at least"),

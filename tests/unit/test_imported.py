@@ -172,6 +172,31 @@ def test_what_a_template_trains_beside_a_frozen_model(
     assert free["tune"] == {**tune, "mode": "full"}
 
 
+def test_what_trains_vectors_in_front_has_the_rate_of_all() -> None:
+    soft = {"soft_template": {"text": "x", "optimize": {"lr": 0.3}}}
+    recipe, notes = with_(template="soft_template", **soft)
+    assert recipe["train"]["learning_rate"] == 0.3 and notes == []
+    assert "learning_rate" not in recipe["tune"]
+    free = {"plm": {"optimize": {"freeze_para": False, "lr": 1e-5}}}
+    recipe, notes = with_(template="soft_template", **soft, **free)
+    assert recipe["train"]["learning_rate"] == 1e-5
+    assert "were trained at 0.3" in notes[0]
+
+
+def test_what_an_experiment_does_not_say_is_openprompts_default() -> None:
+    few = {"learning_setting": "few_shot", "few_shot": {"few_shot_sampling": "x"}}
+    recipe, _ = with_(plm={"optimize": {}}, **few)
+    assert recipe["train"] == {
+        "learning_rate": 5e-4,
+        "weight_decay": 0.01,
+        "warmup_steps": 500,
+        "num_train_epochs": 5,
+        "per_device_train_batch_size": 2,
+    }
+    assert recipe["template"]["max_seq_length"] == 256
+    assert recipe["learning_setting"]["num_examples_per_label"] == 10
+
+
 def test_deltas_of_a_conversion_are_deltas_of_recipes() -> None:
     from pydantic import TypeAdapter
 
@@ -214,6 +239,9 @@ def test_calibration_is_taken_over() -> None:
     )
     assert contextual["calibrate"] == {"type": "contextual", "num_examples": 200}
     assert "never used it" in notes[0]
+    dev = {"num_example": 9, "use_split": "dev"}
+    _, notes = with_(calibrate="contextualized_calibrate", contextualized_calibrate=dev)
+    assert any("not of `dev`" in note for note in notes)
     empty, _ = with_(calibrate="pmi_calibrate", pmi_calibrate={"parent_config": "calibrate"})
     assert empty["calibrate"] == {"type": "content_free"}
 

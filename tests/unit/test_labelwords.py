@@ -215,3 +215,19 @@ def test_what_is_wrong_with_a_file_of_words_is_told(
         read_words(path, LABELS)
     assert name in str(caught.value)
     assert told in str(caught.value)
+
+
+def test_a_word_without_a_prefix_goes_on_where_another_ends(wordpiece: Any) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = ["<unk>", "▁", "▁a", "▁good", "good", "a", *"dgo.~"]
+    bare = Tokenizer(models.Unigram([(w, -1.0 if len(w) > 1 else -5.0) for w in known], unk_id=0))
+    bare.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    pieces = PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>")
+    for prefix, opens, token in ((" ", False, "▁good"), ("", False, "good"), ("", True, "▁good")):
+        ids = token_ids(pieces, "good", prefix, opens=opens)
+        assert pieces.convert_ids_to_tokens(list(ids)) == [token]
+    found = resolve({"a": ["good"], "b": ["<!>good"]}, pieces)
+    assert [own[0].ids for own in found.words] == [(3,), (4,)]
+    assert token_ids(wordpiece, "good", "") == token_ids(wordpiece, "good", " ")

@@ -200,3 +200,9 @@ def test_the_noise_is_gumbels_whatever_it_is_asked_for() -> None:
         both = torch.stack((noise, other.double()))
         assert abs(float(torch.corrcoef(both)[0, 1])) < 0.01
     assert abs(float(torch.corrcoef(torch.stack((noise[:-1], noise[1:])))[0, 1])) < 0.01
+
+
+def test_the_repetition_penalty_passes_over_tokens_that_can_not_be_said() -> None:
+    scores = torch.tensor([[1.0, -2.0, 3.0]])
+    found = RepetitionPenalty(2.0, [0])(torch.tensor([[3, 1, 7, 2]]), scores)
+    assert found.tolist() == [[1.0, -4.0, 1.5]]

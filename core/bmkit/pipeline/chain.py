@@ -369,7 +369,10 @@ def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
 
 
 def _float(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:float", repr(value))
+    written = repr(value)
+    if "e" in written and "." not in written:  # YAML 1.1 takes 1e-05 for a word
+        written = written.replace("e", ".0e", 1)
+    return dumper.represent_scalar("tag:yaml.org,2002:float", written)
 
 
 _Dumper.add_representer(str, _text)

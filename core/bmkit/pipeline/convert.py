@@ -22,6 +22,8 @@ def openprompt(file: Path) -> tuple[dict[str, Any], str, list[str]]:
         text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"there is no file {file}") from None
+    except IsADirectoryError:
+        raise InputError(f"{file} is a folder", hint="name one of its files") from None
     except UnicodeDecodeError:
         raise InputError(f"{file} is not a text file") from None
     found = recipes.parse(text, str(file))

@@ -384,7 +384,8 @@ def placed_errors(prepared: Prepared) -> Iterator[None]:
     except BmkitError as exc:
         if exc.key is None or prepared.doc is None:
             raise
-        where = recipes.at(prepared.doc, tuple(exc.key.split(".")), str(exc))
+        path = tuple(int(step) if step.isdigit() else step for step in exc.key.split("."))
+        where = recipes.at(prepared.doc, path, str(exc))
         raise type(exc)(where.strip().removeprefix("--> "), hint=exc.hint) from None
 
 

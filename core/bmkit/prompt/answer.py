@@ -79,6 +79,8 @@ class Asked:
     encoded: list[Encoded]
     """By the artifact's prompts; of `task: tagging` one for each run of words."""
     record: Record
+    number: int
+    """Its place among all rows, bad ones included."""
 
     @property
     def tokens(self) -> int:
@@ -229,7 +231,7 @@ class Session:
             encoded = self._encoded(found[0])
         except (InputError, RecipeError) as exc:
             return BadRow(row.line, _plain(exc, record.where))
-        return Asked(values.get("id", number), encoded, found[0])
+        return Asked(values.get("id", number), encoded, found[0], number)
 
     def _encoded(self, record: Record) -> list[Encoded]:
         """Return the prompts of a row, one of each part."""

@@ -36,10 +36,11 @@ class TextSession(Session):
         assert isinstance(recipe, GenerateRecipe)  # the registry pairs recipe and engine
         own = self.kept.generate
         how = how_to(recipe, min(recipe.max_new_tokens, own.max_new_tokens))
-        self.how = replace(how, stop_strings=(*how.stop_strings, *own.stop_strings))
+        least = max(recipe.min_new_tokens, own.min_new_tokens)
+        more = {**how.more, "min_new_tokens": least} if least else how.more
+        self.how = replace(how, stop_strings=(*how.stop_strings, *own.stop_strings), more=more)
         config = models.load_generation_config(job.checkpoint)
         self.forced = getattr(config, "forced_bos_token_id", None)
-        self.count = 0
 
     def _encoded(self, record: Record) -> list[Encoded]:
         values = {k: v for k, v in record.values.items() if k != texts.TARGET}
@@ -49,15 +50,13 @@ class TextSession(Session):
 
     def _tell(self, asked: list[Asked]) -> Sequence[Any]:
         prompts = [prompt for found in asked for prompt in found.encoded]
-        numbers = range(self.count, self.count + len(prompts))
-        self.count += len(prompts)
         said = texts.answers(
             self.asker,
             self.tokenizer,
             prompts,
             self.how,
             self.batch_size,
-            numbers=numbers,
+            numbers=[found.number for found in asked],
         )
         return [
             Said(found.id, self._shown(found.record), answer)

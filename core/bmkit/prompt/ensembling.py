@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bmkit.errors import BmkitError
 from bmkit.plan import Job
 from bmkit.prompt import kept, rounds, softlabels
 from bmkit.prompt.kept import KeptEnsemble, KeptMember
@@ -55,7 +56,7 @@ def run(job: Job, prepare: Callable[[Job], Prepared]) -> Done:
     recipe = job.recipe
     assert isinstance(recipe, PromptRecipe)
     assert recipe.ensemble is not None  # the caller has looked
-    parts = [prepare(_alone(job, recipe, n)) for n in range(1 + len(recipe.ensemble.members))]
+    parts = [_prepared(job, recipe, n, prepare) for n in range(1 + len(recipe.ensemble.members))]
     every = [own for part in parts for own in part.every]
     names = softlabels.fields(every) if recipe.data.unlabelled else []
     members: list[_Member] = []
@@ -76,6 +77,18 @@ def run(job: Job, prepare: Callable[[Job], Prepared]) -> Done:
         softlabels.write(job.out, records, names, ready.classes.names, said["unlabelled"])
     listed = [*ready.classes.names]
     return _measured(members, weights, said, listed, several, none=recipe.data.none)
+
+
+def _prepared(
+    job: Job, recipe: PromptRecipe, number: int, prepare: Callable[[Job], Prepared]
+) -> Prepared:
+    """Prepare one of the ensemble's prompts. An error of a member's own names the member."""
+    try:
+        return prepare(_alone(job, recipe, number))
+    except BmkitError as exc:
+        if number and exc.key is not None and exc.key.partition(".")[0] in recipe.member(number):
+            exc.key = f"ensemble.members.{number - 1}.{exc.key}"
+        raise
 
 
 def _alone(job: Job, recipe: PromptRecipe, number: int) -> Job:

@@ -190,10 +190,10 @@ def estimate_answers(job: Job) -> Estimate:
         raise UsageError("a prompt tells labels: it has nothing to --score")
     assert job.prompt is not None  # the pipeline sends prompts here
     kept = shelf.read(job.prompt.path)
-    if kept.first.task != "generation":
-        for name in ("system", "logprobs"):
-            if getattr(recipe, name, None) is not None:
-                raise UsageError(f"a prompt has a template, and tells labels: leave --{name} out")
+    if recipe.system is not None:
+        raise UsageError("a prompt has a template: leave --system out")
+    if kept.first.task != "generation" and recipe.logprobs is not None:
+        raise UsageError("a prompt tells labels: leave --logprobs out")
     headers = read_headers(job.checkpoint)
     kind_of(headers.config, kept.first.model_kind)
     told = {"probing": "the likeliest words", "generation": "a text"}

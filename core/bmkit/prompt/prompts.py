@@ -119,6 +119,7 @@ def make(
     most = max_seq_length
     if context is not None:
         most = min(most, context - (_longest(words, masks) if words else 0))
+    limit = "max_seq_length" if most == max_seq_length else "what the model reads"
     encoder = Encoder(
         tokenizer,
         kind,
@@ -126,6 +127,7 @@ def make(
         truncate_method,
         soft_start=soft_start,
         decoder_start=decoder_start,
+        limit=limit,
     )
     return Prompts(template, encoder, masks, texts, prefix, context)
 

@@ -119,6 +119,12 @@ class Ready:
                 "it has soft tokens that begin at random, and nothing trains them",
                 hint="set tune.mode: soft, or give them words to begin as",
             )
+        for key, usual in (("learning_rate", None), ("encoder", "none")):
+            if not self.soft and getattr(self.recipe.tune, key) != usual:
+                raise RecipeError(
+                    f"it has no soft tokens, and tune.{key} is for them alone",
+                    hint="put some in, or leave it out; train.learning_rate is for all else",
+                )
         spec = self.recipe.verbalizer
         if mode == "soft" and not self.soft and not (spec.reads_states or spec.word_weights):
             raise RecipeError(

@@ -149,14 +149,19 @@ def once(one: Round, work: Path, perform: Perform) -> Done:
     return done
 
 
-def _on_dev(metrics: Mapping[str, Any]) -> tuple[float, float]:
-    """Return what tells the best run, the highest: accuracy on dev, then the loss in training."""
-    return float(metrics.get("dev_accuracy", 0.0)), -float(metrics.get("train_loss", 0.0))
+ON_DEV = ("dev_accuracy", "dev_exact_match", "dev_token_f1")
+"""What tells the best run, the first that counts."""
+
+
+def _on_dev(metrics: Mapping[str, Any]) -> tuple[float, ...]:
+    """Return what tells the best run, the highest: figures on dev, then the loss in training."""
+    found = (float(metrics.get(name, 0.0)) for name in ON_DEV)
+    return (*found, -float(metrics.get("train_loss", 0.0)))
 
 
 def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a run's line in the table has of its metrics."""
-    names = ("accuracy", "dev_accuracy", "untrained_accuracy", "train_loss")
+    names = ("accuracy", "exact_match", *ON_DEV, "untrained_accuracy", "train_loss")
     return {name: metrics[name] for name in names if name in metrics}
 
 
@@ -167,8 +172,8 @@ def mean(all_: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         values = [one[name] for one in all_]
         alike = all(value == values[0] for value in values)
         found[name] = values[0] if alike else round(statistics.fmean(values), 6)
-    key = "accuracy" if "accuracy" in found else "dev_accuracy"
-    if key in found:
+    key = next((k for k in ("accuracy", "exact_match", *ON_DEV) if k in found), None)
+    if key is not None:
         spread = statistics.stdev(float(one[key]) for one in all_)
         found[f"{key}_sd"] = round(spread, 6)
     return found

@@ -61,6 +61,10 @@ class Generate(Model):
     min_new_tokens: int = Field(default=0, ge=0, description="Tokens of an answer at least.")
 
 
+WHILE_TRAINED = ("dev_loss", "dev_accuracy", "dev_f1")
+"""What is measured on dev while something is trained that tells labels."""
+
+
 def longest(task: str, most: int, spec: Generate) -> int:
     """Return how many tokens a model has before it: `most` of a prompt, and what it may say."""
     return most + (spec.max_new_tokens if task == "generation" else 0)
@@ -82,6 +86,9 @@ def require_task(recipe: PromptRecipe) -> None:
         raise contradiction("verbalizer.type", f"`task: {task}` {problem}")
     if task in WITHOUT_LABELS:
         _require_no_labels(recipe)
+    elif recipe.train.metric_for_best_model not in (None, *WHILE_TRAINED):
+        has = ", ".join(WHILE_TRAINED)
+        raise contradiction("train.metric_for_best_model", f"`task: {task}` has {has}")
     if task == "tagging":
         if recipe.labels is None:
             raise contradiction("data.labels", "`task: tagging` takes them by name")

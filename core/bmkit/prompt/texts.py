@@ -87,7 +87,7 @@ def aimed(
         if TARGET in record.values:
             own = " " if mask.space and kind == "causal" else ""
             text = texts_of(record)[0]
-            target = [*token_ids(known, text, own), *end][:most]
+            target = [*token_ids(known, text, own, opens=kind != "causal"), *end][:most]
         if kind == "causal" and any(role != "added" for role in prompt.roles[len(prompt.ids) :]):
             raise RecipeError(
                 "template: it goes on behind its mask, where a text is to be said",

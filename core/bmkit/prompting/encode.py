@@ -84,13 +84,15 @@ class Encoder:
         *,
         soft_start: int | None = None,
         decoder_start: int | None = None,
+        limit: str = "max_seq_length",
     ) -> None:
         """Look at the tokenizer. Raises RecipeError if it can't mask as `kind` needs it.
 
         Trainable tokens get ids from `soft_start` on, in the order of `soft_rows`; without it they
         have the pad token's. `decoder_start` is the model's `decoder_start_token_id`; if it isn't
-        given, it is pad for T5 and eos for BART.
+        given, it is pad for T5 and eos for BART. `limit` is what errors call `max_length`.
         """
+        self.limit = limit
         self.tokenizer, self.kind, self.max_length = tokenizer, kind, max_length
         self.truncate_method, self.soft_start = truncate_method, soft_start
         self.spacing = Spacing(tokenizer)
@@ -221,8 +223,10 @@ class Encoder:
         if excess > sum(lengths):
             raise RecipeError(
                 f"row {number}: what can't be shortened has {total - sum(lengths)} tokens, and "
-                f"max_seq_length is {self.max_length}",
-                hint="raise template.max_seq_length, or let more of the template be shortened",
+                f"{self.limit} is {self.max_length}",
+                hint="let more of the template be shortened"
+                if self.limit != "max_seq_length"
+                else "raise template.max_seq_length, or let more of the template be shortened",
             )
         kept = list(runs)
         if excess:
@@ -283,7 +287,8 @@ def _of(parts: Sequence[Part], place: int) -> Words | None:
     part = parts[place]
     if part.role in ("mask", "soft", "special"):
         return None
-    return Words(part.text, part.space, opens=place == 0)
+    verbatim = part.role in ("placeholder", "meta")
+    return Words(part.text, part.space, opens=place == 0, verbatim=verbatim)
 
 
 def _leading(runs: Sequence[_Run]) -> bool:

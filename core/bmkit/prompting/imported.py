@@ -37,6 +37,17 @@ SETTINGS = {
     "few-shot": "few_shot",
     "zero-shot": "zero_shot",
 }
+DEFAULTS: dict[str, Any] = {
+    "plm.optimize.lr": 5e-4,
+    "plm.optimize.weight_decay": 0.01,
+    "plm.optimize.scheduler.num_warmup_steps": 500,
+    "train.num_epochs": 5,
+    "train.batch_size": 2,
+    "dataloader.max_seq_length": 256,
+}
+"""What OpenPrompt takes where an experiment says nothing, and bmkit would take something else."""
+SHOTS = 10
+"""Rows of each label, likewise."""
 ELSEWHERE = {
     "environment": "--device says where to run; torchrun and accelerate run on several devices",
     "logging": "-o says where the artifact goes",
@@ -53,9 +64,9 @@ class _Config:
         self.asked: set[str] = set()
 
     def take(self, key: str) -> Any:
-        """Return what stands at `key`, or None."""
+        """Return what stands at `key`, else OpenPrompt's default, or None."""
         self.asked.add(key)
-        return self.values.get(key)
+        return self.values.get(key, DEFAULTS.get(key))
 
     def left(self) -> list[str]:
         """Return the keys that hold something and that nobody has asked for."""
@@ -86,7 +97,8 @@ def convert(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if task == "generation" and recipe["data"]["columns"].pop("label", None) is not None:
         recipe["data"]["columns"]["target"] = "tgt_text"
     tune = {"mode": "none" if from_.take("plm.optimize.freeze_para") else "full"}
-    recipe["template"] = _template(from_, tune, notes)
+    recipe["template"] = _template(from_, notes)
+    rate = _trained_template(from_, str(from_.take("template")), tune, notes)
     if (verbalizer := _verbalizer(from_, notes)) is not None:
         recipe["verbalizer"] = verbalizer
     if (search := importedsearch.search(from_.take, notes)) is not None:
@@ -97,8 +109,8 @@ def convert(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if recipe["learning_setting"]["type"] == "zero_shot":
         tune = {"mode": "none"}
     recipe["tune"] = tune
-    if tune["mode"] != "none" and (train := _train(from_, notes)):
-        recipe["train"] = train
+    if tune["mode"] != "none":
+        recipe["train"] = _train(from_, notes) | ({} if rate is None else {"learning_rate": rate})
     _model(from_, notes)
     notes += _rest(from_, config)
     return recipe, notes
@@ -129,7 +141,7 @@ def _data(from_: _Config, notes: list[str]) -> dict[str, Any]:
     return data
 
 
-def _template(from_: _Config, tune: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+def _template(from_: _Config, notes: list[str]) -> dict[str, Any]:
     name = _selected(from_, "template", TEMPLATES)
     template = _text_or_file(from_, name, "text")
     if text := template.get("text"):
@@ -152,12 +164,13 @@ def _template(from_: _Config, tune: dict[str, Any], notes: list[str]) -> dict[st
                 "template.truncate_method: OpenPrompt's `head` cut the ends of pieces; here it "
                 "cuts their beginnings, as documented"
             )
-    _trained_template(from_, name, tune, notes)
     return template
 
 
-def _trained_template(from_: _Config, name: str, tune: dict[str, Any], notes: list[str]) -> None:
-    """Say in `tune` what a template trains beside the model."""
+def _trained_template(
+    from_: _Config, name: str, tune: dict[str, Any], notes: list[str]
+) -> float | None:
+    """Say in `tune` what a template trains beside the model; return the learning rate of all."""
     frozen = tune["mode"] != "full"
     deltas: list[dict[str, Any]] = []
     if name == "soft_template":
@@ -181,8 +194,19 @@ def _trained_template(from_: _Config, name: str, tune: dict[str, Any], notes: li
         tune["mode"] = "delta" if deltas else "soft" if trains else "none"
     if deltas:
         tune["deltas"] = deltas
-    if (rate := from_.take(f"{name}.optimize.lr")) is not None and trains:
+    rate = from_.take(f"{name}.optimize.lr")
+    if rate is None or not trains:
+        return None
+    if not deltas:  # the template has soft tokens, which have a rate of their own
         tune["learning_rate"] = rate
+        return None
+    if not frozen:
+        notes.append(
+            f"tune: vectors in front were trained at {rate}; all that is trained has "
+            "train.learning_rate here"
+        )
+        return None
+    return float(rate)
 
 
 def _verbalizer(from_: _Config, notes: list[str]) -> dict[str, Any] | None:
@@ -247,13 +271,15 @@ def _pieces(text: str) -> str:
 
 def _calibrate(from_: _Config, notes: list[str]) -> dict[str, Any] | None:
     name = from_.take("calibrate")
-    for key in ("num_example", "use_split"):
-        from_.take(f"contextualized_calibrate.{key}")
+    from_.take("contextualized_calibrate.num_example")
+    split = from_.take("contextualized_calibrate.use_split")
     if name is None:
         return None
     notes.append("calibrate: OpenPrompt's command never used it; here it is used")
     if name == "pmi_calibrate":
         return {"type": "content_free"}
+    if split not in (None, "train"):
+        notes.append(f"calibrate: rows of train are taken, not of `{split}`")
     rows = from_.take("contextualized_calibrate.num_example")
     return {"type": "contextual"} | ({"num_examples": rows} if rows else {})
 
@@ -280,6 +306,8 @@ def _learning_setting(from_: _Config, notes: list[str]) -> dict[str, Any]:
     }
     if setting["type"] != "few_shot":
         return setting
+    if held["num_examples_per_label"] is None and held["num_examples_total"] is None:
+        held["num_examples_per_label"] = SHOTS
     for key in ("num_examples_per_label", "num_examples_total"):
         if held[key] is not None:
             setting[key] = held[key]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from bmkit.errors import InputError, RecipeError, did_you_mean
+from bmkit.prompting.spacing import Spacing
 
 Words = dict[str, list[str]]
 """Label -> words, in the order of labels, as the user wrote them."""
@@ -166,17 +168,21 @@ def delete_common(words: LabelWords) -> LabelWords:
         if not own:
             raise InputError(
                 f"label words: other labels have all words of `{label}` as well",
-                hint="give it one of its own, or set delete_common_words: false",
+                hint="give it one of its own",
             )
     return left
 
 
-def token_ids(tokenizer: Any, text: str, prefix: str = "") -> tuple[int, ...]:
-    """Return the tokens of `text` as it goes on behind `prefix`.
+def token_ids(
+    tokenizer: Any, text: str, prefix: str = "", *, opens: bool = False
+) -> tuple[int, ...]:
+    """Return the tokens of `text` as it goes on behind `prefix`; with `opens` nothing is before it.
 
     Behind a space they are read off a text that has a word before: some tokenizers put a space in
-    front of any text, and would find two.
+    front of any text, and would find two. Without one they are those behind a text that ends there.
     """
+    if not prefix and not opens:
+        return tuple(_spacing(tokenizer).behind(text))
     if prefix and not prefix.strip():
         before = _plain(tokenizer, _ANCHOR)
         both = _plain(tokenizer, _ANCHOR + prefix + text)
@@ -198,6 +204,11 @@ def word(text: str, tokenizer: Any, prefix: str = " ") -> Word:
             f"`{text}` is no word to the tokenizer", hint=_alternatives(tokenizer, text)
         )
     return Word(own + text, ids)
+
+
+@lru_cache(maxsize=4)
+def _spacing(tokenizer: Any) -> Spacing:
+    return Spacing(tokenizer)
 
 
 def _plain(tokenizer: Any, text: str) -> list[int]:

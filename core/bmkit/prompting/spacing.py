@@ -17,11 +17,15 @@ _ANCHORS = ("\ue000", "⸻", "☃", "~")
 
 @dataclass(frozen=True)
 class Words:
-    """A piece of text. `space`: a blank is before it; `opens`: nothing at all is."""
+    """A piece of text. `space`: a blank is before it; `opens`: nothing at all is.
+
+    `verbatim`: what looks like a special token is text, as it is in what a row holds.
+    """
 
     text: str
     space: bool = False
     opens: bool = False
+    verbatim: bool = False
 
 
 class Spacing:
@@ -40,16 +44,30 @@ class Spacing:
 
         Different texts are tokenised in one go. Memory: the ids, twice.
         """
-        distinct = list(dict.fromkeys(words))
-        written = {w: self._written(w) for w in distinct if not self._glued(w)}
-        glued = {w: w.text for w in distinct if self._glued(w)}
         found: dict[Words, list[int]] = {}
-        for texts, tokenised in ((written, self._ids), (glued, self._behind)):
-            if texts:
-                once = list(dict.fromkeys(texts.values()))
-                ids = dict(zip(once, tokenised(once), strict=True))
-                found |= {w: ids[text] for w, text in texts.items()}
+        groups: dict[tuple[bool, bool], dict[Words, str]] = {}
+        for one in dict.fromkeys(words):
+            glued = self._glued(one)
+            text = one.text if glued else self._written(one)
+            groups.setdefault((glued, one.verbatim), {})[one] = text
+        for (glued, verbatim), texts in groups.items():
+            once = list(dict.fromkeys(texts.values()))
+            tokenised = self._behind if glued else self._ids
+            ids = dict(zip(once, tokenised(once, verbatim=verbatim), strict=True))
+            if verbatim:  # of Unigram, special tokens are pieces as others
+                ids = {
+                    text: [i for i in own if i not in self._special] for text, own in ids.items()
+                }
+            found |= {w: ids[text] for w, text in texts.items()}
         return found
+
+    @cached_property
+    def _special(self) -> set[int]:
+        return set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
+
+    def behind(self, text: str) -> list[int]:
+        """Return the tokens of a text that goes on where another has ended, without a blank."""
+        return self.tokenise([Words(text)])[Words(text)]
 
     def _glued(self, words: Words) -> bool:
         """Tell whether a piece needs an anchor, for no blank to come before it."""
@@ -60,16 +78,18 @@ class Spacing:
             return words.text
         return f" {words.text}"
 
-    def _behind(self, texts: list[str]) -> list[list[int]]:
+    def _behind(self, texts: list[str], *, verbatim: bool = False) -> list[list[int]]:
         """Tokenise texts behind a character that no token has, whose tokens are then left out."""
         if self._anchor is None:
-            return self._ids(texts)
-        done = self._call([self._anchor + text for text in texts], return_offsets_mapping=True)
+            return self._ids(texts, verbatim=verbatim)
+        anchored = [self._anchor + text for text in texts]
+        done = self._call(anchored, verbatim=verbatim, return_offsets_mapping=True)
         found = []
         for text, ids, places in zip(texts, done["input_ids"], done["offset_mapping"], strict=True):
             over = [i for i, (start, end) in zip(ids, places, strict=True) if start < 1 < end]
             if any(i != self.tokenizer.unk_token_id for i in over):
-                found += self._ids([text])  # the anchor became part of a known token
+                # The anchor became part of a known token.
+                found += self._ids([text], verbatim=verbatim)
             else:
                 found.append([i for i, (_, end) in zip(ids, places, strict=True) if end > 1])
         return found
@@ -88,11 +108,13 @@ class Spacing:
                 return anchor
         return None
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        found: list[list[int]] = self._call(texts)["input_ids"]
+    def _ids(self, texts: list[str], *, verbatim: bool = False) -> list[list[int]]:
+        found: list[list[int]] = self._call(texts, verbatim=verbatim)["input_ids"]
         return found
 
-    def _call(self, texts: list[str], **more: Any) -> Any:
+    def _call(self, texts: list[str], *, verbatim: bool = False, **more: Any) -> Any:
+        if verbatim:
+            more["split_special_tokens"] = True
         return self.tokenizer(
             texts, add_special_tokens=False, truncation=False, verbose=False, **more
         )

@@ -149,7 +149,8 @@ class RepetitionPenalty(LogitsProcessor):  # type: ignore[misc]
     """Make tokens that were there before less likely, as CTRL does (arXiv 1909.05858).
 
     Unlike transformers' own it does not count padding: else a short prompt's answer would depend
-    on the longest prompt of its batch.
+    on the longest prompt of its batch. Nor does it look at tokens that can't be said, as the soft
+    ones of a prompt.
     """
 
     def __init__(self, penalty: float, padding: Sequence[int]) -> None:
@@ -159,8 +160,10 @@ class RepetitionPenalty(LogitsProcessor):  # type: ignore[misc]
         """Return `scores` [batch, vocabulary] with those of tokens in `input_ids` lowered."""
         places = torch.arange(input_ids.shape[1], device=input_ids.device)  # [time]
         counts = places[None] >= self.padding.to(input_ids.device)[:, None]  # [batch, time]
+        counts &= input_ids < scores.shape[1]
         seen = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)
-        seen.scatter_reduce_(1, input_ids, counts.to(torch.int8), "amax")
+        sayable = input_ids.clamp(max=scores.shape[1] - 1)
+        seen.scatter_reduce_(1, sayable, counts.to(torch.int8), "amax")
         lowered = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
         return torch.where(seen.bool(), lowered, scores)
 

@@ -120,7 +120,8 @@ class Ready:
                 hint="set tune.mode: soft, or give them words to begin as",
             )
         for key, usual in (("learning_rate", None), ("encoder", "none")):
-            if not self.soft and getattr(self.recipe.tune, key) != usual:
+            alone = self.recipe.ensemble is None  # another member may have some
+            if alone and not self.soft and getattr(self.recipe.tune, key) != usual:
                 raise RecipeError(
                     f"it has no soft tokens, and tune.{key} is for them alone",
                     hint="put some in, or leave it out; train.learning_rate is for all else",

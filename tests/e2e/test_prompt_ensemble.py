@@ -18,7 +18,7 @@ PLAIN = '{"placeholder": "text_a"}: {"mask"}'
 SOFT = '{"soft": None, "duplicate": 2} {"placeholder": "text_a"} {"mask"}'
 FEW = {"type": "few_shot", "num_examples_per_label": 4}
 SHORT = {"learning_rate": 0.02, "max_steps": 6, "per_device_train_batch_size": 4}
-LORA = {"mode": "delta", "deltas": [{"type": "lora"}], "learning_rate": 0.05}
+LORA: dict[str, Any] = {"mode": "delta", "deltas": [{"type": "lora"}], "learning_rate": 0.05}
 
 
 def rows(count: int, first: int = 0) -> list[dict[str, str]]:
@@ -91,9 +91,11 @@ def test_an_ensemble_says_the_weighted_mean_of_what_its_prompts_say_alone(
     alone, weights = [], []
     for template, verbalizer in ((PLAIN, {"label_words": WORDS}), (SOFT, second)):
         for seed in (1, 2):
+            rate = {"learning_rate": LORA["learning_rate"]} if template == SOFT else {}
             one = written(
                 tmp_path,
                 template,
+                tune={"mode": "delta", "deltas": LORA["deltas"], **rate},
                 verbalizer=verbalizer,
                 learning_setting={**FEW, "seeds": [seed]},
             )

@@ -18,7 +18,7 @@ class Calibrate(Model):
         "`contextual`: on rows without their labels (arXiv 2108.02035).",
     )
     num_examples: int = Field(
-        default=50, ge=1, description="Of `contextual`: rows of train, else of test."
+        default=50, ge=1, description="Of `contextual`: rows of train, else of test or dev."
     )
     texts: list[str] = Field(
         default=["", "N/A", "[MASK]"],

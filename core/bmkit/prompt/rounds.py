@@ -15,6 +15,7 @@ from bmkit.data.tabular import Record
 from bmkit.errors import InputError
 from bmkit.prompt.prompts import Prompts
 from bmkit.prompt.ready import Ready
+from bmkit.prompt.tasks import WITHOUT_LABELS
 from bmkit.prompting.encode import Encoded
 
 Labels = list[tuple[int, ...]]
@@ -93,7 +94,7 @@ def rounds(
                 dev_like="dev" not in held,
             )
         own = _some(train, places)
-        if len(set(own.right)) < 2:
+        if ready.recipe.task not in WITHOUT_LABELS and len(set(own.right)) < 2:
             raise InputError(
                 "all rows to learn from have one label: nothing is told apart",
                 hint="add rows of other labels",
@@ -120,7 +121,8 @@ def each(found: Sequence[Round], out: Path, work: Path, perform: Perform) -> Don
     """
     if len(found) == 1:
         done = perform(found[0], out, work)
-        more = {"accuracy_sd": 0.0} if found[0].train.prompts else {}
+        measured = found[0].train.prompts and {"accuracy", "dev_accuracy"} & set(done.metrics)
+        more = {"accuracy_sd": 0.0} if measured else {}
         return Done({**done.metrics, **more}, done.table)
     said = [once(one, work / f"seed-{one.seed}", perform) for one in found]
     best = max(range(len(said)), key=lambda at: _on_dev(said[at].metrics))

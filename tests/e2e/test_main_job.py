@@ -48,7 +48,7 @@ def test_a_second_pull_is_instant_and_needs_no_index(fresh: Run, smollm2: Path) 
         "pull", "smollm2-135m", "--json", PIP_INDEX_URL="http://127.0.0.1:9", PIP_NO_INDEX="1"
     )
     found = json.loads(done.stdout)
-    assert found["reused"] and found["seconds"] < 1.0
+    assert found["reused"] and found["seconds"] < 3.0  # the first one takes half a minute
     assert Path(found["path"]) == smollm2
 
 

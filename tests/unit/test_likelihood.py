@@ -316,7 +316,7 @@ def test_gradients_flow_as_through_plain_passes(sharp: Build) -> None:
         logits = model(input_ids=torch.tensor([[*row, *own]])).logits[0].log_softmax(-1)
         at = torch.arange(len(own)) + len(row) - 1
         logits[at, torch.tensor(own)].sum().backward()
-    assert torch.allclose(found, model.model.embed_tokens.weight.grad, atol=1e-6)
+    assert torch.allclose(found, model.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])

@@ -400,10 +400,8 @@ def test_a_client_that_reads_nothing_does_not_keep_the_server_from_stopping(
         async with connect(url, sock=narrow, max_queue=1, compression=None) as client:
             await until(client, "session.created")
             client.transport.pause_reading()
-            with pytest.raises(TimeoutError):  # the server waits for its answers to be read
-                async with asyncio.timeout(5):
-                    while True:  # what isn't understood is said again in the answer
-                        await say(client, "x" * 60_000)
+            for _ in range(40):  # each is answered, and no answer is read
+                await say(client, "x" * 60_000)
             process.send_signal(signal.SIGTERM)
             start = time.monotonic()
             while process.poll() is None:

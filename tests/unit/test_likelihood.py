@@ -350,9 +350,7 @@ def test_bad_input_is_named(sharp: Build) -> None:
         likelihood.causal(model, [[3], []], CHOICES)
     with pytest.raises(InputError, match="row 1: choice 2 has no tokens"):
         likelihood.causal(model, [[3]], [[5], []])
-    with pytest.raises(
-        InputError, match=r"a prompt has 35 tokens with its longest choice.* reads 34"
-    ):
+    with pytest.raises(InputError, match=r"row 1: 35 tokens with its longest choice.* reads 34"):
         likelihood.causal(model, [[3] * 32], [[5, 6, 7, 8]])
     with pytest.raises(RecipeError, match="at one mask"):
         likelihood.score(model, [Encoded([3], [], [], [1, 2], [0], [])], "causal", CHOICES)

@@ -235,7 +235,7 @@ def _require_fits(model: Any, row: int, tokens: int) -> None:
     limit = context(inner(model).config.get_text_config())
     if limit is not None and tokens > limit:
         raise InputError(
-            f"a prompt has {tokens} tokens with its longest choice, and the model reads {limit}",
+            f"row {row + 1}: {tokens} tokens with its longest choice, and the model reads {limit}",
             hint="lower template.max_seq_length, or take shorter words",
         )
 

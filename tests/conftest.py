@@ -40,9 +40,15 @@ CHATML = (
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A BMKIT_HOME of the test's own."""
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
+    """A BMKIT_HOME of the test's own.
+
+    Tests are about the CPU, apart from those marked `gpu`. With BMKIT_TEST_GPU, all commands take a
+    GPU where there is one: most pass there too, but not those about the CPU's memory and last bits.
+    """
     path = tmp_path / "bmkit-home"
+    if "gpu" not in request.keywords and not os.environ.get("BMKIT_TEST_GPU"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("BMKIT_HOME", str(path))
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(KERNELS))
     return path

@@ -33,7 +33,8 @@ SHARD_BYTES = 2 * 2**30
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn `cpu`, `cuda:1`, … into a device. Raises ResourceError if it isn't there.
+    """Turn `cpu`, `cuda:1`, … into a device; `cuda` is the first. Raises ResourceError if it
+    isn't there.
 
     `auto` has become one of them before (`env.resolve_device`), without torch, since plan and key
     depend on it.
@@ -49,7 +50,7 @@ def pick_device(name: str) -> torch.device:
         raise ResourceError(
             f"torch can use no device `{name}` here", hint=f"there is: {found}; --device cpu"
         )
-    return device
+    return torch.device("cuda", 0) if name == "cuda" else device  # torch's own calls ask for both
 
 
 def _is_there(device: torch.device) -> bool:

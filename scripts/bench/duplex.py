@@ -1,9 +1,10 @@
 """Duplex sessions: what a slice costs, silence, a long session, several at once.
 
 python scripts/bench/duplex.py [--only slices,idle,long,sessions] [--hours 2] [--rounds 5]
+    [--device cuda]
 
 The model hasn't been trained: when it speaks is set, not decided. Each part keeps the figures of
-the others in results/duplex.json.
+the others in results/duplex.json, or duplex_cuda.json.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ SPEAKS = Policy(threshold=1.1, max_wait=None)
 SAYS = "so can you tell me what the weather in"
 KINDS = (("idle", SILENT, None), ("heard", SILENT, SAYS), ("spoken", SPEAKS, SAYS))
 """Silence of both, words of the user, and words that are answered."""
-RESULTS = machine.ROOT / "scripts" / "bench" / "results" / "duplex.json"
+DEVICE = "cpu"
 
 
 def trained(folder: Path, source: Artifact) -> Path:
@@ -69,7 +70,7 @@ def opened(model: Path, *, quant: str | None, threads: int, sessions: int = 1) -
         recipe="talk",
         model=str(model),
         threads=threads,
-        device="cpu",
+        device=DEVICE,
         rows=sessions,
         flags={"quant": quant},
         assign=("kv.high=5000", "kv.low=4500"),
@@ -258,11 +259,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--histories", default="256,1024,4096")
     parser.add_argument("--hours", type=float, default=2.0)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     given = parser.parse_args()
+    global DEVICE
+    DEVICE = given.device
+    result = "duplex" if given.device == "cpu" else f"duplex_{given.device}"
+    file = machine.ROOT / "scripts" / "bench" / "results" / f"{result}.json"
     histories = [int(tokens) for tokens in given.histories.split(",")]
     facts = machine.facts()
     torch.set_num_threads(given.threads)
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     parts: dict[str, Callable[[Path], dict[str, Any]]] = {
         "slices": lambda model: slices(model, given.threads, given.rounds, histories),
         "idle": lambda model: idle(model, given.threads),
@@ -273,7 +279,7 @@ def main() -> None:
         model = trained(Path(folder) / "model", find_model(MODEL, Silent()))
         for name in given.only.split(","):
             results[name] = {"facts": facts, "threads": given.threads, **parts[name](model)}
-            machine.save("duplex", results, say=False)
+            machine.save(result, results, say=False)
     print(json.dumps({name: results[name] for name in given.only.split(",")}, indent=1))
 
 

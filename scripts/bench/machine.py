@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,8 +30,11 @@ def facts() -> dict[str, Any]:
     if cpuinfo.exists():
         lines = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
         model = lines[0].partition(":")[2].strip() if lines else model
+    found = {"cpu": model, "cores": os.cpu_count(), "platform": platform.platform()}
+    if gpu := _gpu():
+        found["gpu"] = gpu
     return {
-        "machine": {"cpu": model, "cores": os.cpu_count(), "platform": platform.platform()},
+        "machine": found,
         "load_average_before": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": {
@@ -39,6 +43,15 @@ def facts() -> dict[str, Any]:
         "commit": commit,
         "command": " ".join(["python", *map(_portable, sys.argv)]),
     }
+
+
+def _gpu() -> str | None:
+    """Return the name of the first GPU, without opening it."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return done.stdout.splitlines()[0] if done.returncode == 0 and done.stdout else None
 
 
 def _portable(word: str) -> str:

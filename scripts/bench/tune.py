@@ -1,6 +1,7 @@
 """A training step of `bmkit tune` beside PEFT with transformers.Trainer: speed, memory, loss.
 
 python scripts/bench/tune.py MODEL --rows GSM8K.jsonl [--rounds 3] [--steps 5] [--only NAME]...
+    [--device cuda] [--dtype bfloat16] [--batch 4]
 
 Each way runs in processes of its own, in turns. Tokens per second are told twice: by the clock, and
 by the processor's seconds, which other work on the machine disturbs less. MODEL is SmolLM2-135M
@@ -51,7 +52,6 @@ from bmkit.train.trainer import default_loss, train
 TOKENS = 256
 INSTRUCTIONS = machine.ROOT / "configs" / "data" / "instructions-train.jsonl"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-CPU = torch.device("cpu")
 SPEEDS = ("tokens_per_second", "tokens_per_cpu_second")
 
 WORKLOADS = {
@@ -66,7 +66,9 @@ Instant = tuple[float, float]
 
 
 def now() -> Instant:
-    """Return the clock's seconds and this process's."""
+    """Return the clock's seconds and this process's, of work that is done."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
     return time.monotonic(), time.process_time()
 
 
@@ -95,10 +97,10 @@ def examples(spec: dict[str, Any], tokenizer: Any) -> list[Example]:
 
 
 def model_of(spec: dict[str, Any]) -> Any:
-    """Return SmolLM2 in float32 with LoRA on all linear layers, or on those of some blocks."""
+    """Return SmolLM2 with LoRA on all linear layers, or on those of some blocks."""
     from peft import LoraConfig, get_peft_model
 
-    base = models.load_model(Path(spec["model"]), device=CPU, dtype="float32")
+    base = models.load_model(Path(spec["model"]), device=spec["device"], dtype=spec["dtype"])
     torch.manual_seed(0)
     config = LoraConfig(
         r=8,
@@ -109,6 +111,11 @@ def model_of(spec: dict[str, Any]) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(base, config)
+
+
+def on(spec: dict[str, Any], batch: Any) -> Any:
+    """Return a batch on the device."""
+    return {name: values.to(spec["device"]) for name, values in batch.items()}
 
 
 def by_peft(spec: dict[str, Any], model: Any, rows: list[Example], work: Path) -> dict[str, Any]:
@@ -133,7 +140,8 @@ def by_peft(spec: dict[str, Any], model: Any, rows: list[Example], work: Path) -
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        use_cpu=True,
+        use_cpu=spec["device"].type == "cpu",
+        bf16=spec["dtype"] == "bfloat16",
         seed=0,
         data_seed=0,
     )
@@ -153,7 +161,7 @@ def by_peft(spec: dict[str, Any], model: Any, rows: list[Example], work: Path) -
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     with counted(model) as kept:
-        model(**collate(rows[: spec["batch"]]))
+        model(**on(spec, collate(rows[: spec["batch"]])))
     return {"starts": [*starts, now()], "losses": losses, "kept": kept.total}
 
 
@@ -186,13 +194,13 @@ def by_bmkit(spec: dict[str, Any], model: Any, rows: list[Example], work: Path) 
         ),
         seed=0,
         work=work,
-        device=CPU,
+        device=spec["device"],
         reporter=Silent(),
         loss=clocked,
     )
     starts.append(now())
     with noted(model, loss, lambda: collate(rows[:1])) as lean, counted(model) as kept:
-        lean(model, collate(rows[: spec["batch"]]))
+        lean(model, on(spec, collate(rows[: spec["batch"]])))
     found = {"starts": starts, "losses": trained.losses, "kept": kept.total}
     if prefix is not None:
         found |= {"states": prefix.states.bytes, "skipped": prefix.skipped}
@@ -208,13 +216,15 @@ def forward(spec: dict[str, Any], model: Any, rows: list[Example]) -> dict[str, 
         for step in range(spec["steps"]):
             low = step * spec["batch"] % (len(rows) - spec["batch"] + 1)
             starts.append(now())
-            next_token_loss(model, Padding(0)(rows[low : low + spec["batch"]]), head=head)
+            batch = on(spec, Padding(0)(rows[low : low + spec["batch"]]))
+            next_token_loss(model, batch, head=head)
     return {"starts": [*starts, now()], "losses": [], "kept": 0}
 
 
 def child(spec: dict[str, Any]) -> dict[str, Any]:
     """Train once, in this process; return tokens per second of the steps that count, and bytes."""
     torch.set_num_threads(spec["threads"])
+    spec = {**spec, "device": models.pick_device(spec["device"])}
     tokenizer = models.load_tokenizer(Path(spec["model"]))
     rows = examples(spec, tokenizer)[: spec["take"]]
     model = model_of(spec)
@@ -297,15 +307,20 @@ def compared(specs: dict[str, dict[str, Any]], rounds: int) -> dict[str, Any]:
     return {"labelled": round(runs[next(iter(specs))][0]["labelled"], 3), **found}
 
 
-def known() -> dict[str, Any]:
+def name_of(device: str) -> str:
+    """Return the name of the results."""
+    return "tune" if device == "cpu" else f"tune_{device}"
+
+
+def known(name: str) -> dict[str, Any]:
     """Return the groups that were run before."""
-    file = machine.ROOT / "scripts" / "bench" / "results" / "tune.json"
+    file = machine.ROOT / "scripts" / "bench" / "results" / f"{name}.json"
     found: dict[str, Any] = json.loads(file.read_text())["results"] if file.is_file() else {}
     return found
 
 
 def main() -> None:
-    """Compare, and write results/tune.json."""
+    """Compare, and write results/tune.json, or tune_cuda.json."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model", nargs="?")
     parser.add_argument("--rows")
@@ -313,6 +328,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", action="append")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--child")
     given = parser.parse_args()
     if given.child:
@@ -320,7 +338,8 @@ def main() -> None:
         return
     facts = machine.facts()
     common = {"model": given.model, "rows": given.rows, "threads": given.threads, "warm": 1}
-    common |= {"steps": given.steps, "batch": 4, "take": 4 * given.steps, "dropout": 0.0}
+    common |= {"steps": given.steps, "batch": given.batch, "take": given.batch * given.steps}
+    common |= {"dropout": 0.0, "device": given.device, "dtype": given.dtype}
     groups: dict[str, dict[str, dict[str, Any]]] = {}
     for workload in ("answers", "last lines", "text"):
         specs: dict[str, dict[str, Any]] = {}
@@ -343,15 +362,16 @@ def main() -> None:
         ways = ("peft", "bmkit", "cached")
         groups[f"top 10 blocks, {workload}"] = {kind: {**top, "way": kind} for kind in ways}
     chosen = given.only or groups
-    results = known() if given.only else {}  # groups that aren't run again stay
+    file = name_of(given.device)
+    results = known(file) if given.only else {}  # groups that aren't run again stay
     settings = {"rounds": given.rounds, "steps": given.steps, "threads": given.threads}
-    facts |= {**settings, "batch": [4, TOKENS], "workloads": WORKLOADS}
+    facts |= {**settings, "batch": [given.batch, TOKENS], "workloads": WORKLOADS}
     for name in chosen:  # each is saved when it is done
         load = os.getloadavg()[0]
         results[name] = compared(groups[name], given.rounds)
         after = os.getloadavg()[0]
         results[name] |= {"load_average_before": load, "rounds": given.rounds}
-        machine.save("tune", {**facts, "load_average_after": after, "results": results})
+        machine.save(file, {**facts, "load_average_after": after, "results": results})
 
 
 if __name__ == "__main__":

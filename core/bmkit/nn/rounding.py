@@ -100,12 +100,12 @@ def _candidates(groups: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Tensor]]:
     low, high = limits(grid)
     least_scale = torch.finfo(torch.float32).tiny / 0.8  # clipping takes it down to 80 %
     if grid.symmetric and low == -high:
-        full = groups.abs().amax(-1, keepdim=True) / high
+        full = divided(groups.abs().amax(-1, keepdim=True), high)
     elif grid.symmetric:
-        full = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / low
+        full = divided(groups.gather(-1, groups.abs().argmax(-1, keepdim=True)), low)
     else:
         bottom = groups.amin(-1, keepdim=True).clamp_max(0)
-        full = (groups.amax(-1, keepdim=True).clamp_min(0) - bottom) / (high - low)
+        full = divided(groups.amax(-1, keepdim=True).clamp_min(0) - bottom, high - low)
     some = full != 0
     full = full.abs().clamp_min(least_scale).copysign(full).where(some, torch.ones_like(full))
     tries = grid.scale_search
@@ -117,6 +117,14 @@ def _candidates(groups: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Tensor]]:
             continue
         zero = (low - bottom * share / scale).round_().clamp_(low, high)
         yield scale, zero.where(some, torch.zeros_like(zero))
+
+
+def divided(values: Tensor, by: float) -> Tensor:
+    """Return `values` / `by` with the same bits everywhere.
+
+    By a number, CUDA multiplies with its reciprocal, which is rounded; by a tensor it divides.
+    """
+    return values / torch.tensor(by, dtype=values.dtype, device=values.device)
 
 
 def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from bmkit import env
 from bmkit import model as models
 from bmkit.deltas import plugged
 from bmkit.errors import InputError
@@ -20,6 +19,7 @@ from bmkit.prompt.plan import placement
 from bmkit.prompting.encode import Kind
 from bmkit.runtime import budget, experts
 from bmkit.runtime.adapters import adapters_of
+from bmkit.runtime.opening import begin, cap_gpu
 
 
 @dataclass
@@ -62,7 +62,7 @@ def open_model(
     placed = None
     found = placement(job, size, most)
     if found is None:
-        before = env.rss_bytes()
+        before = begin(device, forget=False)
         config = head_config(job.checkpoint, kind)
         try:
             model = models.load_model(
@@ -105,7 +105,6 @@ def head_config(checkpoint: Path, kind: Kind) -> Any:
 
 def _placed(job: Job, kind: Kind, found: budget.Placement, device: torch.device) -> tuple[int, Any]:
     """Return what was resident just before, and the model on placed weights."""
-    from bmkit.runtime.opening import cap_gpu
     from bmkit.runtime.placed import load
     from bmkit.runtime.placed.model import Room, place_model
 
@@ -114,8 +113,7 @@ def _placed(job: Job, kind: Kind, found: budget.Placement, device: torch.device)
     on_cpu = device.type == "cpu"
     if on_cpu:
         load.warm()
-    env.forget_peak_rss()
-    before = env.rss_bytes()
+    before = begin(device)
     limit = job.cpu_memory if on_cpu else job.gpu_memory
     if limit is not None and not on_cpu:
         cap_gpu(device, limit)

@@ -48,7 +48,8 @@ class States:
 
     def loss(self, said: Tensor, right: Tensor) -> Tensor:
         """Return the summed loss of states, a number: cross-entropy, or that of prototypes."""
-        right = right.to(said.device)
+        device = next(self.module.parameters()).device
+        said, right = said.to(device), right.to(device)
         if isinstance(self.module, Prototypes):
             return self.module.loss(said, right) * len(right)
         return functional.cross_entropy(self.module(said), right, reduction="sum")

@@ -178,7 +178,7 @@ def _dev(
     @torch.no_grad()
     def figures() -> dict[str, float]:
         said = told.ask(asker, held.prompts)
-        loss = float(told.loss(said.to(asker.model.device), targets)) / targets.numel()
+        loss = float(told.loss(said, targets)) / targets.numel()
         if isinstance(told, Writer):
             return {"dev_loss": loss}
         chosen = told.chosen(told.label_logprobs(said))

@@ -287,7 +287,7 @@ def place_any(
     rest = head = 0
     tied = bool(headers.config.get("tie_word_embeddings", True))
     for tensor in headers.tensors:
-        block, size = block_of(tensor.name), _any_bytes(tensor, headers, quant, width)
+        block, size = block_of(tensor.name), _any_bytes(tensor, headers, quant, width, gpu=gpu)
         if block is not None:
             blocks[block] = blocks.get(block, 0) + size
             files.setdefault(block, set()).add(tensor.file)
@@ -368,10 +368,15 @@ def _is_table(tensor: TensorHeader, headers: Headers) -> bool:
     return len(tensor.shape) == 2 and vocabulary > 0 and tensor.shape[0] == vocabulary
 
 
-def _any_bytes(tensor: TensorHeader, headers: Headers, quant: str | None, width: int) -> int:
-    """Return what a tensor takes at most, packed where it can be, else in the compute dtype."""
+def _any_bytes(
+    tensor: TensorHeader, headers: Headers, quant: str | None, width: int, *, gpu: bool
+) -> int:
+    """Return what a tensor takes at most, packed where it can be, else in the compute dtype.
+
+    On the CPU, bfloat16 stays so where float32 is computed in.
+    """
     linear = len(tensor.shape) == 2
-    if tensor.name.endswith(("_packed", "_kept")) or (linear and width == 4):
+    if tensor.name.endswith(("_packed", "_kept")) or (linear and width == 4 and not gpu):
         return _bytes(tensor, headers, "int8" if quant and _is_table(tensor, headers) else quant)
     if quant and len(tensor.shape) in (2, 3) and tensor.shape[-1] >= 32:
         return tensor.numel * BITS[quant] // 8 + tensor.numel // 4 + 128

@@ -45,6 +45,21 @@ class Engine:
             self.decoder.store.close()
 
 
+def begin(device: torch.device, *, forget: bool = True) -> int:
+    """Return the resident memory just before a model is opened; the peak is counted from here.
+
+    The libraries of a GPU are loaded before: as those of the CPU, they don't count. Without
+    `forget`, the peak so far stays.
+    """
+    if device.type == "cuda":
+        for dtype in (torch.float32, torch.bfloat16):
+            some = torch.ones(16, 16, dtype=dtype, device=device)
+            torch.mm(some, some).sum().item()
+    if forget:
+        env.forget_peak_rss()
+    return env.rss_bytes()
+
+
 def cap_gpu(device: torch.device, limit: int) -> None:
     """Let torch fail rather than take more than `limit` bytes of the GPU, CUDA's own included."""
     torch.cuda.init()  # type: ignore[no-untyped-call]
@@ -79,7 +94,7 @@ def open_engine(
     elif chosen.way == "placed" and not head:
         found = _placed(job, recipe, chosen, device)
     if found is None:
-        before = env.rss_bytes()
+        before = begin(device, forget=False)
         asked: dict[str, Any] = {"config": config, "fresh": []} if head else {}
         model = models.load_model(job.checkpoint, device=device, dtype=recipe.dtype, **asked)
         found = Engine(device, before, rows, model=model)
@@ -90,16 +105,6 @@ def open_engine(
         found.model = plugged.load(found.model, asked_for.folders, asked_for.wholes)
         experts.attach_stored(found.model, job.checkpoint)
     return found
-
-
-def _begin(job: Job) -> int:
-    """Return the resident memory just before a model is opened; the peak is counted from here.
-
-    A draft is opened beside its target, and counts with it.
-    """
-    if not job.is_draft:
-        env.forget_peak_rss()
-    return env.rss_bytes()
 
 
 def _packed(
@@ -119,7 +124,7 @@ def _packed(
         job.reporter.info("compiling kernels for this machine, once (some 15 seconds)")
     threads = torch.get_num_threads()
     load.warm(threads, divided=divided)
-    before = _begin(job)
+    before = begin(device, forget=not job.is_draft)  # a draft counts with its target
     assert chosen.placement is not None  # this way has one
     decoder = load.load_decoder(
         job.checkpoint,
@@ -162,7 +167,7 @@ def _placed(job: Job, recipe: GenerateRecipe, chosen: Chosen, device: torch.devi
     dtype = models.compute_dtype(recipe.dtype, models.stored_dtype(model.config), device)
     if device.type == "cpu":
         load.warm()
-    before = _begin(job)
+    before = begin(device, forget=not job.is_draft)  # a draft counts with its target
     on_cpu = device.type == "cpu"
     limit = job.cpu_memory if on_cpu else job.gpu_memory
     weights = None if limit is None else limit - plan.fixed_bytes + plan.rest_bytes
@@ -189,10 +194,11 @@ def _placed(job: Job, recipe: GenerateRecipe, chosen: Chosen, device: torch.devi
 def peak_gpu_bytes(device: torch.device) -> int:
     """Return the most GPU memory that was held, CUDA's own included; 0 on the CPU.
 
-    Other processes on the same GPU can't be told from CUDA's own share, and count.
+    CUDA's own share can't be told from what other processes hold on the same GPU: it counts with as
+    much as a budget leaves it, at most.
     """
     if device.type != "cuda":
         return 0
     free, total = torch.cuda.mem_get_info(device)
     own = total - free - torch.cuda.memory_reserved(device)
-    return int(own + torch.cuda.max_memory_reserved(device))
+    return int(min(own, budget.GPU_BYTES) + torch.cuda.max_memory_reserved(device))

@@ -31,7 +31,7 @@ def share_out(model: Any, device: torch.device) -> int:
     """
     core: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     if not dist.is_initialized():
         dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
     mesh = init_device_mesh(device.type, (env.process()[1],))

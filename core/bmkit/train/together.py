@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bmkit import env
+from bmkit.errors import ResourceError
 from bmkit.train.sharing import shared
 
 Loss = Callable[[Any, dict[str, Tensor]], tuple[Tensor, int]]
@@ -32,10 +33,19 @@ class Learner(nn.Module):
 
 
 def own_device(device: torch.device) -> torch.device:
-    """Return the device of this process: with several on GPUs, each has its own."""
+    """Return the device of this process: with several on GPUs, each has its own.
+
+    Raises ResourceError if there are fewer GPUs than processes.
+    """
     if env.process()[1] == 1 or device.type != "cuda":
         return device
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    own, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if own >= there:
+        raise ResourceError(
+            f"there is no GPU for process {own + 1} of this machine: it has {there}",
+            hint="start as many processes as there are GPUs, or take --device cpu",
+        )
+    return torch.device("cuda", own)
 
 
 def leave() -> None:

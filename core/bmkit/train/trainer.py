@@ -277,7 +277,7 @@ def _as_asked(device: torch.device) -> Iterator[None]:
     saved = {name: os.environ.pop(name) for name in foreign}
     os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     try:
         yield
     finally:

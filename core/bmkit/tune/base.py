@@ -15,6 +15,7 @@ from bmkit.deltas.modules import modules_of_model
 from bmkit.plan import Job
 from bmkit.runtime import heads
 from bmkit.runtime.budget import room_in_ram
+from bmkit.runtime.opening import begin
 from bmkit.tune.duplex import grow
 from bmkit.tune.objectives import Objective
 from bmkit.tune.plan import placement
@@ -49,7 +50,7 @@ def open_base(job: Job, objective: Objective, tokenizer: Any, device: torch.devi
     report: dict[str, Any] = {"budget_bytes": {"cpu": job.cpu_memory, "gpu": job.gpu_memory}}
     torch.manual_seed(recipe.seed)  # a new head is drawn
     if placement(job) is None:
-        report["rss_before_bytes"] = env.rss_bytes()
+        report["rss_before_bytes"] = begin(device, forget=False)
         dtype: str = recipe.dtype
         if env.shares_weights():  # the GPU may be too small for all that is to be shared out
             stored = models.stored_dtype(models.load_config(job.checkpoint))
@@ -78,8 +79,7 @@ def _placed(job: Job, recipe: TuneRecipe, device: torch.device, report: dict[str
     on_cpu = device.type == "cpu"
     if on_cpu:
         load.warm()
-    env.forget_peak_rss()
-    report["rss_before_bytes"] = env.rss_bytes()
+    report["rss_before_bytes"] = begin(device)
     limit = job.cpu_memory if on_cpu else job.gpu_memory
     assert limit is not None  # else there is no placement
     weights = limit - found.fixed_bytes + found.rest_bytes

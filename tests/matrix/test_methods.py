@@ -38,16 +38,19 @@ class Line:
     """What `infer` is asked."""
 
 
+GIVEN = "data.calibration={texts}"
+"""A file of texts: what a model says itself takes it half a minute."""
 DRAFT = Line(
     "model",
     (
-        *("data.tokens=300", "data.max_new_tokens=12", "data.sequence_length=64"),
+        *("data.tokens=300", "data.max_new_tokens=12", "data.sequence_length=64", GIVEN),
         *("steps.0.keep=1", "steps.1.tokens=64", "steps.2.train.max_steps=3"),
         "steps.2.train.num_train_epochs=1",
     ),
     another=True,
 )
-SHORT = ("data.tokens=600", "data.max_new_tokens=24", "data.sequence_length=64")
+OWN = ("data.tokens=600", "data.max_new_tokens=24", "data.sequence_length=64")
+SHORT = (*OWN, GIVEN)
 NARROW = "steps.0.exclude_modules=[k_proj,v_proj]"
 """Layers with fewer outputs than GPTQModel packs."""
 TUNED = Line(
@@ -74,7 +77,7 @@ MATRIX = {
     ("compress", "awq"): Line("model", (*SHORT, "steps.1.bits=8")),
     ("compress", "smoothquant"): Line("model", SHORT),
     ("compress", "magnitude"): Line("model", another=True),
-    ("compress", "wanda"): Line("model", SHORT, another=True),
+    ("compress", "wanda"): Line("model", OWN, another=True),
     ("compress", "sparsegpt"): Line("model", SHORT, another=True),
     ("compress", "moefy"): Line(
         "model", (*SHORT, "steps.0.size=4", "steps.0.max_loss=100"), another=True
@@ -140,8 +143,23 @@ def _is_there(module: str) -> bool:
         return False
 
 
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of texts to calibrate on."""
+    path = tmp_path_factory.mktemp("texts") / "texts.txt"
+    lines = (f"What is {n} and {n}? It is {2 * n}, as you know. Well, so be it." for n in range(60))
+    path.write_text("\n\n".join(lines))
+    return path
+
+
 @pytest.fixture
-def make(tiny: Path, chats: Path) -> Make:
+def assigned(texts: Path) -> Callable[[Method], tuple[str, ...]]:
+    """Return what keeps a method's run short."""
+    return lambda m: tuple(a.replace("{texts}", str(texts)) for a in MATRIX[m.stage, m.name].assign)
+
+
+@pytest.fixture
+def make(tiny: Path, chats: Path, assigned: Callable[[Method], tuple[str, ...]]) -> Make:
     """Run a method's built-in recipe on the tiny model."""
 
     def run(method: Method, **more: Any) -> Result:
@@ -152,12 +170,39 @@ def make(tiny: Path, chats: Path) -> Make:
             method.stage,
             method.builtin,
             str(tiny),
-            assign=line.assign,
+            assign=assigned(method),
             data=str(chats) if line.data else None,
             device="cpu",
             threads=1,
         )
         return stages.run_stage(replace(request, **more), Silent())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def before() -> dict[tuple[str, str], Result]:
+    """What was made before, by stage and recipe."""
+    return {}
+
+
+@pytest.fixture
+def made(
+    make: Make,
+    before: dict[tuple[str, str], Result],
+    tiny_checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Make:
+    """Return what `make` does, made once for all tests, in a BMKIT_HOME of its own."""
+
+    def run(method: Method) -> Result:
+        name = (method.stage, method.builtin)
+        if name not in before:
+            with monkeypatch.context() as patch:
+                patch.setenv("BMKIT_HOME", str(tmp_path_factory.mktemp("made")))
+                before[name] = make(method, model=str(tiny_checkpoint))
+        return before[name]
 
     return run
 
@@ -237,7 +282,7 @@ OF_OTHER_TASKS = {
 
 
 @pytest.mark.parametrize("stage", sorted({m.stage for m in registry.METHODS}))
-def test_the_metrics_that_gates_may_name_are_measured(stage: str, make: Make) -> None:
+def test_the_metrics_that_gates_may_name_are_measured(stage: str, made: Make) -> None:
     recipe = registry.load(registry.STAGES[stage].recipe)
     methods = {m.builtin: m for m in registry.METHODS if m.stage == stage}
     here = [
@@ -245,7 +290,7 @@ def test_the_metrics_that_gates_may_name_are_measured(stage: str, make: Make) ->
         for m in methods.values()
         if not (needs := MATRIX[stage, m.name].needs) or _is_there(needs)
     ]
-    measured = {name for m in here for name in make(m).artifact.metrics}
+    measured = {name for m in here for name in made(m).artifact.metrics}
     missing = set(recipe.METRICS) - measured
     apart = {"best_step", "lost_share_left"}  # only where a recipe asks for them
     apart |= OF_OTHER_TASKS
@@ -265,11 +310,12 @@ def test_the_same_stage_again_is_reused(method: Method, make: Make) -> None:
 
 
 @each_method
-def test_the_same_key_gives_the_same_bytes(method: Method, make: Make, tmp_path: Path) -> None:
+def test_the_same_key_gives_the_same_bytes(
+    method: Method, make: Make, made: Make, tmp_path: Path
+) -> None:
     import torch
 
-    torch.manual_seed(12345)  # what the process did before must not matter
-    first = make(method)
+    first = made(method)  # what the process did before must not matter
     torch.manual_seed(54321)
     again = make(method, out=tmp_path / "elsewhere")
     assert again.reused is False
@@ -278,20 +324,21 @@ def test_the_same_key_gives_the_same_bytes(method: Method, make: Make, tmp_path:
 
 @each_method
 def test_key_and_bytes_do_not_depend_on_where_the_model_lies(
-    method: Method, make: Make, tiny: Path, tmp_path: Path
+    method: Method, make: Make, made: Make, tiny: Path, tmp_path: Path
 ) -> None:
     elsewhere = shutil.copytree(tiny, tmp_path / "other folder" / "copy")
-    first = make(method)
+    first = made(method)
     again = make(method, model=str(elsewhere), out=tmp_path / "elsewhere")
     assert (first.key, first.artifact.digest) == (again.key, again.artifact.digest)
 
 
 @each_method
-def test_another_seed_or_recipe_gives_another_key(method: Method, make: Make) -> None:
-    first = make(method)
+def test_another_seed_or_recipe_gives_another_key(
+    method: Method, make: Make, made: Make, assigned: Callable[[Method], tuple[str, ...]]
+) -> None:
+    first = made(method)
     keys = []
-    line = MATRIX[method.stage, method.name]
-    for more in ({"seed": 7}, {"assign": (*line.assign, "dtype=bfloat16")}):
+    for more in ({"seed": 7}, {"assign": (*assigned(method), "dtype=bfloat16")}):
         result = make(method, **more)
         keys.append(result.key)
         assert result.reused is False
@@ -311,12 +358,12 @@ def test_a_large_seed_is_used_or_refused_but_never_a_crash(
 
 @each_method_with_weights
 def test_the_result_loads_in_the_stock_library_with_the_same_logits(
-    method: Method, make: Make, tiny: Path
+    method: Method, made: Make, tiny: Path
 ) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    result = make(method)
+    result = made(method)
     ours, theirs = our_logits(result, tiny), plain_logits(result, tiny)
     if MATRIX[method.stage, method.name].needs:  # another library, which computes in 16 bits
         assert float((ours - theirs).norm() / theirs.norm()) < 0.06
@@ -331,11 +378,11 @@ def test_the_result_loads_in_the_stock_library_with_the_same_logits(
 
 
 @each_method
-def test_the_result_answers_through_infer(method: Method, make: Make) -> None:
+def test_the_result_answers_through_infer(method: Method, made: Make) -> None:
     from bmkit.data.rows import Row
     from bmkit.pipeline.generate import open_answers
 
-    result = make(method)
+    result = made(method)
     request = Request(
         "infer",
         "greedy",
@@ -355,10 +402,10 @@ def test_the_result_answers_through_infer(method: Method, make: Make) -> None:
 
 
 @each_method
-def test_its_manifest_makes_it_again(method: Method, make: Make, tmp_path: Path) -> None:
+def test_its_manifest_makes_it_again(method: Method, made: Make, tmp_path: Path) -> None:
     from bmkit.pipeline import chain
 
-    first = make(method)
+    first = made(method)
     pipeline = tmp_path / "again.yaml"
     pipeline.write_text(chain.to_yaml(chain.lineage(first.artifact.steps)))
     items = chain.read(str(pipeline))
@@ -372,15 +419,16 @@ def test_its_manifest_makes_it_again(method: Method, make: Make, tmp_path: Path)
 
 
 @each_method
-def test_a_gate_is_judged_on_the_result(method: Method, make: Make) -> None:
+def test_a_gate_is_judged_on_the_result(
+    method: Method, make: Make, assigned: Callable[[Method], tuple[str, ...]]
+) -> None:
     first = make(method)
     name, value = next(
         (n, v)
         for n, v in first.artifact.metrics.items()
         if isinstance(v, float) and n in registry.load(registry.STAGES[method.stage].recipe).METRICS
     )
-    line = MATRIX[method.stage, method.name]
     for bound, met in (({"max": value}, True), ({"max": value / 2}, False), ({"min": value}, True)):
-        assign = (*line.assign, f"gates.{name}={json.dumps(bound)}")
+        assign = (*assigned(method), f"gates.{name}={json.dumps(bound)}")
         result = make(method, assign=assign)
         assert (result.reused, not result.unmet) == (True, met), bound

@@ -66,7 +66,7 @@ STAGES = {
             "bmkit.tune.run:run",
             takes=("model",),
             gives="delta",
-            version=2,
+            version=3,
             taught_by="prompt",
         ),
         Stage(

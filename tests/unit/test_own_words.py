@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -50,3 +51,15 @@ def test_answers_are_drawn_as_the_model_is_likely_to_say_them(tiny: Path, tmp_pa
         entropy -= float((logs.exp() * logs).sum())
     assert abs(total / entropy - 1) < 0.05  # as samples of the model's own distribution have it
     assert own_words(*given, **how).examples == said
+
+
+@pytest.mark.parametrize(
+    ("steps", "processes", "tokens"),
+    [(2, 1, 1024), (2, 2, 2048), (300, 1, 60_000), (-1, 1, 60_000)],
+)
+def test_no_more_is_said_than_the_steps_read(steps: int, processes: int, tokens: int) -> None:
+    data = {"train": "t.jsonl", "own_words": 60_000, "mix_share": 0.25}
+    train = {"max_steps": steps, "per_device_train_batch_size": 8}
+    values = {"kind": "tune", "task": "duplex", "data": data, "train": train}
+    recipe = TuneRecipe.model_validate({**values, "deltas": [{"type": "lora"}]})
+    assert recipe.own_words(processes) == tokens

@@ -12,8 +12,9 @@ from bmkit.data.chat import IGNORED, Encoded, Example
 from bmkit.plan import Job
 from bmkit.runtime.voice import Voice
 from bmkit.train import corpus
+from bmkit.tune.recipe import OWN_ANSWER
 
-LONGEST = 512
+LONGEST = 2 * OWN_ANSWER
 """Tokens of a chat at most; half of them are an answer's."""
 ROWS = 8
 

@@ -67,7 +67,7 @@ def estimate(job: Job) -> Estimate:
     require_rows(task, job.files)
     parts, trained = _trained(job, headers)
     _warn_of_ranks(job, headers)
-    own = recipe.data.own_words if task == "duplex" and recipe.data.mix_share else 0
+    own = recipe.own_words(env.process()[1]) if task == "duplex" else 0
     said = [f"let the model say {own} tokens of its own, to be mixed in"] if own else []
     steps = [*said, *parts, *(["merge it into the model"] if recipe.merge else [])]
     disk = (2 * headers.dense_numel if recipe.merge else 4 * trained) + 2**24

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -45,7 +46,8 @@ class Data(Model):
         default=0,
         ge=0,
         description="Beside dialogues in slices: of so many tokens, what the model says before it "
-        "is trained, to users' turns that it makes up; mixed in as rows of `mix` are.",
+        "is trained, to users' turns that it makes up; mixed in as rows of `mix` are. Fewer where "
+        "`train.max_steps` steps don't read so many.",
     )
     mix_share: float = Field(
         default=0.2, ge=0, lt=1, description="How many of all rows are of `mix` and `own_words`."
@@ -130,6 +132,10 @@ class TuneTrain(Train):
     )
 
 
+OWN_ANSWER = 256
+"""Tokens of what the model says itself in a row, at most."""
+
+
 class TuneRecipe(Recipe):
     """`bmkit tune`."""
 
@@ -196,6 +202,17 @@ class TuneRecipe(Recipe):
     merge: bool = Field(
         default=False, description="Write the delta merged into its base, as a model."
     )
+
+    def own_words(self, processes: int) -> int:
+        """Return how many tokens the model is to say itself: no more than its rows can hold."""
+        data, train = self.data, self.train
+        if not data.mix_share:
+            return 0
+        if train.max_steps < 0:
+            return data.own_words
+        size = train.per_device_train_batch_size * train.gradient_accumulation_steps
+        rows = math.ceil(train.max_steps * size * processes * data.mix_share)
+        return min(data.own_words, rows * OWN_ANSWER)
 
     @model_validator(mode="after")
     def _something_is_trained(self) -> TuneRecipe:

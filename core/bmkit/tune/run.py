@@ -150,9 +150,9 @@ def _mixed(
         return encoded
     if path is not None and goal.encode_mix is not None:
         others += _said(job, goal, path, goal.encode_mix(path)).examples
-    if data.own_words:
+    if tokens := recipe.own_words(env.process()[1]):
         how: dict[str, Any] = {"max_length": goal.max_length, "dtype": recipe.dtype}
-        said = own_words(job, data.own_words, tokenizer, device=device, **how)
+        said = own_words(job, tokens, tokenizer, device=device, **how)
         others += weighed(said).examples
     return mixed(encoded, others, data.mix_share, recipe.seed) if others else encoded
 

@@ -43,8 +43,8 @@ CHATML = (
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
     """A BMKIT_HOME of the test's own.
 
-    Tests are about the CPU, apart from those marked `gpu`. With BMKIT_TEST_GPU, all commands take a
-    GPU where there is one: most pass there too, but not those about the CPU's memory and last bits.
+    Commands run on the CPU, apart from those of tests marked `gpu`. With BMKIT_TEST_GPU, all take a
+    GPU where there is one: most tests pass there too, not those about the CPU's memory and bits.
     """
     path = tmp_path / "bmkit-home"
     if "gpu" not in request.keywords and not os.environ.get("BMKIT_TEST_GPU"):

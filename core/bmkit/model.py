@@ -77,12 +77,13 @@ def compute_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch
     if name != "auto":
         chosen: torch.dtype = getattr(torch, name)
         return chosen
-    if device.type == "cuda" and (stored != torch.bfloat16 or _has_bf16(device)):
+    if device.type == "cuda" and (stored != torch.bfloat16 or has_bf16(device)):
         return stored
     return torch.float32
 
 
-def _has_bf16(device: torch.device) -> bool:
+def has_bf16(device: torch.device) -> bool:
+    """Tell whether a GPU computes in bfloat16 itself."""
     with torch.cuda.device(device):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 

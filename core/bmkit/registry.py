@@ -56,7 +56,7 @@ STAGES = {
             "bmkit.compress.run:run",
             takes=("model",),
             gives="model",
-            version=7,
+            version=8,
         ),
         Stage(
             "tune",

@@ -199,7 +199,7 @@ def by_bmkit(spec: dict[str, Any], model: Any, rows: list[Example], work: Path) 
         loss=clocked,
     )
     starts.append(now())
-    with noted(model, loss, lambda: collate(rows[:1])) as lean, counted(model) as kept:
+    with noted(model, loss, lambda: on(spec, collate(rows[:1]))) as lean, counted(model) as kept:
         lean(model, on(spec, collate(rows[: spec["batch"]])))
     found = {"starts": starts, "losses": trained.losses, "kept": kept.total}
     if prefix is not None:
@@ -371,6 +371,7 @@ def main() -> None:
         results[name] = compared(groups[name], given.rounds)
         after = os.getloadavg()[0]
         results[name] |= {"load_average_before": load, "rounds": given.rounds}
+        results[name] |= {"batch": given.batch, "dtype": given.dtype, "commit": facts["commit"]}
         machine.save(file, {**facts, "load_average_after": after, "results": results})
 
 

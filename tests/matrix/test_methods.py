@@ -152,6 +152,15 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def said(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of rows, as `chats` is, that stays."""
+    path = tmp_path_factory.mktemp("said") / "chats.jsonl"
+    rows = ({"prompt": f"Say {n}.", "completion": f"It is {n}."} for n in range(40))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 @pytest.fixture
 def assigned(texts: Path) -> Callable[[Method], tuple[str, ...]]:
     """Return what keeps a method's run short."""
@@ -189,19 +198,23 @@ def before() -> dict[tuple[str, str], Result]:
 @pytest.fixture
 def made(
     make: Make,
+    said: Path,
     before: dict[tuple[str, str], Result],
     tiny_checkpoint: Path,
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Make:
     """Return what `make` does, made once for all tests, in a BMKIT_HOME of its own."""
+    import torch
 
     def run(method: Method) -> Result:
         name = (method.stage, method.builtin)
         if name not in before:
             with monkeypatch.context() as patch:
                 patch.setenv("BMKIT_HOME", str(tmp_path_factory.mktemp("made")))
-                before[name] = make(method, model=str(tiny_checkpoint))
+                torch.manual_seed(12345)  # what another test did before must not matter
+                data = str(said) if MATRIX[method.stage, method.name].data else None
+                before[name] = make(method, model=str(tiny_checkpoint), data=data)
         return before[name]
 
     return run

@@ -55,7 +55,7 @@ def test_answers_are_drawn_as_the_model_is_likely_to_say_them(tiny: Path, tmp_pa
 
 @pytest.mark.parametrize(
     ("steps", "processes", "tokens"),
-    [(2, 1, 1024), (2, 2, 2048), (300, 1, 60_000), (-1, 1, 60_000)],
+    [(2, 1, 2048), (2, 2, 4096), (300, 1, 60_000), (-1, 1, 60_000)],
 )
 def test_no_more_is_said_than_the_steps_read(steps: int, processes: int, tokens: int) -> None:
     data = {"train": "t.jsonl", "own_words": 60_000, "mix_share": 0.25}

@@ -31,7 +31,7 @@ class Policy:
     where it ended, and the agent speaks there; None: never."""
     on_max_wait: Literal["rewind", "speak"] = "rewind"
     """`speak`: it speaks in the present slice instead."""
-    sure: float = 0.98
+    sure: float = 0.995
     """It stays silent if silence was likelier than this there: it was told to, or wasn't asked."""
     cooldown: int = 0
     """Slices that the agent stays silent after it was interrupted."""

@@ -97,7 +97,7 @@ class Policy(Model):
         "`speak`: answer in the present one.",
     )
     sure: float = Field(
-        default=0.98,
+        default=0.995,
         ge=0,
         le=1,
         description="It never has to where it found silence likelier than this: it was told to be "

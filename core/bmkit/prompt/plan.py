@@ -204,7 +204,7 @@ def estimate_answers(job: Job) -> Estimate:
     models = len(kept.prompts) if kept.ensemble and shelf.own_model(job.prompt.path) else 1
     if models > 1 and (job.cpu_memory or job.gpu_memory or recipe.quant):
         raise UsageError("an ensemble of whole models goes within no budget, and without --quant")
-    width = 4 if recipe.device == "cpu" else 2
+    width = budget.computed_bytes(recipe.dtype, recipe.device, headers)
     more, peak = (models - 1) * width * headers.dense_numel, found.peak
     gpu = peak.gpu_bytes + more if peak.gpu_bytes else 0
     return Estimate(found.steps, Peak(peak.ram_bytes + (0 if gpu else more), gpu, peak.disk_bytes))
@@ -270,7 +270,7 @@ def placement(job: Job, size: int, most: int) -> Placement | None:
         quant="int8" if quant == "w8a8" else quant,
         besides=budget.lora_bytes([read_headers(path) for path in job.adapter_paths]),
         gpu=on_gpu,
-        width=4 if not on_gpu or recipe.dtype == "float32" else 2,
+        width=budget.computed_bytes(recipe.dtype, recipe.device, headers),
     )
 
 

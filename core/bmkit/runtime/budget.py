@@ -264,6 +264,18 @@ class Sizes:
         )
 
 
+def computed_bytes(dtype: str, device: str, headers: Headers) -> int:
+    """Return the bytes of a number that is computed, as `model.compute_dtype` chooses its dtype.
+
+    On the CPU they are those of float32, whatever is asked for.
+    """
+    if not device.startswith("cuda"):
+        return 4
+    config = headers.config
+    stored = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return 2 if "16" in (str(stored) if dtype == "auto" else dtype) else 4
+
+
 def place_any(
     headers: Headers,
     *,
@@ -368,6 +380,10 @@ def _is_table(tensor: TensorHeader, headers: Headers) -> bool:
     return len(tensor.shape) == 2 and vocabulary > 0 and tensor.shape[0] == vocabulary
 
 
+OURS = ("_packed", "_kept", "_scale", "_zero_point", "_places")
+"""Tensors of packed matrices, which lie in slabs as on the CPU."""
+
+
 def _any_bytes(
     tensor: TensorHeader, headers: Headers, quant: str | None, width: int, *, gpu: bool
 ) -> int:
@@ -376,8 +392,9 @@ def _any_bytes(
     On the CPU, bfloat16 stays so where float32 is computed in.
     """
     linear = len(tensor.shape) == 2
-    if tensor.name.endswith(("_packed", "_kept")) or (linear and width == 4 and not gpu):
-        return _bytes(tensor, headers, "int8" if quant and _is_table(tensor, headers) else quant)
+    quant = "int8" if quant and _is_table(tensor, headers) else quant
+    if tensor.name.endswith(OURS) or (linear and width == 4 and not gpu):
+        return _bytes(tensor, headers, quant)
     if quant and len(tensor.shape) in (2, 3) and tensor.shape[-1] >= 32:
         return tensor.numel * BITS[quant] // 8 + tensor.numel // 4 + 128
     return width * tensor.numel + 64

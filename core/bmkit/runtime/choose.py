@@ -105,7 +105,6 @@ def choose(job: Job, headers: Headers, *, tokens: int | None = None) -> Chosen:
     wanted = recipe.quant is not None or limit is not None or packed or not generates
     readable = readable and whole is None and model_type not in NOT_PLACED
     if readable and ((recipe.device == "cpu" and exact) or (on_gpu and wanted)):
-        width = 4 if recipe.device == "cpu" or recipe.dtype == "float32" else 2
         placed = budget.place_any(
             headers,
             rows=rows,
@@ -115,7 +114,7 @@ def choose(job: Job, headers: Headers, *, tokens: int | None = None) -> Chosen:
             quant=quant,
             besides=besides + rows * beside.row,
             gpu=on_gpu,
-            width=width,
+            width=budget.computed_bytes(recipe.dtype, recipe.device, headers),
         )
         return Chosen("placed", placed)
     method = (headers.config.get("quantization_config") or {}).get("quant_method")

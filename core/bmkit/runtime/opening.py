@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,7 @@ def begin(device: torch.device, *, forget: bool = True) -> int:
     `forget`, the peak so far stays.
     """
     if device.type == "cuda":
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, *([torch.bfloat16] if models.has_bf16(device) else [])):
             some = torch.ones(16, 16, dtype=dtype, device=device)
             torch.mm(some, some).sum().item()
     if forget:
@@ -194,11 +195,29 @@ def _placed(job: Job, recipe: GenerateRecipe, chosen: Chosen, device: torch.devi
 def peak_gpu_bytes(device: torch.device) -> int:
     """Return the most GPU memory that was held, CUDA's own included; 0 on the CPU.
 
-    CUDA's own share can't be told from what other processes hold on the same GPU: it counts with as
-    much as a budget leaves it, at most.
+    That is told by the driver where it knows this process. Else CUDA's own share can't be told from
+    what other processes hold on the GPU, and counts with as much as a budget leaves it, at most.
     """
     if device.type != "cuda":
         return 0
     free, total = torch.cuda.mem_get_info(device)
-    own = total - free - torch.cuda.memory_reserved(device)
-    return int(min(own, budget.GPU_BYTES) + torch.cuda.max_memory_reserved(device))
+    reserved = torch.cuda.memory_reserved(device)
+    held = _held_by_this_process(device)
+    own = min(total - free - reserved, budget.GPU_BYTES) if held is None else held - reserved
+    return int(own + torch.cuda.max_memory_reserved(device))
+
+
+def _held_by_this_process(device: torch.device) -> int | None:
+    """Return the bytes that the driver's library says this process holds; None if it doesn't."""
+    try:
+        import pynvml  # type: ignore[import-not-found]  # comes with some builds of torch
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        found = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        return next((p.usedGpuMemory or None for p in found if p.pid == os.getpid()), None)
+    except (pynvml.NVMLError, AttributeError):  # a driver that doesn't tell
+        return None

@@ -71,10 +71,11 @@ class Ranks(TrainerCallback):  # type: ignore[misc]
         if not state.global_step or not file.is_file():
             return
         pattern: dict[str, list[Any]] = {}
+        device = next(self.tuner.parameters()).device
         for key, tensor in load_file(file).items():
             kind, _slash, name = key.partition("/")
             if kind == "pattern":
                 pattern[name] = tensor.tolist()
             else:
-                getattr(self.tuner.rankallocator, kind)[name] = tensor
+                getattr(self.tuner.rankallocator, kind)[name] = tensor.to(device)
         self.config.rank_pattern = pattern or None

@@ -183,6 +183,8 @@ def _train(
     arguments._setup_devices  # noqa: B018 - a cached property: it takes the first GPU
     if not together:
         vars(arguments)["_setup_devices"] = device
+        if device.type == "cuda":
+            torch.cuda.set_device(device.index or 0)
         arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one device
     set_seed(seed)
     trainer = _Trainer(

@@ -15,7 +15,7 @@ from bmkit.deltas.modules import modules_of_model
 from bmkit.plan import Job
 from bmkit.runtime import heads
 from bmkit.runtime.budget import room_in_ram
-from bmkit.runtime.opening import begin
+from bmkit.runtime.opening import begin, cap_gpu
 from bmkit.tune.duplex import grow
 from bmkit.tune.objectives import Objective
 from bmkit.tune.plan import placement
@@ -82,6 +82,8 @@ def _placed(job: Job, recipe: TuneRecipe, device: torch.device, report: dict[str
     report["rss_before_bytes"] = begin(device)
     limit = job.cpu_memory if on_cpu else job.gpu_memory
     assert limit is not None  # else there is no placement
+    if not on_cpu:
+        cap_gpu(device, limit)
     weights = limit - found.fixed_bytes + found.rest_bytes
     job.reporter.info(
         f"{len(found.resident)} of {len(found.units)} units resident, "

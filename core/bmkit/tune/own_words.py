@@ -9,13 +9,12 @@ import torch
 
 from bmkit import env
 from bmkit.data.chat import IGNORED, Encoded, Example
-from bmkit.plan import Job
+from bmkit.plan import Job, read_headers
+from bmkit.runtime import family
 from bmkit.runtime.voice import Voice
 from bmkit.train import corpus
-from bmkit.tune.recipe import OWN_ANSWER
+from bmkit.tune.recipe import OWN_LONGEST
 
-LONGEST = 2 * OWN_ANSWER
-"""Tokens of a chat at most; half of them are an answer's."""
 ROWS = 8
 
 
@@ -33,9 +32,12 @@ def own_words(
     """Return chats whose answers have `tokens` tokens; the model of `job` makes up both sides.
 
     They are drawn as it is likely to say them, so that learning them asks for no change. What is
-    made is kept in `job.work`, where a stopped run goes on. Raises InputError if it says nothing.
+    made is kept in `job.work`, where a stopped run goes on. The fused decoder says it in float32
+    where it can, whatever is trained in. Raises InputError if it says nothing.
     """
-    longest = min(max_length, LONGEST)
+    longest = min(max_length, OWN_LONGEST)
+    if device.type == "cpu" and family.covers(read_headers(job.checkpoint).config):
+        dtype = "auto"
     texts = corpus.gather(
         lambda: Voice(job.checkpoint, device=device, dtype=dtype, rows=ROWS, reporter=job.reporter),
         tokenizer,

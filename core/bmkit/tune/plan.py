@@ -26,7 +26,7 @@ from bmkit.plan import (
     Peak,
     read_headers,
 )
-from bmkit.runtime.budget import Placement, Sizes, place_any
+from bmkit.runtime.budget import Placement, Sizes, computed_bytes, place_any
 from bmkit.runtime.family import readable
 from bmkit.tune.foreseen import (
     require_duplex,
@@ -123,7 +123,7 @@ def placement(job: Job) -> Placement | None:
         budget=budget,
         besides=training,
         gpu=on_gpu,
-        width=4 if not on_gpu or recipe.dtype == "float32" else 2,
+        width=computed_bytes(recipe.dtype, recipe.device, headers),
     )
 
 

@@ -132,8 +132,8 @@ class TuneTrain(Train):
     )
 
 
-OWN_ANSWER = 256
-"""Tokens of what the model says itself in a row, at most."""
+OWN_LONGEST = 512
+"""Tokens of a row of what the model says itself, at most; half of a chat are an answer's."""
 
 
 class TuneRecipe(Recipe):
@@ -212,7 +212,7 @@ class TuneRecipe(Recipe):
             return data.own_words
         size = train.per_device_train_batch_size * train.gradient_accumulation_steps
         rows = math.ceil(train.max_steps * size * processes * data.mix_share)
-        return min(data.own_words, rows * OWN_ANSWER)
+        return min(data.own_words, rows * min(data.max_length, OWN_LONGEST))
 
     @model_validator(mode="after")
     def _something_is_trained(self) -> TuneRecipe:

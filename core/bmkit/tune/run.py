@@ -20,6 +20,7 @@ from bmkit.deltas.merge import merge
 from bmkit.errors import counted
 from bmkit.plan import Job, Outcome
 from bmkit.runtime import experts, heads
+from bmkit.runtime.opening import peak_gpu_bytes
 from bmkit.train.dev import Dev
 from bmkit.train.dropout import replace_dropout
 from bmkit.train.head import prompted
@@ -86,6 +87,7 @@ def _run(job: Job) -> Outcome:
     size = recipe.train.per_device_eval_batch_size
     batches = [] if dev is None else batches_of(dev, goal.collate_dev, size)
     metrics = _train(job, recipe, goal, base, model, encoded, batches, device)
+    base.report["peak_gpu_bytes"] = peak_gpu_bytes(device)
     metrics |= lost
     metrics |= {
         "rows": len(encoded.examples),

@@ -33,8 +33,7 @@ SHARD_BYTES = 2 * 2**30
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn `cpu`, `cuda:1`, … into a device; `cuda` is the first. Raises ResourceError if it
-    isn't there.
+    """Turn `cpu`, `cuda` (the first), … into a device. Raises ResourceError if it isn't there.
 
     `auto` has become one of them before (`env.resolve_device`), without torch, since plan and key
     depend on it.

@@ -66,7 +66,7 @@ STAGES = {
             "bmkit.tune.run:run",
             takes=("model",),
             gives="delta",
-            version=3,
+            version=4,
             taught_by="prompt",
         ),
         Stage(
@@ -77,6 +77,7 @@ STAGES = {
             "bmkit.prompt.run:run",
             takes=("model", "delta"),
             gives="prompt",
+            version=2,
         ),
         Stage(
             "infer",

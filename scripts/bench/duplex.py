@@ -49,6 +49,10 @@ SAYS = "so can you tell me what the weather in"
 KINDS = (("idle", SILENT, None), ("heard", SILENT, SAYS), ("spoken", SPEAKS, SAYS))
 """Silence of both, words of the user, and words that are answered."""
 DEVICE = "cpu"
+SAVES_EVERY = 120.0
+"""Seconds after which a long session's figures so far are saved."""
+IDLE = 0.005
+"""Seconds of a slice in which there was nothing to compute: fewer than these."""
 
 
 def trained(folder: Path, source: Artifact) -> Path:
@@ -175,8 +179,13 @@ def idle(model: Path, threads: int, count: int = 1000) -> dict[str, Any]:
     }
 
 
-def long(model: Path, threads: int, hours: float) -> dict[str, Any]:
-    """Return how slices and memory are over a session of hours, of which none is waited for."""
+def long(
+    model: Path, threads: int, hours: float, save: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Return how slices and memory are over a session of hours, of which none is waited for.
+
+    What is known so far is saved every few minutes: it takes long.
+    """
     draw = random.Random(7)
     parts: list[list[float]] = [[] for _ in range(4)]
     lengths: list[int] = []
@@ -186,7 +195,24 @@ def long(model: Path, threads: int, hours: float) -> dict[str, Any]:
         session = begun(ready, settings)
         period = ready.period_ms / 1000
         count = int(hours * 3600 / period)
-        at = 0
+
+        def so_far() -> dict[str, Any]:
+            return {
+                "virtual_hours": round(len(lengths) * period / 3600, 3),
+                "slices": len(lengths),
+                "high": settings.high,
+                "low": settings.low,
+                "most_tokens": max(lengths),
+                "evicted_tokens": session.evicted,
+                "rss_mib_after_a_tenth": rss[len(rss) // 10] // 2**20,
+                "rss_mib_at_the_end": rss[-1] // 2**20,
+                "wall_seconds": [quantiles(part) for part in parts],
+                "wall_seconds_of_work": [
+                    quantiles([t for t in part if t > IDLE]) for part in parts
+                ],
+            }
+
+        at, saved = 0, time.monotonic()
         while at < count:
             asked = draw.randint(2, 4)
             said = draw.randint(2, 6)
@@ -200,18 +226,10 @@ def long(model: Path, threads: int, hours: float) -> dict[str, Any]:
                 at += 1
                 lengths.append(len(session.log))
             rss.append(env.rss_bytes())
-    return {
-        "virtual_hours": hours,
-        "slices": at,
-        "high": settings.high,
-        "low": settings.low,
-        "most_tokens": max(lengths),
-        "evicted_tokens": session.evicted,
-        "rss_mib_after_a_tenth": rss[len(rss) // 10] // 2**20,
-        "rss_mib_at_the_end": rss[-1] // 2**20,
-        "wall_seconds": [quantiles(part) for part in parts],
-        "wall_seconds_of_work": [quantiles([t for t in part if t > 0.005]) for part in parts],
-    }
+            if time.monotonic() > saved + SAVES_EVERY:
+                saved = time.monotonic()
+                save(so_far())
+        return so_far()
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:
@@ -269,17 +287,21 @@ def main() -> None:
     facts = machine.facts()
     torch.set_num_threads(given.threads)
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+
+    def save(name: str, found: dict[str, Any]) -> None:
+        results[name] = {"facts": facts, "threads": given.threads, **found}
+        machine.save(result, results, say=False)
+
     parts: dict[str, Callable[[Path], dict[str, Any]]] = {
         "slices": lambda model: slices(model, given.threads, given.rounds, histories),
         "idle": lambda model: idle(model, given.threads),
-        "long": lambda model: long(model, given.threads, given.hours),
+        "long": lambda model: long(model, given.threads, given.hours, partial(save, "long")),
         "sessions": lambda model: several(model, given.threads, given.rounds),
     }
     with tempfile.TemporaryDirectory(dir=env.home()) as folder:
         model = trained(Path(folder) / "model", find_model(MODEL, Silent()))
         for name in given.only.split(","):
-            results[name] = {"facts": facts, "threads": given.threads, **parts[name](model)}
-            machine.save(result, results, say=False)
+            save(name, parts[name](model))
     print(json.dumps({name: results[name] for name in given.only.split(",")}, indent=1))
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bmkit.nn.rounding import Grid, dequantize, quantize, round_matrix
-from bmkit.runtime.cpu import block, pack
+from bmkit.runtime.cpu import block, dots, pack
 from bmkit.runtime.cpu.pack import Packed
 
 STORES = ["float32", "bfloat16", "float16", "int8", "int8-32", "int4", "int4-32", "int4-64"]
@@ -104,3 +107,30 @@ def test_activations_are_torchs(kind: int, own: object) -> None:
     for x in np.linspace(-20, 20, 401).astype(np.float32):
         wanted = float(own(torch.tensor(x)))  # type: ignore[operator]
         assert abs(float(block.activate(x, kind)) - wanted) < 2e-6
+
+
+FIRST_CALL = """
+import torch
+from bmkit.runtime.cpu import block
+torch.set_num_threads(1)
+torch.get_num_threads()  # from now on this thread's number is what it was set to
+block.use_threads(1)
+print(torch.get_num_threads())
+"""
+
+
+def test_kernels_leave_torch_the_threads_that_it_was_given() -> None:
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", FIRST_CALL]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"]
+
+
+@pytest.mark.skipif(dots.LANES == 8, reason="the processor has no other kernels")
+def test_kernels_for_avx2_multiply_as_well() -> None:
+    environment = {**os.environ, "BMKIT_AVX2": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "products_equal_numpys or mix or spread"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "passed" in done.stdout

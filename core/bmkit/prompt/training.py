@@ -27,6 +27,7 @@ from bmkit.prompt.stored import SOFT
 from bmkit.prompt.texts import Writer
 from bmkit.train.dev import Dev
 from bmkit.train.dropout import replace_dropout
+from bmkit.train.fused_lora import fuse
 from bmkit.train.ranks import Ranks
 from bmkit.train.rates import Rates
 from bmkit.train.trainer import steps_of, train
@@ -111,6 +112,7 @@ def learn(
         return {"row": numbers, "labels": targets[numbers]}
 
     replace_dropout(model)
+    fuse(model)
     ranks = [Ranks(t, steps_of(recipe.train, len(examples))) for t in compose.tuners(model)]
 
     def loss(_: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:

@@ -161,6 +161,11 @@ class TuneRecipe(Recipe):
     MODELS: ClassVar = ("original",)
 
     kind: Literal["tune"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "quickest"] = Field(  # type: ignore[assignment]
+        default="auto",
+        description="`auto` computes in the stored dtype on a GPU that can, else in float32; "
+        "`quickest` does so on a processor with AMX too, if that is bfloat16.",
+    )
     task: Task = Field(
         default="auto",
         description="What the model is to do; `auto` goes by the rows, else by the model.",

@@ -23,6 +23,7 @@ from bmkit.runtime import experts, heads
 from bmkit.runtime.opening import peak_gpu_bytes
 from bmkit.train.dev import Dev
 from bmkit.train.dropout import replace_dropout
+from bmkit.train.fused_lora import fuse
 from bmkit.train.head import prompted
 from bmkit.train.preference import with_reference
 from bmkit.train.ranks import Ranks
@@ -30,7 +31,7 @@ from bmkit.train.sharing import share_out
 from bmkit.train.together import leave, own_device
 from bmkit.train.trainer import steps_of, train
 from bmkit.tune.attach import METHODS, attach
-from bmkit.tune.base import Base, open_base
+from bmkit.tune.base import Base, open_base, quickest
 from bmkit.tune.duplex import finish, mixed
 from bmkit.tune.lean import lean_rows
 from bmkit.tune.lost import begin_with_lost
@@ -63,6 +64,9 @@ def _run(job: Job) -> Outcome:
     if job.threads:
         torch.set_num_threads(job.threads)
     device = own_device(models.pick_device(recipe.device))
+    if recipe.dtype == "quickest":
+        recipe = recipe.model_copy(update={"dtype": quickest(job, device)})
+        job = replace(job, recipe=recipe)
     tokenizer = models.load_tokenizer(job.checkpoint)
     config = models.load_config(job.checkpoint)
     goal = objective(recipe, config, job.files["data.train"], tokenizer, job.checkpoint)
@@ -199,6 +203,7 @@ def _train(
         before = goal.figures(model.eval(), batches, device)
         metrics |= {f"{name}_before": round(value, 6) for name, value in before.items()}
     replace_dropout(model)
+    fuse(model)
     rows = lean_rows(job, recipe, goal, model, encoded.examples)
     steps = steps_of(spec, len(rows.examples))
     ranks = [Ranks(tuner, steps) for tuner in compose.tuners(model)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 from numba import carray, cfunc, float32, njit, prange
 
 from bmkit.runtime.cpu import KEPT
@@ -22,6 +23,7 @@ from bmkit.runtime.cpu.dots import (
     INT4_ZERO,
     INT8,
     INT8_ZERO,
+    LANES,
     ROWS,
     call_rows,
     dot_1x1,
@@ -29,6 +31,7 @@ from bmkit.runtime.cpu.dots import (
     dot_2x4,
     dot_4x1,
     dot_4x2,
+    dot_4x4,
     float_of_bits,
     mix_1,
     mix_2,
@@ -110,6 +113,11 @@ def _rows(
                     for u in range(6):
                         _put(y, (t + u % 3) * stride + column + i + r + u // 3, d3[u], add)
                 t += 3
+            elif LANES == 16:
+                d16 = dot_4x4(kind, slab, w, one, s, scale, x, width, t, group, ahead)
+                for u in range(16):
+                    _put(y, (t + u % 4) * stride + column + i + u // 4, d16[u], add)
+                t += 4
             else:  # more than eight sums at a time don't stay in registers
                 for r in range(0, 4, 2):
                     d4 = dot_2x4(
@@ -146,8 +154,15 @@ ADDRESS: int = _rows.address
 
 
 def use_threads(count: int) -> None:
-    """Let what this thread calls run on `count` threads: others would only be waited for."""
+    """Let what this thread calls run on `count` threads: others would only be waited for.
+
+    torch keeps its own number: the first call begins numba's team, by which OpenMP's default, and
+    torch's with it, becomes the number of cores.
+    """
+    before = torch.get_num_threads()
     numba.set_num_threads(max(1, min(count, numba.config.NUMBA_NUM_THREADS)))
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
 
 
 @njit(**_parallel)

@@ -1,10 +1,10 @@
 """Inner products of one packed weight row with a few activation rows, as vector code.
 
 numba's own loops leave half of the memory bus unused for bytes, and more for nibbles; these are
-built instruction by instruction through its IR, for the vector width of AVX2. `dot_RxT` multiplies
-R weight rows with T activation rows at a time, so that one token or four cost about the same: what
-is read from memory. `mix_1` and `mix_2` add up the values that attention weighs, `spread_1` and
-`spread_8` what single inputs of a matrix add to its outputs.
+built instruction by instruction through its IR, for the vectors of AVX-512 or AVX2. `dot_RxT`
+multiplies R weight rows with T activation rows at a time, so that one token or four cost about the
+same: what is read from memory. `mix_1` and `mix_2` add up the values that attention weighs,
+`spread_1` and `spread_8` what single inputs of a matrix add to its outputs.
 
 Every sum is taken in one order, the inputs', whatever R and T are: a token's numbers are the same
 bits alone, beside others, and in a tree of guesses.
@@ -15,13 +15,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from llvmlite import binding as llvm
 from llvmlite import ir
 from numba.core import cgutils
 from numba.core import types as numba_types
 from numba.extending import intrinsic
 
+from bmkit.runtime.cpu import KEEPS_TO_AVX2
+
 types: Any = numba_types
-LANES = 8
+LANES = 8 if KEEPS_TO_AVX2 or not llvm.get_host_cpu_features().get("avx512f") else 16
+"""Floats in a vector: 16 where the processor has registers for as many."""
+PART = 32
+"""Inputs whose vectors are a whole number, whatever LANES are: rows are a multiple of it."""
 FLOAT32, BFLOAT16, INT8, INT4, FLOAT16, INT8_ZERO, INT4_ZERO = range(7)
 """How a matrix is stored.
 
@@ -100,7 +106,7 @@ def _nibbles(b: Any, base: Any, at: Any, zero: Any) -> list[Any]:
     middle = _everywhere(b, zero, half)
     for part in (low, high):
         signed = b.sub(part, middle)
-        for first in (0, LANES):
+        for first in range(0, half, LANES):
             lanes = ir.Constant(ir.VectorType(_I32, LANES), list(range(first, first + LANES)))
             eight = b.shuffle_vector(signed, ir.Constant(raw_type, ir.Undefined), lanes)
             found.append(b.sitofp(b.sext(eight, wide), _V))
@@ -109,7 +115,9 @@ def _nibbles(b: Any, base: Any, at: Any, zero: Any) -> list[Any]:
 
 def _sum(b: Any, vector: Any) -> Any:
     """Add up the lanes."""
-    for width in (4, 2, 1):
+    for width in (8, 4, 2, 1):
+        if width >= LANES:
+            continue
         lanes = [i + width if i < width else i for i in range(LANES)]
         other = b.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(_I32, LANES), lanes))
         vector = b.fadd(vector, other, flags=_FUSED)
@@ -135,7 +143,8 @@ def _product(
     rows, tokens = len(weights), len(inputs)
     pairs = [(r, t) for r in range(rows) for t in range(tokens)]
     scaled = kind in EIGHTS + FOURS
-    chunks = 4 if kind in FOURS or len(pairs) <= 2 else 2 if len(pairs) <= 4 else 1
+    most = PART // LANES
+    chunks = most if kind in FOURS or len(pairs) <= 2 else min(2, most) if len(pairs) <= 4 else 1
     step = chunks * LANES
     bases = [b.gep(data, [row]) for row in weights]
     total = [cgutils.alloca_once_value(b, _ZERO) for _ in pairs]
@@ -277,6 +286,8 @@ dot_1x1, dot_4x1, dot_4x2, dot_2x3, dot_2x4 = (
     _make(*tile) for tile in ((1, 1), (4, 1), (4, 2), (2, 3), (2, 4))
 )
 """Weight rows x activation rows: as many as sixteen vector registers can sum up at a time."""
+dot_4x4 = _make(4, 4) if LANES == 16 else dot_2x4
+"""With AVX-512 there are 32 registers."""
 
 
 def _make_mix(rows: int) -> Callable[..., Any]:
@@ -311,10 +322,10 @@ def _make_mix(rows: int) -> Callable[..., Any]:
             numbers = [b.add(row, ir.Constant(_I64, r)) for r in range(rows)]
             shares = [b.gep(arrays[1].data, [b.add(b.mul(n, stride), column)]) for n in numbers]
             outs = [b.gep(arrays[2].data, [b.mul(n, width)]) for n in numbers]
-            part = ir.Constant(_I64, 4 * LANES)
+            part = ir.Constant(_I64, PART)
             with cgutils.for_range(b, b.udiv(width, part)) as outer:
                 begin = b.mul(outer.index, part)
-                at = [b.add(begin, ir.Constant(_I64, c * LANES)) for c in range(4)]
+                at = [b.add(begin, ir.Constant(_I64, c * LANES)) for c in range(PART // LANES)]
                 places = [[b.bitcast(b.gep(out, [a]), _V.as_pointer()) for a in at] for out in outs]
                 sums = [[cgutils.alloca_once_value(b, _ZERO) for _ in at] for _ in outs]
                 for r in range(rows):
@@ -406,8 +417,8 @@ def _spread(
     high: Any,
 ) -> None:
     """Emit the code of one kind: 32 columns at a time, sums in registers, rows in their order."""
-    parts = range(4)
-    with cgutils.for_range_slice(b, low, high, ir.Constant(_I64, 4 * LANES)) as (at, _):
+    parts = range(PART // LANES)
+    with cgutils.for_range_slice(b, low, high, ir.Constant(_I64, PART)) as (at, _):
         byte = b.lshr(b.mul(at, ir.Constant(_I64, BITS[kind])), ir.Constant(_I64, 3))
         columns = [b.add(at, ir.Constant(_I64, c * LANES)) for c in parts]
         places = [b.bitcast(b.gep(out, [column]), _V.as_pointer()) for column in columns]

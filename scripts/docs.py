@@ -79,7 +79,11 @@ def recipe_keys() -> str:
     for stage in registry.STAGES.values():
         recipe = registry.load(stage.recipe)
         known = set(GenerateRecipe.model_fields) if stage.gives == "text" else set()
-        own = _rows(recipe, "", (shared | known) - {"kind"}, TOLD if stage.name != "tune" else ())
+        other = {
+            name for name in shared if _description(recipe, name) != _description(Recipe, name)
+        }
+        told = (shared | known) - other - {"kind"}
+        own = _rows(recipe, "", told, TOLD if stage.name != "tune" else ())
         parts += [f"### `{stage.name}`", _key_table(own)]
         metrics = ", ".join(f"`{name}`" for name in recipe.METRICS) or "none"
         parts.append(f"Metrics that `gates` may bound: {metrics}.")
@@ -90,6 +94,10 @@ def recipe_keys() -> str:
             models = ", ".join(f"`{name}`" for name in recipe.MODELS)
             parts.append(f"Keys that name a further model, as `-m` does: {models}.")
     return "\n\n".join(parts)
+
+
+def _description(recipe: type[Recipe], name: str) -> str | None:
+    return recipe.model_fields[name].description
 
 
 def _key_table(rows: Iterable[Row]) -> str:

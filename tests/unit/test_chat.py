@@ -317,3 +317,15 @@ def test_a_batch_is_padded_on_the_right_and_padding_bears_no_loss() -> None:
         "attention_mask": [[1, 1, 1], [1, 0, 0]],
         "labels": [[IGNORED, 6, 7], [IGNORED, IGNORED, IGNORED]],
     }
+
+
+def test_batches_can_be_of_few_lengths() -> None:
+    rows = [{"input_ids": [5] * n, "labels": [5] * n, "weights": [1.0] * n} for n in (3, 18)]
+    batch = Padding(0, ("weights",), 16, 40)(rows)
+    assert {name: tuple(value.shape) for name, value in batch.items()} == dict.fromkeys(
+        ("input_ids", "attention_mask", "labels", "weights"), (2, 32)
+    )
+    assert batch["weights"].sum() == 21 and batch["attention_mask"].sum() == 21
+    assert (batch["labels"][1, 18:] == -100).all()
+    assert Padding(0, (), 16, 20)(rows)["input_ids"].shape == (2, 20)
+    assert Padding(0, (), 16, 10)(rows)["input_ids"].shape == (2, 18)

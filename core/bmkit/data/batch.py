@@ -20,10 +20,15 @@ class Padding:
     pad_token_id: int
     keep: tuple[str, ...] = ()
     """What examples have beside tokens and labels that goes into the batch, padded with 0."""
+    multiple: int = 1
+    """The time is a multiple of it: of few shapes, libraries know the products already."""
+    most: int = 0
+    """But it isn't made longer than that."""
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Return `input_ids`, `attention_mask`, `labels` and `keep`, each [batch, time]."""
         longest = max(len(e["input_ids"]) for e in examples)
+        longest = max(longest, min(-(-longest // self.multiple) * self.multiple, self.most))
         rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
         for e in examples:
             gap = longest - len(e["input_ids"])
@@ -31,7 +36,9 @@ class Padding:
             rows["attention_mask"].append([1] * len(e["input_ids"]) + [0] * gap)
             rows["labels"].append(e["labels"] + [IGNORED] * gap)
         batch = {name: torch.tensor(values) for name, values in rows.items()}
-        return batch | {name: _padded([e[name] for e in examples], 0) for name in self.keep}
+        return batch | {
+            name: _padded([e[name] for e in examples], 0, longest) for name in self.keep
+        }
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,6 @@ class Gaps:
         }
 
 
-def _padded(values: Sequence[Sequence[float]], fill: int) -> Tensor:
-    longest = max(len(row) for row in values)
+def _padded(values: Sequence[Sequence[float]], fill: int, least: int = 0) -> Tensor:
+    longest = max(least, *(len(row) for row in values))
     return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in values])

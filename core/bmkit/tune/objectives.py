@@ -145,7 +145,7 @@ def objective(
             task,
             None,
             lambda path: encode_dialogues(path, tokenizer, form, max_length=length),
-            Padding(pad, ("weights",)),
+            Padding(pad, ("weights",), SHAPES, length),
             Padding(pad, ("weights", "decisions")),
             next_token_loss,
             duplex.Measured(marks.layout.silent),
@@ -178,6 +178,10 @@ def objective(
         pad,
         length,
     )
+
+
+SHAPES = 16
+"""Of what the length of a batch of dialogues is a multiple: they are of many lengths."""
 
 
 def _length(recipe: TuneRecipe, config: Any) -> int:

@@ -130,12 +130,15 @@ def test_training_for_a_rounding_leaves_less_of_its_damage(
 ) -> None:
     train = TRAIN.replace("6", "40")
     export = "method: quantize, bits: 4, group_size: channel"
-    found = {}
-    for name, qat in (("plain", "false"), ("qat", "true")):
+    perplexity = {"false": 0.0, "true": 0.0}
+    for qat in perplexity:
         path = recipe(tmp_path, f"method: distill, qat: {qat}, {train}", export)
-        found[name] = metrics(bmkit("compress", path, "-m", "tiny", "-o", name, *SHORT))
-    assert found["qat"]["agreement"] > found["qat"]["agreement_before"]
-    assert found["qat"]["perplexity"] < found["plain"]["perplexity"]
+        for seed in ("1", "2", "3"):  # of one alone, the last bits of a product can turn it round
+            words = ("-m", "tiny", "-o", f"{qat}-{seed}", "--seed", seed, *SHORT)
+            found = metrics(bmkit("compress", path, *words))
+            perplexity[qat] += found["perplexity"] / 3
+            assert qat == "false" or found["agreement"] > found["agreement_before"]
+    assert perplexity["true"] < perplexity["false"]
 
 
 def test_the_built_in_recipe_mends_what_rounding_breaks(

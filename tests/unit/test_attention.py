@@ -55,9 +55,9 @@ def test_the_same_bits_and_nearer_gradients(tokens: int, how: dict[str, Any]) ->
     wide = [x.detach().double().requires_grad_() for x in given]
     _, right = grads(wide, functional.scaled_dot_product_attention, **exact)
     for mine, theirs, truth in zip(grads_found, grads_torch, right, strict=True):
-        off = (mine.double() - truth).abs().max()
-        assert off < 0.03 * truth.abs().max()
-        assert off <= 1.05 * (theirs.double() - truth).abs().max()
+        off = (mine.double() - truth).abs()
+        assert off.max() < 0.03 * truth.abs().max()
+        assert off.mean() <= 1.02 * (theirs.double() - truth).abs().mean()
 
 
 @pytest.mark.parametrize(

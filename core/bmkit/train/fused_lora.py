@@ -113,7 +113,8 @@ class _Fused(torch.autograd.Function):
         ctx.scale, ctx.p, ctx.seed = scale, p, seed
         ctx.save_for_backward(x, weight, first, second)
         a, b = first.to(x.dtype), second.to(x.dtype)
-        low = products.linear(_left(x, p, seed), a)  # [n, rank]
+        left = x.masked_fill(dropped(x, p, seed), 0) if p else x
+        low = products.linear(left, a)  # [n, rank]
         found = products.linear(x, weight, bias)
         return found.addmm_(low, b.t(), alpha=scale * growth(p))
 
@@ -126,20 +127,16 @@ class _Fused(torch.autograd.Function):
         a, b = first.to(x.dtype), second.to(x.dtype)
         low = (grad @ b).mul_(scale)  # [n, rank]
         of_x = of_first = of_second = None
-        left = _left(x, ctx.p, ctx.seed) if needs[3] or needs[4] else None
+        gone = dropped(x, ctx.p, ctx.seed) if ctx.p else None
+        left = x if gone is None else x.masked_fill(gone, 0)
         if needs[0]:
             of_x = products.linear(grad, weight.t())
-            if ctx.p:
-                of_x += (low @ a).masked_fill_(dropped(x, ctx.p, ctx.seed), 0)
-            else:
+            if gone is None:
                 of_x.addmm_(low, a)
-        if needs[3] and left is not None:
+            else:
+                of_x += (low @ a).masked_fill_(gone, 0)
+        if needs[3]:
             of_first = (low.t() @ left).to(first.dtype)
-        if needs[4] and left is not None:
+        if needs[4]:
             of_second = (grad.t() @ products.linear(left, a)).mul_(scale).to(second.dtype)
         return of_x, None, None, of_first, of_second, None, None, None
-
-
-def _left(x: Tensor, p: float, seed: int) -> Tensor:
-    """Return what dropout leaves of `x`, not scaled up."""
-    return x.masked_fill(dropped(x, p, seed), 0) if p else x

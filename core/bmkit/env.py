@@ -9,6 +9,7 @@ import resource
 import shutil
 import sys
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from bmkit.errors import UsageError
@@ -121,6 +122,21 @@ def resolve_device(device: str) -> str:
         return device
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in {"", "-1", "NoDevFiles"}
     return "cuda" if has_nvidia_gpu() and not hidden and not _torch_is_for_cpu() else "cpu"
+
+
+@cache
+def has_amx() -> bool:
+    """Tell, without torch, whether bfloat16 matrices are multiplied by AMX.
+
+    That is several times as quick as float32. Only Linux is asked.
+    """
+    try:
+        return (
+            re.search(r"^flags\s*:.* amx_bf16\b", Path("/proc/cpuinfo").read_text(), re.M)
+            is not None
+        )
+    except OSError:
+        return False
 
 
 def _torch_is_for_cpu() -> bool:

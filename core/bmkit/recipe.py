@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -76,6 +76,13 @@ class Recipe(Model):
         if not re.fullmatch(r"auto|cpu(:0)?|(cuda|mps|xpu)(:\d+)?", self.device):
             text = f"`{self.device}` is not a device; write auto, cpu, cuda, cuda:1 or mps"
             raise contradiction("device", text)
+        return self
+
+    def settled(self, config: Mapping[str, Any], files: Mapping[str, Path]) -> Self:
+        """Return what is meant by it on this machine, for a model with this `config.json`.
+
+        `files` has what `FILES` name. What a result depends on is so told by its key.
+        """
         return self
 
 

@@ -56,7 +56,7 @@ STAGES = {
             "bmkit.compress.run:run",
             takes=("model",),
             gives="model",
-            version=8,
+            version=9,
         ),
         Stage(
             "tune",

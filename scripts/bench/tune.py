@@ -42,6 +42,7 @@ from bmkit.train import head as heads
 from bmkit.train.activations import counted
 from bmkit.train.dropout import replace_dropout
 from bmkit.train.frozen import FrozenPrefix, numbered, with_rows
+from bmkit.train.fused_lora import fuse
 from bmkit.train.loss import next_token_loss
 from bmkit.train.order import Order
 from bmkit.train.packing import Packing, pack, way
@@ -168,6 +169,7 @@ def by_peft(spec: dict[str, Any], model: Any, rows: list[Example], work: Path) -
 def by_bmkit(spec: dict[str, Any], model: Any, rows: list[Example], work: Path) -> dict[str, Any]:
     """Train with bmkit."""
     replace_dropout(model)
+    fuse(model)
     collate: Any = Padding(0)
     loss = default_loss(model)
     if spec["way"] == "packed":

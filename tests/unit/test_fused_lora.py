@@ -110,6 +110,50 @@ def test_dropout_is_that_of_the_layer_it_takes_the_place_of() -> None:
     torch.testing.assert_close(fused(x), apart.eval()(x))
 
 
+def test_dropout_in_bfloat16_drops_the_same() -> None:
+    wide, fused = tuned(p=0.4).train(), tuned(torch.bfloat16, p=0.4).train()
+    for model in (wide, fused):
+        replace_dropout(model)
+        fuse(model)
+    x = torch.randn(6, 9, 48).bfloat16()
+    torch.manual_seed(4)
+    a, ga = grown(wide, x.float())
+    torch.manual_seed(4)
+    b, gb = grown(fused, x)
+    for one, other in zip([b, *gb], [a, *ga], strict=True):
+        assert (one.float() - other).abs().max() < 0.04 * other.abs().max()
+
+
+def test_a_delta_that_is_frozen_keeps_nothing_and_lets_gradients_through() -> None:
+    plain, fused = tuned().requires_grad_(False), tuned().requires_grad_(False)
+    fuse(fused)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    x = torch.randn(16, 48, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        layer(fused)(x)
+    assert kept and all(t.shape[0] != 16 for t in kept)
+    (a, ga), (b, gb) = grown(plain, x.detach()), grown(fused, x.detach())
+    torch.testing.assert_close(b, a)
+    torch.testing.assert_close(gb, ga, rtol=1e-4, atol=1e-5)
+
+
+def test_a_merged_delta_is_not_added_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tuned()
+    fuse(model)
+    x = torch.randn(4, 48)
+    said = model(x)
+    model.merge_adapter()
+    assert fused_calls(model, x, monkeypatch) == 0
+    torch.testing.assert_close(model(x), said, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    assert fused_calls(model, x, monkeypatch) == 2
+
+
 def fused_calls(model: Any, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
     """Return how many layers are computed in one while `model` reads `x`."""
     calls = []

@@ -16,6 +16,7 @@ from torch.nn import functional
 from bmkit.train import checkpointing
 from bmkit.train.activations import counted
 from bmkit.train.dropout import replace_dropout
+from bmkit.train.fused_lora import fuse
 from bmkit.train.replay import Note, Replay, noted
 
 Build = Callable[..., Any]
@@ -65,13 +66,15 @@ def kept_bytes(model: Any, loss: Any = loss) -> int:
     return kept.total
 
 
-@pytest.mark.parametrize("trained", ["lora", "all"])
+@pytest.mark.parametrize("trained", ["lora", "fused", "all"])
 @pytest.mark.parametrize("name", TEXT)
 def test_gradients_are_the_same_bits_in_fewer_bytes(
     architecture: Build, name: str, trained: str
 ) -> None:
     model = architecture(name, real=True)
-    model = with_lora(model) if trained == "lora" else model.train()
+    model = model.train() if trained == "all" else with_lora(model)
+    if trained == "fused":
+        fuse(model)
     plain, before = step(model), kept_bytes(model)
     with noted(model, loss, lambda: batch(1)) as lean:
         assert same(step(model, lean), plain)
@@ -80,20 +83,29 @@ def test_gradients_are_the_same_bits_in_fewer_bytes(
     assert same(step(model), plain) and kept_bytes(model) == before
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_llama_under_lora_keeps_less_than_two_thirds(architecture: Build, dropout: float) -> None:
+def test_a_llama_under_lora_keeps_less_than_two_thirds(
+    architecture: Build, dropout: float, fused: bool
+) -> None:
     wide = {"intermediate_size": 48, "num_hidden_layers": 6}
     model = with_lora(architecture("llama", real=True, **wide), dropout)
     replace_dropout(model)
+    if fused:
+        assert fuse(model) == 6 * 7
     plain, before = step(model), kept_bytes(model)
     with noted(model, loss, lambda: batch(1)) as lean:
         assert same(step(model, lean), plain)
         assert kept_bytes(model, lean) < 0.65 * before
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5_gated"])
-def test_blocks_that_run_again_keep_no_notes(architecture: Build, name: str) -> None:
-    model = with_lora(architecture(name, real=True))
+def test_blocks_that_run_again_keep_no_notes(architecture: Build, name: str, fused: bool) -> None:
+    model = with_lora(architecture(name, real=True), 0.3 if fused else 0.0)
+    if fused:
+        replace_dropout(model)
+        fuse(model)
     model.config.use_cache = False  # as where blocks run again: a cache lays keys out otherwise
     plain, blocks = step(model), checkpointing.blocks_of(model)
     with noted(model, loss, lambda: batch(1)) as lean, checkpointing.recomputed(model, blocks):

@@ -110,8 +110,9 @@ def test_seeds_of_rows_differ_and_fit_a_generator() -> None:
 
 
 def support(**options: float) -> set[int]:
-    """Return the tokens that can be drawn from LOGITS: those whose score stays finite."""
-    scores = plain([0], **options)(NO_IDS, torch.tensor([LOGITS]))
+    """Return the tokens that can be drawn from LOGITS: those left before the draw."""
+    steps = LogitsProcessorList(plain([0], **options)[:-1])
+    scores = steps(NO_IDS, torch.tensor([LOGITS]))
     return set(scores.isfinite().nonzero()[:, 1].tolist())
 
 
@@ -200,6 +201,33 @@ def test_the_noise_is_gumbels_whatever_it_is_asked_for() -> None:
         both = torch.stack((noise, other.double()))
         assert abs(float(torch.corrcoef(both)[0, 1])) < 0.01
     assert abs(float(torch.corrcoef(torch.stack((noise[:-1], noise[1:])))[0, 1])) < 0.01
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 2.0, 8.0])
+@pytest.mark.parametrize("shift", [0.0, -40.0, 1e4])
+def test_the_largest_is_what_it_is_with_noise_on_every_token(spread: float, shift: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    contested = 0
+    for t in range(60):
+        scores = torch.randn(2, 5000, generator=generator) * spread + shift
+        scores[1, ::3] = -math.inf
+        found = plain([8, 9])(ids(t), scores.clone())
+        for row, seed, before in zip(found, (8, 9), scores, strict=True):
+            whole = before + sampling.gumbel(seed, t, torch.arange(5000))
+            assert row.argmax() == whole.argmax() and row.max() == whole.max()
+            kept = row.isfinite()
+            assert torch.equal(row[kept], whole[kept])
+            contested += int(kept.sum())
+    assert contested < 60 * 2 * 200  # most noise was never made
+
+
+def test_rows_without_a_token_left_and_with_nan_are_as_argmax_finds_them() -> None:
+    none = torch.full((1, 7), -math.inf)
+    assert int(plain([1])(NO_IDS, none)[0].argmax()) == 0
+    broken = torch.tensor([[0.0, math.nan, 3.0]])
+    assert int(plain([1])(NO_IDS, broken)[0].argmax()) == 1
+    endless = torch.tensor([[0.0, 2.0, math.inf]])
+    assert int(plain([1])(NO_IDS, endless)[0].argmax()) == 2
 
 
 def test_the_repetition_penalty_passes_over_tokens_that_can_not_be_said() -> None:

@@ -22,13 +22,14 @@ class Padding:
     """What examples have beside tokens and labels that goes into the batch, padded with 0."""
     multiple: int = 1
     """The time is a multiple of it: of few shapes, libraries know the products already."""
-    most: int = 0
+    most: int | None = None
     """But it isn't made longer than that."""
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Return `input_ids`, `attention_mask`, `labels` and `keep`, each [batch, time]."""
         longest = max(len(e["input_ids"]) for e in examples)
-        longest = max(longest, min(-(-longest // self.multiple) * self.multiple, self.most))
+        whole = -(-longest // self.multiple) * self.multiple
+        longest = max(longest, whole if self.most is None else min(whole, self.most))
         rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
         for e in examples:
             gap = longest - len(e["input_ids"])

@@ -13,6 +13,11 @@ LONGEST = 256
 """Tokens up to which torch's gradients of bfloat16 attention take about twice as long."""
 FLASH = 1
 """What `_fused_sdp_choice` calls flash attention."""
+KNOWN = hasattr(torch, "_fused_sdp_choice") and all(
+    hasattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{half}")
+    for half in ("", "_backward")
+)
+"""Whether this torch has what is used here."""
 
 
 def attention(
@@ -31,7 +36,8 @@ def attention(
     differentiated once.
     """
     how: dict[str, Any] = {"is_causal": is_causal, "scale": scale}
-    short = not enable_gqa and _takes(query, key, value, attn_mask, dropout_p)
+    twice = is_causal and attn_mask is not None  # torch refuses it
+    short = not (enable_gqa or twice) and _takes(query, key, value, attn_mask, dropout_p)
     if (
         not short
         or torch._fused_sdp_choice(query, key, value, attn_mask, dropout_p, **how) != FLASH
@@ -63,6 +69,7 @@ def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
         )
         and any(x.requires_grad for x in three)
         and (mask is None or (type(mask) is Tensor and not mask.requires_grad))
+        and KNOWN
         and not torch.is_autocast_enabled("cpu")
     )
 

@@ -41,14 +41,6 @@ def can() -> bool:
     return hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-@cache
-def has_amx() -> bool:
-    """Tell whether bfloat16 matrices are multiplied by AMX, several times as quick as float32's."""
-    found = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    backends: Any = torch.backends
-    return found is not None and bool(found()) and bool(backends.mkldnn.is_available())
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x · Wᵀ + bias [..., out] of x [..., in] and W [out, in], by oneDNN if it can.
 

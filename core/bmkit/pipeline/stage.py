@@ -256,7 +256,8 @@ def prepare(request: Request, reporter: Reporter, *, bring: bool = True) -> Prep
         warn_foreign_base(found, base or model, reporter)
     inputs = {}
     if model is not NOTHING:
-        plan.read_headers((base or model).path)
+        config = plan.read_headers((base or model).path).config
+        recipe = recipe.settled(config, files)
         inputs["model"] = given.entry()
     if prompt is not None and prompt is not given:
         inputs["prompt"] = prompt.entry()

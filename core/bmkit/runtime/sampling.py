@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import (
     EpsilonLogitsWarper,
@@ -120,23 +123,74 @@ class SeededDraw(LogitsProcessor):  # type: ignore[misc]
         self.seeds, self.start = list(seeds), start
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return `scores` [batch, vocabulary] with noise added; the answer began at `start`."""
+        """Return `scores` [batch, vocabulary] with noise added; the answer began at `start`.
+
+        On the CPU those are minus infinity that noise can't make the largest.
+        """
         place = input_ids.shape[1] - self.start
-        found = scores.float()
-        for row, seed in zip(found, self.seeds, strict=True):
-            left = row.isfinite().nonzero()[:, 0]
-            row[left] += gumbel(seed, place, left)
-        return found
+        add = _contest if scores.device.type == "cpu" else _noised
+        rows = zip(scores.float(), self.seeds, strict=True)
+        return torch.stack([add(row, seed, place) for row, seed in rows])
+
+
+def _noised(scores: Tensor, seed: int, place: int) -> Tensor:
+    """Return `scores` [vocabulary] with noise."""
+    return scores + gumbel(seed, place, torch.arange(len(scores), device=scores.device))
+
+
+def _contest(scores: Tensor, seed: int, place: int) -> Tensor:
+    """Return `scores` [vocabulary] with noise where that may make the largest, else -infinity.
+
+    Noise is -log(-log(u)), which is at most -log(1 - u): cheap to say for all tokens. Exact noise
+    for the one that is largest by it is a bar that others have to reach by it.
+    """
+    rest = _rest(seed, place, len(scores))
+    most = rest.astype(np.float32)
+    most += np.float32(0.5)
+    most *= np.float32(2.0**-52)
+    np.negative(np.log(most, out=most), out=most)
+    most += scores.numpy()
+    first = int(most.argmax())
+    share = (2**52 - 1 - int(rest[first]) + 0.5) * 2.0**-52
+    bar = float(scores[first]) - math.log(-math.log(share))
+    # It is below its own bound, but for rounding; what isn't a number is below nothing.
+    at = torch.from_numpy(np.flatnonzero(~(most < bar - ROUNDING * (1 + abs(bar)))))
+    found = torch.full_like(scores, -torch.inf)
+    found[at] = scores[at] + gumbel(seed, place, at)
+    return found
+
+
+ROUNDING = 1e-5
+"""What float32 may have rounded off a bound, as a share of it."""
+GOLDEN, ROUNDS = 0x9E3779B97F4A7C15, ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+"""Of splitmix64, which makes a random number of a seed, a place and a token."""
 
 
 def gumbel(seed: int, place: int, tokens: Tensor) -> Tensor:
     """Return Gumbel noise for each of `tokens`, float32, the same whenever it is asked for."""
     key = row_seed(seed, place)
-    x = tokens.long() * _signed(0x9E3779B97F4A7C15) + _signed(key * 0xBF58476D1CE4E5B9)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * _signed(factor)  # splitmix64
+    x = tokens.long() * _signed(GOLDEN) + _signed(key * ROUNDS[0][1])
+    for shift, factor in (*ROUNDS, (31, 1)):
+        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * _signed(factor)
     share = (((x >> 12) & (2**52 - 1)).double() + 0.5) * 2.0**-52  # in (0, 1)
     return share.log_().neg_().log_().neg_().float()
+
+
+def _rest(seed: int, place: int, size: int) -> NDArray[np.int64]:
+    """Return for `size` tokens the 52 bits of 1 - u, of the u that `gumbel` makes noise of."""
+    x = _every(size) + np.uint64(row_seed(seed, place) * ROUNDS[0][1] & (2**64 - 1))
+    for shift, factor in ROUNDS:
+        x ^= x >> np.uint64(shift)
+        x *= np.uint64(factor)
+    x ^= x >> np.uint64(31)
+    np.invert(x, out=x)
+    x >>= np.uint64(12)
+    return x.view(np.int64)
+
+
+@lru_cache(4)
+def _every(size: int) -> NDArray[np.uint64]:
+    return np.arange(size, dtype=np.uint64) * np.uint64(GOLDEN)
 
 
 def _signed(value: int) -> int:

@@ -15,6 +15,7 @@ from bmkit.plan import read_headers
 from bmkit.report import Reporter
 from bmkit.runtime import experts, family
 from bmkit.runtime.generate import Answer, Generation, eos_ids, generate, plain_defaults
+from bmkit.runtime.growing import growing
 
 
 def place(
@@ -102,7 +103,9 @@ class Voice:
         left = iter(prompts)
         while taken := list(islice(left, self.rows)):
             ids, numbers = [p.ids for p in taken], [p.number for p in taken]
-            answers = generate(self.model, self.tokenizer, ids, how, numbers=numbers)
+            cache = growing(self.model) if self.model.device.type == "cpu" else None
+            more = {} if cache is None else {"past_key_values": cache}
+            answers = generate(self.model, self.tokenizer, ids, how, numbers=numbers, more=more)
             yield from zip(taken, answers, strict=True)
 
     @torch.inference_mode()

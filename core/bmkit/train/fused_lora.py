@@ -95,7 +95,7 @@ def _hooked(module: nn.Module) -> bool:
 class _Fused(torch.autograd.Function):
     """x Wᵀ + bias + scale · drop(x) Aᵀ Bᵀ of x [n, in], A [rank, in] and B [out, rank].
 
-    Of activations it keeps x alone.
+    Of activations it keeps x alone, and that only for gradients of A and B.
     """
 
     @staticmethod
@@ -111,7 +111,8 @@ class _Fused(torch.autograd.Function):
         seed: int,
     ) -> Tensor:
         ctx.scale, ctx.p, ctx.seed = scale, p, seed
-        ctx.save_for_backward(x, weight, first, second)
+        learns = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        ctx.save_for_backward(x if learns or p else None, weight, first, second)
         a, b = first.to(x.dtype), second.to(x.dtype)
         left = x.masked_fill(dropped(x, p, seed), 0) if p else x
         low = products.linear(left, a)  # [n, rank]
@@ -124,7 +125,7 @@ class _Fused(torch.autograd.Function):
         x, weight, first, second = ctx.saved_tensors
         needs = ctx.needs_input_grad
         scale = ctx.scale * growth(ctx.p)
-        a, b = first.to(x.dtype), second.to(x.dtype)
+        a, b = first.to(grad.dtype), second.to(grad.dtype)
         low = (grad @ b).mul_(scale)  # [n, rank]
         of_x = of_first = of_second = None
         gone = dropped(x, ctx.p, ctx.seed) if ctx.p else None

@@ -12,7 +12,6 @@ from bmkit import env
 from bmkit import model as models
 from bmkit.deltas import address
 from bmkit.deltas.modules import modules_of_model
-from bmkit.nn import products
 from bmkit.plan import Job
 from bmkit.runtime import heads
 from bmkit.runtime.budget import room_in_ram
@@ -66,18 +65,6 @@ def open_base(job: Job, objective: Objective, tokenizer: Any, device: torch.devi
         model, fresh = heads.load(job.checkpoint, config, device=device, dtype=dtype)
         return Base(model, fresh, report=report)
     return _placed(job, recipe, device, report)
-
-
-def quickest(job: Job, device: torch.device) -> str:
-    """Return the dtype that `dtype: quickest` means on this device.
-
-    Weights that are placed within a budget are computed with as `auto` has it.
-    """
-    config = models.load_config(job.checkpoint)
-    bfloat16 = models.stored_dtype(config) == torch.bfloat16
-    if device.type == "cpu" and bfloat16 and products.has_amx() and placement(job) is None:
-        return "bfloat16"
-    return "auto"
 
 
 def _placed(job: Job, recipe: TuneRecipe, device: torch.device, report: dict[str, Any]) -> Base:

@@ -9,7 +9,6 @@ import torch
 
 from bmkit import env
 from bmkit.data.chat import IGNORED, Encoded, Example
-from bmkit.nn import products
 from bmkit.plan import Job, read_headers
 from bmkit.runtime import family
 from bmkit.runtime.budget import Sizes
@@ -44,7 +43,7 @@ def own_words(
     """
     longest = min(max_length, OWN_LONGEST)
     rows, config = ROWS, read_headers(job.checkpoint).config
-    if device.type == "cpu" and dtype == "bfloat16" and products.has_amx():
+    if device.type == "cpu" and dtype == "bfloat16" and env.has_amx():
         sizes = Sizes.of(config)
         cache = 4 * sizes.layers * sizes.kv * sizes.dim * longest  # of a row, in bytes
         rows = max(ROWS, min(MANY_ROWS, MOST_CACHE // max(cache, 1)))

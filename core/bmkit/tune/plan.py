@@ -123,9 +123,7 @@ def placement(job: Job) -> Placement | None:
         budget=budget,
         besides=training,
         gpu=on_gpu,
-        width=computed_bytes(
-            "auto" if recipe.dtype == "quickest" else recipe.dtype, recipe.device, headers
-        ),
+        width=computed_bytes(recipe.dtype, recipe.device, headers),
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -164,7 +166,8 @@ class TuneRecipe(Recipe):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "quickest"] = Field(  # type: ignore[assignment]
         default="auto",
         description="`auto` computes in the stored dtype on a GPU that can, else in float32; "
-        "`quickest` does so on a processor with AMX too, if that is bfloat16.",
+        "`quickest` does so on a processor with AMX too, if that is bfloat16, and nothing of the "
+        "model itself is trained.",
     )
     task: Task = Field(
         default="auto",
@@ -207,6 +210,14 @@ class TuneRecipe(Recipe):
     merge: bool = Field(
         default=False, description="Write the delta merged into its base, as a model."
     )
+
+    def settled(self, config: Mapping[str, Any], files: Mapping[str, Path]) -> TuneRecipe:
+        """Return it with the dtype that `quickest` means here."""
+        from bmkit.tune.task import quickest  # it knows the recipe
+
+        if self.dtype != "quickest":
+            return self
+        return self.model_copy(update={"dtype": quickest(self, config, files["data.train"])})
 
     def own_words(self, processes: int) -> int:
         """Return how many tokens the model is to say itself: no more than its rows can hold."""

@@ -31,7 +31,7 @@ from bmkit.train.sharing import share_out
 from bmkit.train.together import leave, own_device
 from bmkit.train.trainer import steps_of, train
 from bmkit.tune.attach import METHODS, attach
-from bmkit.tune.base import Base, open_base, quickest
+from bmkit.tune.base import Base, open_base
 from bmkit.tune.duplex import finish, mixed
 from bmkit.tune.lean import lean_rows
 from bmkit.tune.lost import begin_with_lost
@@ -64,9 +64,6 @@ def _run(job: Job) -> Outcome:
     if job.threads:
         torch.set_num_threads(job.threads)
     device = own_device(models.pick_device(recipe.device))
-    if recipe.dtype == "quickest":
-        recipe = recipe.model_copy(update={"dtype": quickest(job, device)})
-        job = replace(job, recipe=recipe)
     tokenizer = models.load_tokenizer(job.checkpoint)
     config = models.load_config(job.checkpoint)
     goal = objective(recipe, config, job.files["data.train"], tokenizer, job.checkpoint)

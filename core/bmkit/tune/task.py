@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bmkit import plan
+from bmkit import env, plan
 from bmkit.data import labelled, rows
 from bmkit.plan import Headers
 from bmkit.runtime.budget import Sizes
@@ -44,6 +44,23 @@ def task_of(recipe: TuneRecipe, config: Mapping[str, Any], train: Path) -> Task:
     if plan.task(config) == "generate":
         return "seq2seq_lm" if config.get("is_encoder_decoder") else "causal_lm"
     return "masked_lm"
+
+
+def quickest(recipe: TuneRecipe, config: Mapping[str, Any], train: Path) -> str:
+    """Return the dtype that `dtype: quickest` means on this machine, for this `config.json`.
+
+    Weights of the model itself that are trained would lose small steps in bfloat16.
+    """
+    task = task_of_rows(train) if recipe.task == "auto" else recipe.task
+    stored = str(config.get("dtype") or config.get("torch_dtype"))
+    whole = recipe.unfreeze or task in LABELLED
+    quick = (
+        recipe.device.startswith("cpu")
+        and stored.endswith("bfloat16")
+        and not whole
+        and env.has_amx()
+    )
+    return "bfloat16" if quick else "auto"
 
 
 def figures_of(task: Task) -> tuple[str, ...]:

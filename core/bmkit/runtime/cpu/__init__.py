@@ -10,9 +10,6 @@ from pathlib import Path
 
 from bmkit import env
 
-KEEPS_TO_AVX2 = bool(os.environ.get("BMKIT_AVX2"))
-"""Whether kernels are to be those of a processor without AVX-512."""
-
 
 def _prepare() -> bool:
     """Tell numba where compiled kernels are kept and how threads are made, before it is imported.
@@ -25,7 +22,6 @@ def _prepare() -> bool:
     source = b"".join((here / name).read_bytes() for name in ("dots.py", "block.py", "experts.py"))
     version = importlib.metadata.version("numba")
     name = hashlib.sha256(source + version.encode()).hexdigest()[:12]
-    name += "-avx2" if KEEPS_TO_AVX2 else ""
     given = os.environ.get("NUMBA_CACHE_DIR")
     folder = (Path(given) if given else env.home() / "kernels") / name
     if given and Path(given).name == name:  # set by this function, in the process that started us

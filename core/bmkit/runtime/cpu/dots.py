@@ -17,15 +17,14 @@ from typing import Any
 
 from llvmlite import binding as llvm
 from llvmlite import ir
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.core import types as numba_types
 from numba.extending import intrinsic
 
-from bmkit.runtime.cpu import KEEPS_TO_AVX2
-
 types: Any = numba_types
-LANES = 8 if KEEPS_TO_AVX2 or not llvm.get_host_cpu_features().get("avx512f") else 16
-"""Floats in a vector: 16 where the processor has registers for as many."""
+_FEATURES: str = config.CPU_FEATURES or llvm.get_host_cpu_features().flatten()
+LANES = 16 if "+avx512f" in _FEATURES.split(",") else 8
+"""Floats in a vector: 16 where the processor that numba compiles for has registers for as many."""
 PART = 32
 """Inputs whose vectors are a whole number, whatever LANES are: rows are a multiple of it."""
 FLOAT32, BFLOAT16, INT8, INT4, FLOAT16, INT8_ZERO, INT4_ZERO = range(7)

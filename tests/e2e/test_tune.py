@@ -274,6 +274,20 @@ def test_the_best_weights_are_kept_and_training_stops_where_nothing_gets_better(
     assert (tmp_path / "d" / "loss.svg").read_text().count("<polyline") == 2
 
 
+@pytest.mark.parametrize("every", [2, 3])
+def test_what_is_measured_meanwhile_changes_no_figure(
+    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path, every: int
+) -> None:
+    four = (*SHORT, "-s", "train.max_steps=4")
+    plain = metrics(bmkit("tune", "lora", "-m", "tiny", "--data", texts, "-o", "a", *four))
+    words = (*four, "-s", f"train.eval_steps={every}")
+    found = metrics(bmkit("tune", "lora", "-m", "tiny", "--data", texts, "-o", "b", *words))
+    assert found == pytest.approx(plain, rel=1e-5)
+    lines = (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()
+    told = [row for row in map(json.loads, lines) if "dev_loss" in row]
+    assert [row["step"] for row in told] == list(range(every, 5, every))
+
+
 def test_a_sweep_runs_all_and_names_the_best(
     bmkit: Run, tiny: Path, texts: Path, tmp_path: Path
 ) -> None:

@@ -29,7 +29,7 @@ from bmkit.train.preference import with_reference
 from bmkit.train.ranks import Ranks
 from bmkit.train.sharing import share_out
 from bmkit.train.together import leave, own_device
-from bmkit.train.trainer import steps_of, train
+from bmkit.train.trainer import Trained, steps_of, train
 from bmkit.tune.attach import METHODS, attach
 from bmkit.tune.base import Base, open_base
 from bmkit.tune.duplex import finish, mixed
@@ -211,6 +211,7 @@ def _train(
             found = found + count * each.penalty()
         return found, count
 
+    meanwhile: dict[str, float] = {}
     trained = train(
         model,
         rows.examples,
@@ -223,7 +224,7 @@ def _train(
         device=device,
         reporter=job.reporter,
         loss=penalised if ranks else rows.loss,
-        dev=_dev(recipe, goal, model, batches, device),
+        dev=_dev(recipe, goal, model, batches, device, meanwhile),
         callbacks=ranks,
         replay=not base.placed,  # blocks that come and go compute all of theirs again
     )
@@ -233,7 +234,9 @@ def _train(
     if trained.best_step is not None:
         metrics["best_step"] = trained.best_step
     if batches:
-        after = goal.figures(model.eval(), batches, device)
+        model.eval()
+        after = meanwhile if _measured_last(trained) and not ranks else {}
+        after = after or goal.figures(model, batches, device)
         metrics |= {name: round(value, 6) for name, value in after.items()}
         shown = [name for name in figures_of(goal.task) if name in after]
         told = [f"{n} {before[n]:.3f} before, {after[n]:.3f} after" for n in shown]
@@ -244,14 +247,25 @@ def _train(
     return metrics
 
 
+def _measured_last(trained: Trained) -> bool:
+    """Tell whether the last measurement was of the weights that are there now."""
+    if trained.best_step not in (None, trained.steps):
+        return False
+    return any("loss" not in e and e["step"] == trained.steps for e in trained.history)
+
+
 def _dev(
     recipe: TuneRecipe,
     goal: Objective,
     model: Any,
     batches: Sequence[Batch],
     device: torch.device,
+    last: dict[str, float],
 ) -> Dev | None:
-    """Return what is measured while training; None without held-out rows, or if nobody asked."""
+    """Return what is measured while training; None without held-out rows, or if nobody asked.
+
+    `last` gets all figures of the last measurement.
+    """
     spec = recipe.train
     best = spec.load_best_model_at_end or spec.early_stopping_patience is not None
     if not batches or not (best or spec.eval_steps):
@@ -261,6 +275,8 @@ def _dev(
 
     def measure() -> dict[str, float]:
         found = goal.figures(model, batches, device)
+        last.clear()
+        last.update(found)
         return {name: value for name, value in found.items() if name in shown}
 
     return Dev(

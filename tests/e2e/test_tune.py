@@ -288,6 +288,29 @@ def test_what_is_measured_meanwhile_changes_no_figure(
     assert [row["step"] for row in told] == list(range(every, 5, every))
 
 
+def test_strength_is_a_part_of_what_was_learned_and_what_is_measured(
+    bmkit: Run, tiny: Path, texts: Path, tmp_path: Path
+) -> None:
+    words = (*SHORT, "-s", "train.eval_steps=2", "-s", "train.max_steps=4", "-s", "merge=false")
+    words = (*words, "-s", "train.learning_rate=0.01")
+    whole = metrics(bmkit("tune", "lora", "-m", "tiny", "--data", texts, "-o", "a", *words))
+    words = (*words, "-s", "strength=0.5")
+    half = metrics(bmkit("tune", "lora", "-m", "tiny", "--data", texts, "-o", "b", *words))
+    one, other = (
+        load_file(next((tmp_path / name).glob("**/adapter_model.safetensors"))) for name in "ab"
+    )
+    for name, weight in one.items():
+        wanted = weight * 0.5 if "lora_B" in name else weight
+        assert torch.equal(other[name], wanted)
+    assert half["train_loss"] == whole["train_loss"]
+    assert whole["dev_loss"] < half["dev_loss"] < half["dev_loss_before"]
+    for more in ("deltas=[{type: bitfit}]", "deltas.0.use_dora=true"):
+        done = bmkit(
+            *("tune", "lora", "-m", "tiny", "--data", texts, "-s", "strength=0.5", "-s", more)
+        )
+        assert done.returncode == 2 and "strength" in done.stderr
+
+
 def test_a_sweep_runs_all_and_names_the_best(
     bmkit: Run, tiny: Path, texts: Path, tmp_path: Path
 ) -> None:

@@ -78,6 +78,14 @@ def _no_dialogue(_: str, values: dict[str, Any]) -> str | None:
     return None
 
 
+def require_strength(recipe: TuneRecipe) -> None:
+    """Raise RecipeError if a part is asked for of what no `lora` learns."""
+    if recipe.strength < 1 and all(spec.type != "lora" for spec in recipe.deltas):
+        raise RecipeError(
+            "strength: there is no `lora` whose part it could be", hint="say `strength: 1`"
+        )
+
+
 def require_duplex(recipe: TuneRecipe, task: Task) -> None:
     """Raise RecipeError for what only goes with dialogues in slices, or doesn't go with them."""
     if task != "duplex":

@@ -36,6 +36,7 @@ from bmkit.tune.foreseen import (
     require_placed,
     require_rows,
     require_shared,
+    require_strength,
 )
 from bmkit.tune.recipe import TuneRecipe
 from bmkit.tune.task import new_head, task_of
@@ -62,6 +63,7 @@ def estimate(job: Job) -> Estimate:
     require_measured(recipe, task)
     require_front(recipe, task)
     require_duplex(recipe, task)
+    require_strength(recipe)
     if task == "duplex" and recipe.slice.threshold == "calibrate" and "data.dev" not in job.files:
         job.reporter.warn("slice.threshold: there is no data.dev to calibrate it on: it is argmax")
     require_rows(task, job.files)

@@ -186,6 +186,13 @@ class TuneRecipe(Recipe):
         description="The model that a rounded or pruned one was made from: `lora` begins with the "
         "best approximation of what was lost (LoftQ, arXiv 2310.08659), not with nothing.",
     )
+    strength: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="How much of what `lora` has learned goes into the result: a little less "
+        "forgets less of what the model could do before (arXiv 2109.01903).",
+    )
     beta: float = Field(
         default=0.1,
         gt=0,
@@ -251,6 +258,14 @@ class TuneRecipe(Recipe):
             raise contradiction(
                 "original",
                 "it goes with one `lora`, without DoRA, `init_lora_weights` or `target_parameters`",
+            )
+        if self.strength < 1 and (
+            self.original is not None
+            or any(d.use_dora or d.init_lora_weights in ("pissa", "olora") for d in plain)
+        ):
+            raise contradiction(
+                "strength",
+                "below 1 it goes without DoRA, `pissa`, `olora` and `original`",
             )
         if sum(delta.PROMPT for delta in self.deltas) > 1:
             raise contradiction("deltas", "only one may stand in front of what the model reads")

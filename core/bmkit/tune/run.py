@@ -41,6 +41,7 @@ from bmkit.tune.own_words import own_words
 from bmkit.tune.pruned import keep_pruned
 from bmkit.tune.recipe import TuneRecipe
 from bmkit.tune.task import figures_of
+from bmkit.tune.weaker import weaken
 from bmkit.tune.written import write_duplex, write_events, write_history
 
 __all__ = ["METHODS", "run"]
@@ -233,6 +234,9 @@ def _train(
     metrics["steps"] = trained.steps
     if trained.best_step is not None:
         metrics["best_step"] = trained.best_step
+    if recipe.strength < 1:
+        weaken(model, recipe.strength)
+        meanwhile.clear()  # that was measured with all of it
     if batches:
         model.eval()
         after = meanwhile if _measured_last(trained) and not ranks else {}

@@ -10,11 +10,19 @@ from contextlib import suppress
 from typing import Any
 
 
-async def talk(live: Any, write: Callable[[str], None], *, linger: int, tail: int) -> bool:
+async def talk(
+    live: Any,
+    write: Callable[[str], None],
+    *,
+    linger: int,
+    tail: int,
+    warn: Callable[[str], None] = lambda _: None,
+) -> bool:
     """Say each line that comes; write answers as they are made, each on a line of its own.
 
     Ends `linger` silent slices after the input has ended and the last answer is over, or `tail`
     slices after the input whatever the model does. Returns whether it was still speaking then.
+    `warn` is told of words that didn't fit.
     """
     loop = asyncio.get_running_loop()
     lines: asyncio.Queue[str | None] = asyncio.Queue()
@@ -34,7 +42,7 @@ async def talk(live: Any, write: Callable[[str], None], *, linger: int, tail: in
     tasks: list[asyncio.Task[Any]] = [
         loop.create_task(live.run()),
         loop.create_task(_say(live, lines, ended)),
-        loop.create_task(_show(live, write, ended, linger, tail)),
+        loop.create_task(_show(live, write, ended, (linger, tail), warn)),
     ]
     shown = tasks[-1]
     try:
@@ -62,8 +70,13 @@ async def _say(live: Any, lines: asyncio.Queue[str | None], ended: asyncio.Event
 
 
 async def _show(
-    live: Any, write: Callable[[str], None], ended: asyncio.Event, linger: int, tail: int
+    live: Any,
+    write: Callable[[str], None],
+    ended: asyncio.Event,
+    patience: tuple[int, int],
+    warn: Callable[[str], None],
 ) -> bool:
+    linger, tail = patience
     reader = live.out.attach()
     speaks, silent, behind = False, 0, 0
     while (event := await live.out.next(reader)) is not None:
@@ -80,6 +93,8 @@ async def _show(
             if silent > linger:
                 live.close("client")
         elif kind == "slice.stats":
+            if event.get("cut"):
+                warn(f"the first {event['cut']} tokens of what was said didn't fit: see kv.high")
             behind = behind + 1 if over else 0
             if behind >= tail:
                 live.close("client")

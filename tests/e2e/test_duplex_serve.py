@@ -96,6 +96,11 @@ def test_speech_is_stopped_when_it_is_told_to(
             assert done["status"] == "cancelled"
             listens = await until(client, "response.listen")
             assert listens["epoch"] > spoken["epoch"]
+            for _ in range(6):  # it has said to be silent: until it says something else
+                event = await until(client, "response.speak", "slice.stats")
+                assert event["type"] == "slice.stats"
+            await say(client, "input_text.append", text="go on please")
+            await until(client, "response.speak")
 
     # A slice of many tokens, so that it is still being made when the word to stop comes.
     with server(listener, tmp_path, "-s", "slice.agent_tokens=400", "-s", "kv.high=3000") as (
@@ -216,6 +221,80 @@ def test_a_session_goes_on_after_its_server_was_killed(
         play(go_on(where["websocket"]))
 
 
+async def begun(url: str, *words: str) -> dict[str, Any]:
+    """Begin a session, say something, and go; return what it is resumed by."""
+    async with connect(url) as client:
+        created = await until(client, "session.created")
+        for text in words:
+            await say(client, "input_text.append", text=text)
+        await until(client, "slice.stats")
+        return {name: created[name] for name in ("session_id", "resume_token")}
+
+
+def test_who_can_not_come_back_begins_anew(server: Server, listener: Path, tmp_path: Path) -> None:
+    async def scene(url: str) -> None:
+        for _ in range(3):
+            async with connect(url) as client:
+                lost = {"session_id": "0123456789abcdef", "resume_token": "x"}
+                await say(client, "session.resume", **lost)
+                assert (await until(client, "error"))["code"] == "unknown_session"
+                await say(client, "session.resume", **lost)
+                assert (await until(client, "error"))["code"] == "unknown_session"
+                await say(client, "session.heartbeat")
+                await until(client, "slice.stats")
+                await say(client, "input_text.append", text="hello there")
+                await until(client, "response.speak")
+                await say(client, "session.close")
+
+    with server(listener, tmp_path, "--sessions", str(tmp_path / "kept")) as (where, _):
+        play(scene(where["websocket"]))
+
+
+def test_a_kept_session_without_its_client_makes_room_for_others(
+    server: Server, listener: Path, tmp_path: Path
+) -> None:
+    async def scene(url: str) -> None:
+        mine = await begun(url, "remember me")
+        other = await begun(url, "and me")  # the place is taken by one whose client has gone
+        async with connect(url) as client:
+            await say(client, "session.resume", **mine)
+            assert (await until(client, "session.resumed"))["session_id"] == mine["session_id"]
+            await until(client, "slice.stats")
+            async with connect(url) as second:
+                await until(second, "session.queued")  # who is there stays
+                await say(second, "session.resume", **other)
+                assert (await until(second, "error"))["code"] == "busy"
+                await until(second, "session.queued")
+                client.transport.abort()
+                await until(second, "session.created")
+
+    options = ("--sessions", str(tmp_path / "kept"), "-s", "serve.max_sessions=1")
+    with server(listener, tmp_path, *options) as (where, _):
+        play(scene(where["websocket"]))
+
+
+def test_who_comes_back_at_once_finds_a_place(
+    server: Server, listener: Path, tmp_path: Path
+) -> None:
+    async def scene(url: str) -> None:
+        for wait in (0, 0.02, 0.1, 0.3) * 3:
+            client = await connect(url)
+            created = await until(client, "session.created")
+            client.transport.abort()
+            await asyncio.sleep(wait)
+            async with connect(url) as again:
+                named = {name: created[name] for name in ("session_id", "resume_token")}
+                await say(again, "session.resume", **named)
+                event = await until(again, "session.resumed", "error")
+                assert event["type"] == "session.resumed", event
+                await say(again, "session.close")
+                await until(again, "session.closed")
+
+    options = ("--sessions", str(tmp_path / "kept"), "-s", "serve.max_sessions=1")
+    with server(listener, tmp_path, *options) as (where, _):
+        play(scene(where["websocket"]))
+
+
 def test_bad_frames_are_answered_and_change_nothing(
     server: Server, listener: Path, tmp_path: Path
 ) -> None:
@@ -326,7 +405,8 @@ def test_a_client_that_vanishes_leaves_a_session_that_stands_still(
             )
             first = (await until(again, "session.resumed"))["slices"]
             assert first < 5  # half a second without a client has made no slices
-            await until(again, "slice.stats")
+            while (event := json.loads(await again.recv()))["type"] != "slice.stats":
+                assert event.get("status") != "interrupted"  # nobody has said anything
 
     with server(listener, tmp_path, "-s", "slice.agent_tokens=200") as (where, _):
         play(scene(where["websocket"]))

@@ -282,6 +282,43 @@ def test_an_abort_before_the_first_word_is_silence(bench: Callable[..., Bench]) 
     made.check(session)
 
 
+def test_an_agent_that_was_hushed_is_silent_until_the_users_next_words(
+    bench: Callable[..., Bench],
+) -> None:
+    made = bench()
+    session = made.session(Settings(agent_tokens=4, policy=replace(ALWAYS, max_wait=1, sure=2.0)))
+    said = session.step("what is it")
+    session.hush()
+    session.truncate(1, len(said.text) // 2)  # as a client does that has played so much
+    found = [session.step() for _ in range(5)]
+    assert {(a.decision, a.reason, a.ids) for a in found} == {("listen", "cooldown", ())}
+    other = session.fork(made.session().place)
+    assert other.step().reason == "cooldown"
+    heard = session.step("and then")
+    assert heard.decision == "speak" and heard.answer == 2
+    assert session.step().decision == "speak"
+    made.check(session)
+
+
+def test_a_capital_behind_a_letter_over_the_users_words_is_another_answer(
+    bench: Callable[..., Bench],
+) -> None:
+    made = bench()
+    session = made.session(Settings(agent_tokens=4, policy=ALWAYS))
+    session.step("what is it")
+
+    def anew(before: str, text: str) -> bool:
+        agent = tuple(made.tokenizer.encode(before, add_special_tokens=False))
+        session.units[-1] = replace(session.units[-1], agent=agent)
+        return session._begins_anew(made.tokenizer.encode(text, add_special_tokens=False)[0])
+
+    assert anew("the leaves of the", "It is")
+    assert not anew("the leaves of the", " It is")
+    assert not anew("the leaves of the", "re is")
+    assert not anew("the leaves.", "It is")
+    assert not session._begins_anew(made.layout.end)
+
+
 def test_what_was_not_delivered_is_forgotten(bench: Callable[..., Bench]) -> None:
     made = bench()
     session = made.session(Settings(agent_tokens=4, policy=ALWAYS))

@@ -198,7 +198,9 @@ class Serve(Model):
     max_sessions: int = Field(default=4, ge=1, description="Sessions at one time.")
     queue: int = Field(default=16, ge=0, description="Clients that may wait for one.")
     idle_timeout_s: float = Field(
-        default=300.0, gt=0, description="Seconds without a word after which a session ends."
+        default=300.0,
+        gt=0,
+        description="Seconds without a word of either side after which a session ends.",
     )
     auth: Literal["none", "token"] = Field(
         default="none", description="`token`: clients say one that is written at the start."

@@ -58,7 +58,7 @@ class DuplexSession(Memory):
         self.waiting: int | None = None
         """Silent slices since the user's last words, if those have no answer yet."""
         self.rest = 0
-        """Slices of cooldown that are left."""
+        """Slices of cooldown that are left; below 0 those up to the user's next words."""
         self.asked: float | None = None
         """How likely the model found silence behind those words."""
         self.ignored = 0
@@ -146,6 +146,10 @@ class DuplexSession(Memory):
     def _verdict(self, unit: Unit, p_idle: float, *, likeliest: bool) -> Verdict:
         """Decide whether the agent speaks."""
         policy = self.settings.policy
+        if self.rest < 0:
+            if unit.user is None:
+                return Verdict(False, "cooldown")
+            self.rest = 0
         draw = self.chooser.draw(unit.number) if self.settings.draws else None
         found = policy.decide(p_idle, likeliest=likeliest, rest=self.rest, draw=draw)
         self.rest = max(self.rest - 1, 0)
@@ -164,14 +168,16 @@ class DuplexSession(Memory):
         start = len(self.log)
         state = self.chooser.state(logits, speaks=True)
         anew = state is not None and state == dict(self.layout.states)["answer"]
+        if state is not None:
+            self.log.append(state)
+            logits = self.logits()
+        elif unit.user is not None and self.mid_answer:
+            anew = self._begins_anew(self.chooser.token(logits, [], number=unit.number))
         if anew or not self.mid_answer:
             self.answers += 1
             self._spelling = Spelling(self.tokenizer)
             self.goes_on = True
         before = self._spelling.length
-        if state is not None:
-            self.log.append(state)
-            logits = self.logits()
         said: list[int] = []
         text = ""
         self.guesses.drop()
@@ -195,6 +201,20 @@ class DuplexSession(Memory):
             return replace(spoken, answer=self.answers, before=before), text
         self._cut(start)
         return unit.silenced(self.layout), text
+
+    def _begins_anew(self, token: int) -> bool:
+        """Tell whether what is said over the user's words isn't the sentence of the slice before.
+
+        A capital right behind a letter, without a space, is no word that goes on.
+        """
+        if token == self.layout.end:
+            return False
+        said = list(self.units[-1].agent or ())
+        before, whole = (
+            str(self.tokenizer.decode(ids, skip_special_tokens=True))
+            for ids in (said, [*said, token])
+        )
+        return before[-1:].isalnum() and whole[len(before) :][:1].isupper()
 
     def _finish(self, unit: Unit, start: int) -> None:
         """Add a unit, of which the log has the beginning from `start` on."""
@@ -257,10 +277,11 @@ class DuplexSession(Memory):
         return self._spelling.length
 
     def hush(self) -> None:
-        """Stay silent in the next slice, whatever the model finds: what is being said is over."""
+        """Stay silent until the user's next words, whatever the model finds."""
         with self._lock:
             self._interrupted()
-            self.rest = max(self.rest, 1)
+            self.rest = -1
+            self.waiting = None
 
     def decide_by(self, threshold: float) -> None:
         """Speak from now on if silence is less likely than `threshold`."""
@@ -270,7 +291,8 @@ class DuplexSession(Memory):
 
     def _interrupted(self) -> None:
         self.epoch += 1
-        self.rest = self.settings.policy.cooldown
+        if self.rest >= 0:
+            self.rest = self.settings.policy.cooldown
         self.goes_on = False
 
     def truncate(self, answer: int, characters: int) -> int:

@@ -59,6 +59,7 @@ def chat(
     words = {**locals()}
     reporter = session.start(how, quiet=quiet, loud=verbose)
     from bmkit.duplex.recipe import DuplexRecipe
+    from bmkit.errors import counted
     from bmkit.pipeline import stage as stages
     from bmkit.pipeline import talking
     from bmkit_cli.output import out as stdout
@@ -88,10 +89,16 @@ def chat(
 
             linger = (spec.policy.max_wait_slices or 0) + 2
             talking_on = lines.talk(
-                live, lambda text: stream.text(text, end=""), linger=linger, tail=tail
+                live,
+                lambda text: stream.text(text, end=""),
+                linger=linger,
+                tail=tail,
+                warn=reporter.warn,
             )
             if asyncio.run(talking_on):
-                reporter.warn(f"it was still speaking {tail} slices behind the last line")
+                reporter.warn(
+                    f"it was still speaking {counted(tail, 'slice', 'slices')} behind the last line"
+                )
 
 
 def _require_textual() -> None:

@@ -87,17 +87,22 @@ def replay(
 
         if given.slice_ms not in {None, opened.period_ms}:
             reporter.warn(
-                f"{named} has slices of {given.slice_ms} ms, the model of {opened.period_ms}"
+                f"{named} has slices of {given.slice_ms} ms, the model of {opened.period_ms}, "
+                "which are taken"
             )
         if as_json:
             stream.json(replays.head(opened, given))
+        cut = 0
         for found in replays.replay(opened.session(), given, opened.period_ms):
+            cut += found.agent.cut
             if as_json:
                 for row in found.rows():
                     stream.json(row)
             else:
                 for line in replays.lines(found):
                     stream.text(line)
+        if cut:
+            reporter.warn(f"{cut} tokens of what the user said didn't fit: see kv.high")
 
 
 def request_of(words: dict[str, Any], *, sessions: int = 1) -> Any:

@@ -108,9 +108,25 @@ class House:
 
     async def _place(self, tell: Callable[[int], None]) -> int:
         self._require_open()
+        self.make_room(1)
         if self.seats.full():
             raise Refused("busy", "all sessions are taken, and the queue is full")
         return await self.seats.take(tell)
+
+    def make_room(self, more: int = 0) -> None:
+        """End sessions that are kept on disk and whose clients have gone, for those who wait.
+
+        There are `more` of these than the queue holds. Who was gone longest goes first.
+        """
+        wanted = self.seats.waiting + more - len(self.seats.free)
+        wanted -= sum(live.closed is not None for live in self.lives.values())
+        left = [
+            live
+            for live in self.lives.values()
+            if live.journal is not None and live.closed is None and not live.attached.is_set()
+        ]
+        for live in sorted(left, key=lambda live: live.left)[: max(wanted, 0)]:
+            live.close("made_room")
 
     def _require_open(self) -> None:
         if self.closing:
@@ -212,6 +228,10 @@ class House:
         if instead is not None:
             instead.close("client")
             await instead.ended.wait()  # its place is free then
+        self.make_room(1)
+        for ending in [live for live in self.lives.values() if live.closed is not None]:
+            if not self.seats.free:
+                await ending.ended.wait()
         if not self.seats.free:
             raise Refused("busy", "all sessions are taken: come back later")
         place = await self.seats.take(lambda _: None)

@@ -36,18 +36,23 @@ class Link:
         self._sender: asyncio.Task[None] | None = None
         self._told: asyncio.Task[bool] | None = None
         self._lock = asyncio.Lock()
+        self._entering: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Serve the client until it goes."""
-        entering = asyncio.get_running_loop().create_task(self._enter())
+        self._begin()
         try:
             while (frame := await self._frame()) is not None:
-                await self._take(frame, entering)
+                await self._take(frame)
         finally:
-            entering.cancel()
+            if self._entering is not None:
+                self._entering.cancel()
             self._leave()
             if self._sender is not None:
                 self._sender.cancel()
+
+    def _begin(self) -> None:
+        self._entering = asyncio.get_running_loop().create_task(self._enter())
 
     async def _enter(self) -> None:
         def tell(position: int) -> None:
@@ -93,9 +98,10 @@ class Link:
         live = self.live
         if live is not None and live.out.reader == self.reader and live.closed is None:
             live.attached.clear()
-            live.session.abort()
+            live.left = live.now()
             if self.fresh:
                 live.close("client")
+            self.house.make_room()
 
     async def _frame(self) -> str | bytes | None:
         """Return the next frame; None once the client has gone, or is sent away."""
@@ -116,7 +122,7 @@ class Link:
                 continue
             return frame
 
-    async def _take(self, frame: str | bytes, entering: asyncio.Task[None]) -> None:
+    async def _take(self, frame: str | bytes) -> None:
         """Do what a frame says."""
         event_id = None
         try:
@@ -125,7 +131,7 @@ class Link:
             event = protocol.understand(frame)
             event_id = event.event_id
             if isinstance(event, protocol.Resume) and (self.live is None or self.fresh):
-                await self._resume(event, entering)
+                await self._resume(event)
                 return
             if isinstance(event, protocol.Heartbeat) and self.live is not None:
                 self.live.last_word = self.live.now()
@@ -136,9 +142,14 @@ class Link:
             await self.live.hear(event)
         except Refused as exc:
             await self._send(protocol.error(exc, event_id))
+            if self.live is None and self._entering is None:
+                self._begin()  # it gets a new session in the place of that it came back to
 
-    async def _resume(self, event: protocol.Resume, entering: asyncio.Task[None]) -> None:
-        entering.cancel()
+    async def _resume(self, event: protocol.Resume) -> None:
+        entering, self._entering = self._entering, None
+        if entering is not None:
+            entering.cancel()
+            await asyncio.wait([entering])  # a place that it was given is free then
         fresh, self.live = self.live, None
         if self._sender is not None:
             self._sender.cancel()

@@ -55,6 +55,8 @@ class Live:
     """Why it has ended."""
     attached: asyncio.Event = field(default_factory=asyncio.Event)
     """Whether a client is there: without one, time stands still."""
+    left: float = 0.0
+    """When the last client went."""
 
     def __post_init__(self) -> None:
         """Begin with nothing said."""
@@ -303,6 +305,7 @@ class Live:
             self.say("overlap.decision", kind=kind, heard=joined(parts), **decided)
         if agent.decision == "speak":
             self.cut_off = agent.interrupted
+            self.last_word = self.now()
         if agent.decision == "speak" and not agent.interrupted:
             self.say("response.decided", decision="speak", rewound=agent.rewound, **decided)
         if agent.decision == "listen":

@@ -129,6 +129,8 @@ def understand(frame: str | bytes) -> Client:
     if name not in NAMES:
         shown = str(name)[:MAX_NAME]
         near = did_you_mean(shown, NAMES, otherwise=", ".join(NAMES))
+        if name is None:
+            raise Refused("unknown_event", f"a frame says its `type`: {', '.join(NAMES)}")
         raise Refused("unknown_event", f"`{shown}` is not an event; {near}")
     try:
         return _ADAPTER.validate_python(values)

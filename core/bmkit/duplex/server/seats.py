@@ -18,6 +18,11 @@ class Seats:
         """Tell whether no place is free, nor one in the queue."""
         return not self.free and len(self._waiting) >= self.queue
 
+    @property
+    def waiting(self) -> int:
+        """Return how many wait."""
+        return len(self._waiting)
+
     async def take(self, tell: Callable[[int], None]) -> int:
         """Return a place, once there is one; `tell` gets the position in the queue meanwhile.
 

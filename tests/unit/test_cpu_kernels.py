@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,6 +126,24 @@ def test_kernels_leave_torch_the_threads_that_it_was_given() -> None:
     command = [sys.executable, "-c", FIRST_CALL]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1"]
+
+
+BEFORE_AND_AFTER = """
+from bmkit.runtime import cpu
+from bmkit.runtime.cpu import load
+print(cpu.compiled(fused=False), cpu.compiled())
+from bmkit.runtime.placed import load
+load.warm()
+print(cpu.compiled(fused=False), cpu.compiled())
+"""
+
+
+def test_kernels_that_were_not_compiled_yet_are_known(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"}
+    environment["BMKIT_HOME"] = str(tmp_path)
+    command = [sys.executable, "-c", BEFORE_AND_AFTER]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["False False", "True False"]
 
 
 @pytest.mark.skipif(dots.LANES == 8, reason="the processor has no other kernels")

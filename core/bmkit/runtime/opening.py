@@ -155,7 +155,7 @@ def _placed(job: Job, recipe: GenerateRecipe, chosen: Chosen, device: torch.devi
     """Load the model in transformers' own code on placed weights."""
     from bmkit.runtime import cpu
 
-    if device.type == "cpu" and not cpu.compiled():
+    if device.type == "cpu" and not cpu.compiled(fused=False):
         job.reporter.info("compiling kernels for this machine, once (some 5 seconds)")
     from bmkit.runtime.placed import load
     from bmkit.runtime.placed.model import Room, place_model

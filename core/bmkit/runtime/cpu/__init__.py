@@ -41,10 +41,12 @@ KEPT = _prepare()
 """Whether compiled kernels can be kept for the next process."""
 
 
-def compiled(*, divided: bool = False) -> bool:
+def compiled(*, divided: bool = False, fused: bool = True) -> bool:
     """Tell whether the kernels were compiled before, for whatever processor.
 
-    Those of feed-forwards that are `divided` into experts are compiled apart.
+    Those of feed-forwards that are `divided` into experts are compiled apart. Without `fused`,
+    products alone are asked for. A few others are compiled by the import.
     """
-    kernel = "experts.feed_forward*.nbc" if divided else "*.nbc"
+    kernel = "block.block-*.nbc" if fused else "block.product-*.nbc"
+    kernel = "experts.feed_forward*.nbc" if divided else kernel
     return KEPT and any(Path(os.environ["NUMBA_CACHE_DIR"]).rglob(kernel))

@@ -65,7 +65,7 @@ def test_parts_say_what_they_are() -> None:
         ('{"placeholder":"a"}', {"a": None}, "row 7: `a`: it is null"),
         ('{"placeholder":"a"}', {"a": ["x"]}, "row 7: `a`: it is a list"),
         ('{"meta":"a"}', {"meta": {"a": {"b": 1}}}, "row 7: `a`: it is an object"),
-        ('{"placeholder":"a"}', {"a": "\ud800"}, "row 7: `a`: it is not UTF-8"),
+        ('{"placeholder":"a"}', {"a": "\ud800"}, "row 7: `a`: it holds half a character"),
     ],
 )
 def test_a_row_that_does_not_fit_is_named_with_its_key(

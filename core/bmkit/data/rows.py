@@ -92,7 +92,7 @@ def require_text(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError("it is not UTF-8 text") from None
+        raise ValueError("it holds half a character, which UTF-8 text can't have") from None
     return text
 
 

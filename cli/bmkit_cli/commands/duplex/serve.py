@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from bmkit_cli import session
+from bmkit_cli import session, stopping
 from bmkit_cli.commands.duplex.replay import request_of
 from bmkit_cli.options import (
     AdapterOpt,
@@ -93,4 +93,6 @@ def serve(
             stream.json(where)
         else:
             stream.text(where["url"])
+        left = "" if sessions is None else f"; sessions are kept in {sessions}"
+        stopping.kept = f"clients were told{left}"
         serving.serve(listening, opened, reporter)

@@ -141,7 +141,7 @@ def _head(values: dict[str, Any]) -> dict[str, Any]:
 def _time(values: Mapping[str, Any], name: str) -> int:
     time = values.get(name)
     if type(time) is not int or time < 0:
-        raise ValueError(f"`{name}` is not a number of milliseconds")
+        raise ValueError(f"`{name}` is not a whole number of milliseconds")
     if time > MOST_MS:
         raise ValueError(f"`{name}` is {time}, over a week: count from the session's beginning")
     return time

@@ -8,8 +8,8 @@ from typing import Literal
 Decision = Literal["speak", "listen"]
 Reason = Literal["argmax", "threshold", "drawn", "max_wait", "cooldown", "abort"]
 """`argmax` and `threshold`: what the model finds; `drawn`: as often as it finds; `max_wait`: the
-user has waited for an answer; `cooldown`: the agent was interrupted just now; `abort`: it was
-stopped in this slice."""
+user has waited for an answer; `cooldown`: the agent was interrupted just now, or told to be silent;
+`abort`: it was stopped in this slice."""
 
 
 @dataclass(frozen=True)
